@@ -1,0 +1,140 @@
+"""The operators: one typed wrapper each. Needs neither vLLM nor a GPU.
+
+The arguments are checked in `csrc/ops.cpp`; a bad one raises RuntimeError naming the argument, what was
+expected and what came.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+
+
+@cache
+def load_library() -> None:
+    """Load the compiled operators once per process.
+
+    Raises:
+        ImportError: the package was installed without its compiled part.
+    """
+    if not _LIBRARY.exists():
+        raise ImportError(f"{_LIBRARY} is missing: install vllm-int8kv with pip, or run `make setup` in a checkout")
+    torch.ops.load_library(_LIBRARY)
+
+
+load_library()
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    rotate_keys: bool = True,
+    key_equalizer: torch.Tensor | None = None,
+) -> None:
+    """Quantize this step's keys and values and write them to their slots.
+
+    Each (token, KV head) vector gets its own scale, so no calibration is needed and tokens never affect
+    one another. Slots not named in `slot_mapping` keep their bytes.
+
+    Args:
+        key, value: [num_tokens, num_kv_heads, head_size], fp32, fp16 or bf16; any token and head stride.
+        kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] int8, written in place.
+        slot_mapping: [num_tokens] int64. Negative entries are padding and are skipped; two equal
+            non-negative entries are the caller's mistake and leave one of the two vectors.
+        rotate_keys: multiply K by a Hadamard matrix first; `paged_attention` must be told the same.
+        key_equalizer: [num_kv_heads, head_size] fp32, K is divided by it before the rotation.
+    """
+    torch.ops.int8kv.reshape_and_cache(key, value, kv_cache, slot_mapping, rotate_keys, key_equalizer)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    softmax_scale: float,
+    out: torch.Tensor | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    rotate_keys: bool = True,
+    key_equalizer: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of this step's queries over the INT8 cache, which already holds this step's K and V.
+
+    A batch may mix prefill, chunked prefill, decode and multi-token verification. The bits of a row do not
+    depend on what else is in the batch, on the number of threads, or on how its prompt was chunked.
+
+    Args:
+        query: [num_tokens, num_heads, head_size], fp32, fp16 or bf16; any token and head stride.
+        kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] int8.
+        block_table: [num_seqs, max_blocks_per_seq] int32.
+        seq_lens: [num_seqs] int32, tokens in the cache including this step's.
+        query_start_loc: [num_seqs + 1] int32, prefix sum of the query lengths; later tokens are padding.
+        softmax_scale: what the scores are multiplied by, usually 1 / sqrt(head_size).
+        out: written and returned, like `query` in shape and dtype; rows of padding tokens are left alone.
+        sliding_window: a query sees keys less than this far away; None for all.
+        softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+        alibi_slopes: [num_heads] fp32, times (key position - query position) is added to the scores.
+        sinks: [num_heads] fp32, one more score per head that attends to nothing.
+        rotate_keys, key_equalizer: as in `reshape_and_cache`.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        out, or (out, lse) with lse [num_heads, num_tokens] fp32, natural log. A row that sees no key is 0
+        with lse -inf (the sink, if there is one).
+    """
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = None
+    if return_lse:
+        shape = (query.shape[1], query.shape[0])
+        lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
+    torch.ops.int8kv.paged_attention(
+        out,
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        lse,
+        alibi_slopes,
+        sinks,
+        key_equalizer,
+        softmax_scale,
+        causal,
+        0 if sliding_window is None else sliding_window,
+        softcap,
+        rotate_keys,
+    )
+    return out if lse is None else (out, lse)
+
+
+def cpu_isas() -> list[str]:
+    """The CPU kernel paths this machine can run, slowest first: scalar, avx2, avx512, avx512_vnni."""
+    return torch.ops.int8kv.cpu_isas().split(",")
+
+
+def cpu_isa() -> str:
+    """The CPU kernel path in use; the fastest of `cpu_isas` unless `set_cpu_isa` chose another."""
+    return torch.ops.int8kv.cpu_isa()
+
+
+def set_cpu_isa(isa: str) -> None:
+    """Use another CPU kernel path in this process. Raises RuntimeError if the CPU does not have it."""
+    torch.ops.int8kv.set_cpu_isa(isa)
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the installed library was built with CUDA kernels."""
+    return torch.ops.int8kv.has_cuda_kernels()
