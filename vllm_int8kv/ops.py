@@ -4,27 +4,15 @@ The arguments are checked in `csrc/ops.cpp`; a bad one raises RuntimeError namin
 expected and what came.
 """
 
-from functools import cache
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 
-_LIBRARY = Path(__file__).with_name("_C.so")
-
-
-@cache
-def load_library() -> None:
-    """Load the compiled operators once per process.
-
-    Raises:
-        ImportError: the package was installed without its compiled part.
-    """
-    if not _LIBRARY.exists():
-        raise ImportError(f"{_LIBRARY} is missing: install vllm-int8kv with pip, or run `make setup` in a checkout")
-    torch.ops.load_library(_LIBRARY)
-
-
-load_library()
+# Found by name, because an editable install keeps the library away from this file.
+_library = find_spec("vllm_int8kv._C")
+if _library is None or _library.origin is None:
+    raise ImportError("vllm_int8kv._C is missing: install vllm-int8kv with pip, or run `make setup` in a checkout")
+torch.ops.load_library(_library.origin)
 
 
 def reshape_and_cache(

@@ -1,0 +1,82 @@
+// Chooses the instruction set at run time. Only this file asks the CPU what it has.
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+
+#define INT8KV_FOR_EACH_ISA(F) F(scalar) F(avx2) F(avx512) F(avx512_vnni)
+
+namespace int8kv::cpu {
+
+#define DECLARE_ISA(isa)               \
+  namespace isa {                      \
+  const Kernels& attention_kernels();  \
+  }
+INT8KV_FOR_EACH_ISA(DECLARE_ISA)
+#undef DECLARE_ISA
+
+namespace {
+
+struct Path {
+  const char* name;
+  bool available;
+  const Kernels* kernels;
+};
+
+bool has_scalar() { return true; }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+const Path* paths() {
+#define PATH_OF_ISA(isa) Path{#isa, has_##isa(), &isa::attention_kernels()},
+  static const Path table[] = {INT8KV_FOR_EACH_ISA(PATH_OF_ISA) Path{nullptr, false, nullptr}};
+#undef PATH_OF_ISA
+  return table;
+}
+
+const Path* fastest() {
+  const Path* best = nullptr;
+  for (const Path* path = paths(); path->name; ++path) {
+    if (path->available) best = path;
+  }
+  return best;
+}
+
+std::atomic<const Path*>& chosen() {
+  static std::atomic<const Path*> path{fastest()};
+  return path;
+}
+
+}  // namespace
+
+const Kernels& cpu_kernels() { return *chosen().load(std::memory_order_relaxed)->kernels; }
+
+const char* current_isa() { return chosen().load(std::memory_order_relaxed)->name; }
+
+const char* available_isas() {
+  static const std::string names = [] {
+    std::string list;
+    for (const Path* path = paths(); path->name; ++path) {
+      if (path->available) list += list.empty() ? path->name : std::string(",") + path->name;
+    }
+    return list;
+  }();
+  return names.c_str();
+}
+
+bool set_isa(const char* name) {
+  for (const Path* path = paths(); path->name; ++path) {
+    if (path->available && std::strcmp(path->name, name) == 0) {
+      chosen().store(path, std::memory_order_relaxed);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace int8kv::cpu

@@ -1,0 +1,190 @@
+// The one multiplication of the attention kernel, for scores and for outputs alike:
+//
+//   c[r][16 g + l] (+)= sum_p sum_{j < 2} a[r][2 p + j] * b[g][p][l][j]      int16 * int8 -> int32
+//
+//   scores   a = queries,       b = K codes of 16-slot groups, p over pairs of dims
+//   outputs  a = probabilities, b = V codes of 16-dim groups,  p over pairs of slots
+//
+// A 32-byte line b[g][p] becomes one 512-bit (or two 256-bit) operand of a 16-bit multiply-add, and
+// the pair a[r][2 p .. 2 p + 1] is broadcast: no shuffles and no horizontal sums. An int32 holds the
+// sum of 512 products of 32767 * 127, so c is exact.
+#pragma once
+
+#include "vectors.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace int8kv::cpu::INT8KV_ISA {
+
+struct DotPairs {
+  const int16_t* a;        // [num_rows][a_stride]
+  int64_t a_stride;        // elements
+  const int8_t* b;         // [num_groups][num_pairs][16][2], group stride below
+  int64_t group_stride;    // bytes
+  int64_t prefetch_ahead;  // bytes from a line of b to the one that will be needed later; 0: none
+  int32_t* c;              // [num_rows][c_stride]
+  int64_t c_stride;        // elements
+  int32_t num_rows;
+  int32_t num_groups;
+  int32_t num_pairs;
+  bool accumulate;
+};
+
+#if defined(__AVX512BW__)
+constexpr int kBlockRows = 8;
+// Groups per pass: about eight independent sums hide the latency of the multiply-add.
+constexpr int groups_per_pass(int rows) { return rows <= 2 ? 8 : rows <= 6 ? 4 : 2; }
+
+template <int kRows, int kGroups>
+INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
+  const int16_t* a = d.a + row * d.a_stride;
+  const int8_t* b = d.b + group * d.group_stride;
+  int32_t* c = d.c + row * d.c_stride + group * kLanes;
+  __m512i sum[kRows][kGroups];
+  for (int r = 0; r < kRows; ++r) {
+    for (int g = 0; g < kGroups; ++g) {
+      sum[r][g] = d.accumulate ? _mm512_loadu_si512(c + r * d.c_stride + g * kLanes)
+                               : _mm512_setzero_si512();
+    }
+  }
+  for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
+    __m512i lines[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+      const int8_t* line = b + g * d.group_stride + pair * (2 * kLanes);
+      lines[g] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
+      if (d.prefetch_ahead != 0 && pair % 2 == 0) {
+        _mm_prefetch(reinterpret_cast<const char*>(line) + d.prefetch_ahead, _MM_HINT_T0);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      int32_t bits;
+      std::memcpy(&bits, a + r * d.a_stride + 2 * pair, 4);
+      const __m512i broadcast = _mm512_set1_epi32(bits);
+      for (int g = 0; g < kGroups; ++g) {
+#if defined(__AVX512VNNI__)
+        sum[r][g] = _mm512_dpwssd_epi32(sum[r][g], lines[g], broadcast);
+#else
+        sum[r][g] = _mm512_add_epi32(sum[r][g], _mm512_madd_epi16(lines[g], broadcast));
+#endif
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int g = 0; g < kGroups; ++g) {
+      _mm512_storeu_si512(c + r * d.c_stride + g * kLanes, sum[r][g]);
+    }
+  }
+}
+
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 4;
+constexpr int groups_per_pass(int rows) { return rows <= 1 ? 4 : rows <= 2 ? 2 : 1; }
+
+template <int kRows, int kGroups>
+INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
+  const int16_t* a = d.a + row * d.a_stride;
+  const int8_t* b = d.b + group * d.group_stride;
+  int32_t* c = d.c + row * d.c_stride + group * kLanes;
+  constexpr int kHalves = 2 * kGroups;  // 8 lanes each
+  __m256i sum[kRows][kHalves];
+  for (int r = 0; r < kRows; ++r) {
+    for (int h = 0; h < kHalves; ++h) {
+      const int32_t* from = c + r * d.c_stride + h * (kLanes / 2);
+      sum[r][h] = d.accumulate ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                               : _mm256_setzero_si256();
+    }
+  }
+  for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
+    __m256i lines[kHalves];
+    for (int h = 0; h < kHalves; ++h) {
+      const int8_t* line = b + h / 2 * d.group_stride + pair * (2 * kLanes) + h % 2 * kLanes;
+      lines[h] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line)));
+      if (d.prefetch_ahead != 0 && pair % 2 == 0 && h % 2 == 0) {
+        _mm_prefetch(reinterpret_cast<const char*>(line) + d.prefetch_ahead, _MM_HINT_T0);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      int32_t bits;
+      std::memcpy(&bits, a + r * d.a_stride + 2 * pair, 4);
+      const __m256i broadcast = _mm256_set1_epi32(bits);
+      for (int h = 0; h < kHalves; ++h) {
+        sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(lines[h], broadcast));
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int h = 0; h < kHalves; ++h) {
+      int32_t* to = c + r * d.c_stride + h * (kLanes / 2);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sum[r][h]);
+    }
+  }
+}
+
+#else
+constexpr int kBlockRows = 4;
+constexpr int groups_per_pass(int) { return 1; }
+
+template <int kRows, int kGroups>
+INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
+  static_assert(kGroups == 1);
+  const int16_t* a = d.a + row * d.a_stride;
+  const int8_t* b = d.b + group * d.group_stride;
+  int32_t* c = d.c + row * d.c_stride + group * kLanes;
+  i32x16 sum[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    sum[r] = d.accumulate ? load<i32x16>(c + r * d.c_stride) : i32x16{};
+  }
+  for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
+    const int8_t* line = b + pair * (2 * kLanes);
+    i32x16 even, odd;
+    for (int l = 0; l < kLanes; ++l) {
+      even[l] = line[2 * l];
+      odd[l] = line[2 * l + 1];
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const int16_t* x = a + r * d.a_stride + 2 * pair;
+      sum[r] += even * static_cast<int32_t>(x[0]) + odd * static_cast<int32_t>(x[1]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) store(c + r * d.c_stride, sum[r]);
+}
+#endif
+
+template <int kRows, int kGroups>
+INT8KV_INLINE void dot_pairs_rows(const DotPairs& d, int32_t row, int32_t group) {
+  for (; group + kGroups <= d.num_groups; group += kGroups) {
+    dot_pairs_block<kRows, kGroups>(d, row, group);
+  }
+  if constexpr (kGroups > 1) dot_pairs_rows<kRows, kGroups / 2>(d, row, group);
+}
+
+template <int kRows>
+__attribute__((noinline)) static void dot_pairs_rows(const DotPairs& d, int32_t row) {
+  dot_pairs_rows<kRows, groups_per_pass(kRows)>(d, row, 0);
+}
+
+static void dot_pairs(const DotPairs& all) {
+  const int32_t num_blocks = (all.num_rows + kBlockRows - 1) / kBlockRows;
+  DotPairs d = all;
+  for (int32_t block = 0, row = 0; block < num_blocks; ++block) {
+    const int32_t rows = (all.num_rows - row + num_blocks - block - 1) / (num_blocks - block);
+    switch (rows) {
+      case 1: dot_pairs_rows<1>(d, row); break;
+      case 2: dot_pairs_rows<2>(d, row); break;
+      case 3: dot_pairs_rows<3>(d, row); break;
+      case 4: dot_pairs_rows<4>(d, row); break;
+#if defined(__AVX512BW__)
+      case 5: dot_pairs_rows<5>(d, row); break;
+      case 6: dot_pairs_rows<6>(d, row); break;
+      case 7: dot_pairs_rows<7>(d, row); break;
+      case 8: dot_pairs_rows<8>(d, row); break;
+#endif
+    }
+    row += rows;
+    d.prefetch_ahead = 0;  // once is enough
+  }
+}
+
+}  // namespace int8kv::cpu::INT8KV_ISA

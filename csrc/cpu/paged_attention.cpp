@@ -1,0 +1,171 @@
+// Plans one attention call over the threads: which rows are attended together, and which of those
+// units are cut into splits so that no thread is left with a long one.
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+
+namespace int8kv::cpu {
+
+namespace {
+
+// Splits [split_begin, split_end) of a unit.
+struct WorkItem {
+  int32_t unit;
+  int32_t split_begin;
+  int32_t split_end;
+  int64_t partials;  // offset into the workspace in floats, or -1: the unit is whole
+};
+
+struct PlannedUnit : AttentionUnit {
+  int32_t split_begin;
+  int32_t split_end;
+  int64_t cost;      // rows times keys
+  int64_t partials;  // as in WorkItem
+};
+
+struct Plan {
+  std::vector<PlannedUnit> units;
+  std::vector<WorkItem> items;
+  int64_t workspace_floats = 0;
+};
+
+// The splits that hold a key which some row of the unit sees.
+void find_splits(const PagedAttentionParams& p, PlannedUnit& unit) {
+  const int32_t group = p.num_heads / p.cache.num_kv_heads;
+  const int64_t offset = static_cast<int64_t>(unit.seq_len) - unit.query_len;
+  const int64_t first = offset + unit.row_begin / group;
+  const int64_t last = offset + (unit.row_begin + unit.num_rows - 1) / group;
+  int64_t begin = 0, end = unit.seq_len;
+  if (p.sliding_window > 0) {
+    begin = first - p.sliding_window + 1;
+    end = last + p.sliding_window < end ? last + p.sliding_window : end;
+  }
+  if (p.causal) end = last + 1 < end ? last + 1 : end;
+  if (begin < 0) begin = 0;
+  if (end < begin) end = begin;
+  unit.split_begin = static_cast<int32_t>(begin / kSplitSlots);
+  unit.split_end = static_cast<int32_t>((end + kSplitSlots - 1) / kSplitSlots);
+  // A row costs its share of the products, a unit the reading of its keys: about 8 rows' worth.
+  unit.cost = (end - begin + kTileSlots) * (unit.num_rows + 8);
+}
+
+Plan make_plan(const PagedAttentionParams& p, int32_t num_threads) {
+  Plan plan;
+  const int32_t group = p.num_heads / p.cache.num_kv_heads;
+  int64_t total_cost = 0;
+  for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
+    const int32_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
+    const int64_t num_rows = static_cast<int64_t>(query_len) * group;
+    for (int32_t kv_head = 0; kv_head < p.cache.num_kv_heads; ++kv_head) {
+      for (int64_t row = 0; row < num_rows; row += kMaxRows) {
+        PlannedUnit unit{};
+        unit.seq = seq;
+        unit.kv_head = kv_head;
+        unit.row_begin = static_cast<int32_t>(row);
+        unit.num_rows = static_cast<int32_t>(num_rows - row < kMaxRows ? num_rows - row : kMaxRows);
+        unit.query_len = query_len;
+        unit.seq_len = p.seq_lens[seq];
+        unit.first_token = p.query_start_loc[seq];
+        unit.partials = -1;
+        find_splits(p, unit);
+        total_cost += unit.cost;
+        plan.units.push_back(unit);
+      }
+    }
+  }
+  // Cut what would keep one thread busy for over a quarter of everyone's share.
+  const int64_t target = total_cost / (4 * num_threads) + 1;
+  for (size_t i = 0; i < plan.units.size(); ++i) {
+    PlannedUnit& unit = plan.units[i];
+    const int32_t num_splits = unit.split_end - unit.split_begin;
+    int64_t num_items = num_threads == 1 ? 1 : (unit.cost + target - 1) / target;
+    if (num_items > num_splits) num_items = num_splits;
+    const int32_t index = static_cast<int32_t>(i);
+    if (num_items <= 1) {
+      plan.items.push_back({index, unit.split_begin, unit.split_end, -1});
+      continue;
+    }
+    const int64_t split_floats = unit.num_rows * partial_size(p.cache.head_size);
+    unit.partials = plan.workspace_floats;
+    for (int64_t item = 0; item < num_items; ++item) {
+      const int32_t begin = static_cast<int32_t>(num_splits * item / num_items);
+      const int32_t end = static_cast<int32_t>(num_splits * (item + 1) / num_items);
+      plan.items.push_back({index, unit.split_begin + begin, unit.split_begin + end,
+                            unit.partials + begin * split_floats});
+    }
+    plan.workspace_floats += num_splits * split_floats;
+  }
+  return plan;
+}
+
+char* thread_scratch(size_t size) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t capacity = 0;
+  if (capacity < size) {
+    memory.reset(std::aligned_alloc(64, (size + 63) / 64 * 64));
+    if (!memory) throw std::bad_alloc();
+    capacity = size;
+  }
+  return static_cast<char*>(memory.get());
+}
+
+}  // namespace
+
+void paged_attention(const PagedAttentionParams& p, const ParallelFor& pool) {
+  const Kernels& kernels = cpu_kernels();
+  const Plan plan = make_plan(p, pool.num_threads);
+  const std::unique_ptr<float[]> workspace(new float[plan.workspace_floats]);
+  // Threads take the next item when they are done with one.
+  const auto for_each = [&](size_t count, const auto& body) {
+    std::atomic<size_t> next{0};
+    parallel_for(pool, pool.num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (size_t i = next++; i < count; i = next++) body(i);
+      }
+    });
+  };
+  const size_t scratch_bytes = kernels.scratch_bytes();
+  for_each(plan.items.size(), [&](size_t i) {
+    const WorkItem& item = plan.items[i];
+    float* partials = item.partials < 0 ? nullptr : workspace.get() + item.partials;
+    kernels.attend(p, plan.units[item.unit], item.split_begin, item.split_end, partials,
+                   thread_scratch(scratch_bytes));
+  });
+  if (plan.workspace_floats == 0) return;
+  for_each(plan.units.size(), [&](size_t i) {
+    const PlannedUnit& unit = plan.units[i];
+    if (unit.partials < 0) return;
+    kernels.combine(p, unit, unit.split_end - unit.split_begin, workspace.get() + unit.partials,
+                    thread_scratch(scratch_bytes));
+  });
+}
+
+void reshape_and_cache(const ReshapeAndCacheParams& p, const ParallelFor& pool) {
+  const Kernels& kernels = cpu_kernels();
+  const int32_t num_heads = p.cache.num_kv_heads;
+  // Few tokens: lanes run over the heads too, on one thread; a pool start costs as much as the work.
+  constexpr int64_t kTokensPerTask = 64;
+  if (p.num_tokens * num_heads <= kTokensPerTask) {
+    kernels.quantize_tokens(p, 0, p.num_tokens, 0, num_heads);
+    return;
+  }
+  const int64_t chunks = (p.num_tokens + kTokensPerTask - 1) / kTokensPerTask;
+  parallel_for(pool, chunks * num_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int32_t head = static_cast<int32_t>(task / chunks);
+      const int64_t token = task % chunks * kTokensPerTask;
+      const int64_t token_end =
+          token + kTokensPerTask < p.num_tokens ? token + kTokensPerTask : p.num_tokens;
+      kernels.quantize_tokens(p, token, token_end, head, head + 1);
+    }
+  });
+}
+
+}  // namespace int8kv::cpu

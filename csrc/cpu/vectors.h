@@ -1,0 +1,184 @@
+// Sixteen floats at a time, in the compiler's own vector types: one register with AVX-512, two with
+// AVX2, four with SSE2. Included by the files that are compiled once per instruction set
+// (INT8KV_ISA names it); everything is inlined, so that no object shares a function with another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../int8_quant.h"
+
+#define INT8KV_INLINE static inline __attribute__((always_inline))
+
+namespace int8kv::cpu::INT8KV_ISA {
+
+constexpr int kLanes = 16;
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+template <typename V>
+INT8KV_INLINE V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <typename V>
+INT8KV_INLINE void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+INT8KV_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+
+INT8KV_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+INT8KV_INLINE f32x16 abs(f32x16 x) {
+  return reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(x) & 0x7fffffffu);
+}
+
+INT8KV_INLINE float reduce_max(f32x16 v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+INT8KV_INLINE float reduce_add(f32x16 v) {
+  float s[kLanes];
+  store(s, v);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) s[i] += s[i + half];
+  }
+  return s[0];
+}
+
+// Round half to even for |x| < 2^22: the sum has no bits left for a fraction.
+INT8KV_INLINE f32x16 round_even(f32x16 x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  return (x + kMagic) - kMagic;
+}
+
+// exp(x) for x <= 0, within 2 units in the last place; 0 below -87.
+INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
+  const f32x16 clamped = max(x, splat(-87.0f));
+  const f32x16 n = round_even(clamped * 1.44269504089f);
+  // ln 2 in two parts: n * 0.693359375 is exact.
+  const f32x16 f = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  f32x16 y = splat(1.9875691500e-4f);  // the polynomial of Cephes' expf
+  y = y * f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * (f * f) + f + 1.0f;
+  const i32x16 power = (__builtin_convertvector(n, i32x16) + 127) << 23;
+  y *= reinterpret_cast<f32x16>(power);
+  return x < -87.0f ? f32x16{} : y;
+}
+
+INT8KV_INLINE float half_bits_to_float(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t rest = bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  // 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
+  const float magnitude = bits_to_float(rest << 13) * 5.192296858534828e33f;
+  return bits_to_float(float_bits(magnitude) | sign);
+}
+
+INT8KV_INLINE f32x16 half_to_float(u16x16 half) {
+  const u32x16 bits = __builtin_convertvector(half, u32x16);
+  const u32x16 sign = (bits & 0x8000u) << 16;
+  const u32x16 rest = bits & 0x7fffu;
+  const f32x16 magnitude = reinterpret_cast<f32x16>(rest << 13) * 5.192296858534828e33f;
+  const u32x16 finite = reinterpret_cast<u32x16>(magnitude) | sign;
+  const u32x16 special = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
+  return reinterpret_cast<f32x16>(rest >= 0x7c00u ? special : finite);
+}
+
+// Elements [i, i + 16) of a vector of `dtype`.
+INT8KV_INLINE f32x16 load_floats(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return load<f32x16>(static_cast<const float*>(data) + i);
+  const u16x16 half = load<u16x16>(static_cast<const uint16_t*>(data) + i);
+  if (dtype == DType::kFloat16) return half_to_float(half);
+  return reinterpret_cast<f32x16>(__builtin_convertvector(half, u32x16) << 16);
+}
+
+INT8KV_INLINE u16x16 float_to_half(f32x16 x) {
+  const u32x16 bits = reinterpret_cast<u32x16>(x);
+  const u32x16 sign = (bits & 0x80000000u) >> 16;
+  const f32x16 magnitude = abs(x);
+  const u32x16 abs_bits = bits & 0x7fffffffu;
+  // Normal: rebias, round half to even on the 13 dropped bits; an overflow carries into infinity.
+  const u32x16 normal = (abs_bits - (112u << 23) + 0xfffu + ((abs_bits >> 13) & 1u)) >> 13;
+  // Subnormal: adding 0.5 leaves the result, rounded, in the low bits.
+  const u32x16 tiny = reinterpret_cast<u32x16>(magnitude + 0.5f) - 0x3f000000u;
+  u32x16 half = magnitude < 6.103515625e-05f ? tiny : normal;
+  half = magnitude >= 65520.0f ? u32x16{} + 0x7c00u : half;
+  half = x != x ? u32x16{} + 0x7e00u : half;
+  return __builtin_convertvector(half | sign, u16x16);
+}
+
+INT8KV_INLINE u16x16 float_to_bf16(f32x16 x) {
+  const u32x16 bits = reinterpret_cast<u32x16>(x);
+  const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x != x ? u32x16{} + 0x7fc0u : rounded, u16x16);
+}
+
+INT8KV_INLINE void store_floats(void* data, DType dtype, int64_t i, f32x16 x) {
+  if (dtype == DType::kFloat32) {
+    store(static_cast<float*>(data) + i, x);
+  } else {
+    store(static_cast<uint16_t*>(data) + i,
+          dtype == DType::kFloat16 ? float_to_half(x) : float_to_bf16(x));
+  }
+}
+
+INT8KV_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+INT8KV_INLINE f32x16 sanitize(f32x16 x) {
+  x = x != x ? f32x16{} : x;
+  x = x > kMaxMagnitude ? splat(kMaxMagnitude) : x;
+  return x < -kMaxMagnitude ? splat(-kMaxMagnitude) : x;
+}
+
+// Sixteen vectors of head_size elements side by side: x[dim * kLanes + lane].
+struct LaneBlock {
+  alignas(64) float x[kMaxHeadSize * kLanes];
+};
+
+// Fills lane `lane`; other lanes keep their values.
+INT8KV_INLINE void load_lane(LaneBlock& block, int lane, const void* vector, DType dtype,
+                             int32_t head_size) {
+  for (int32_t dim = 0; dim < head_size; dim += kLanes) {
+    float values[kLanes];
+    store(values, load_floats(vector, dtype, dim));
+    for (int i = 0; i < kLanes; ++i) block.x[(dim + i) * kLanes + lane] = values[i];
+  }
+}
+
+// hadamard_rotate() of int8_quant.h on all lanes: the same additions in the same order.
+INT8KV_INLINE void hadamard_rotate(LaneBlock& block, int32_t head_size) {
+  const int32_t width = rotation_block(head_size);
+  for (int32_t half = 1; half < width; half *= 2) {
+    for (int32_t i = 0; i < head_size; i += 2 * half) {
+      for (int32_t j = i; j < i + half; ++j) {
+        float* low = block.x + j * kLanes;
+        float* high = block.x + (j + half) * kLanes;
+        const f32x16 a = load<f32x16>(low), b = load<f32x16>(high);
+        store(low, a + b);
+        store(high, a - b);
+      }
+    }
+  }
+  const float norm = rotation_norm(width);
+  for (int32_t dim = 0; dim < head_size; ++dim) {
+    float* x = block.x + dim * kLanes;
+    store(x, load<f32x16>(x) * norm);
+  }
+}
+
+}  // namespace int8kv::cpu::INT8KV_ISA
