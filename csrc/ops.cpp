@@ -30,9 +30,16 @@ template <typename... Parts>
   throw std::runtime_error(text.str());
 }
 
-template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (!condition) fail(parts...);
+// A macro, so that a text is put together only when it is needed: the checks run on every call.
+#define INT8KV_CHECK(condition, ...)     \
+  do {                                   \
+    if (!(condition)) fail(__VA_ARGS__); \
+  } while (false)
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
+  return same;
 }
 
 std::string shape_of(const Tensor& t) {
@@ -46,25 +53,29 @@ std::string shape_of(const Tensor& t) {
 const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
 
 void check_dim(const Tensor& t, const char* name, int64_t dim, const char* shape) {
-  check(t.dim() == dim, name, " must be ", shape, ", got ", shape_of(t));
+  INT8KV_CHECK(t.dim() == dim, name, " must be ", shape, ", got ", shape_of(t));
 }
 
 void check_type(const Tensor& t, const char* name, ScalarType type) {
-  check(t.scalar_type() == type, name, " must be ", name_of(type), ", got ",
-        name_of(t.scalar_type()));
+  INT8KV_CHECK(t.scalar_type() == type, name, " must be ", name_of(type), ", got ",
+               name_of(t.scalar_type()));
 }
 
 void check_device(const Tensor& t, const char* name, const Tensor& cache) {
-  check(t.is_cuda() == cache.is_cuda() && t.get_device_index() == cache.get_device_index(), name,
-        " must be on the device of kv_cache");
+  INT8KV_CHECK(t.is_cuda() == cache.is_cuda() && t.get_device_index() == cache.get_device_index(),
+               name, " must be on the device of kv_cache");
 }
 
 DType float_type(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: fail(name, " must be Float, Half or BFloat16, got ", name_of(t.scalar_type()));
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      fail(name, " must be Float, Half or BFloat16, got ", name_of(t.scalar_type()));
   }
 }
 
@@ -74,17 +85,18 @@ KVCache view_cache(const Tensor& t) {
   const int64_t block_size = t.size(2), content = t.size(3), head_size = (content - 4) / 2;
   const bool is_head_size = content % 2 == 0 && head_size % kDimGroup == 0 &&
                             ((head_size >= 32 && head_size <= 256) || head_size == 512);
-  check(is_head_size, "kv_cache holds ", content, " bytes per slot, which is 2 * head_size + 4 for no",
-        " supported head_size; supported: 32 to 256 in steps of 16, and 512");
-  check(block_size > 0 && block_size % kSlotGroup == 0,
-        "kv_cache must have a block_size that is a positive multiple of ", kSlotGroup, ", got ",
-        block_size);
-  check(t.size(0) == 0 || (t.stride(3) == 1 && t.stride(2) == content),
-        "kv_cache must hold the bytes of a (block, KV head) pair contiguously, got strides ",
-        t.stride(2), ", ", t.stride(3), " for slots and bytes; expected ", content, ", 1");
-  check(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 4 == 0 && t.stride(0) % 4 == 0 &&
-            t.stride(1) % 4 == 0,
-        "kv_cache must start on a multiple of 4 bytes, every block and every KV head too");
+  INT8KV_CHECK(is_head_size, "kv_cache holds ", content,
+               " bytes per slot, which is 2 * head_size + 4 for no",
+               " supported head_size; supported: 32 to 256 in steps of 16, and 512");
+  INT8KV_CHECK(block_size > 0 && block_size % kSlotGroup == 0,
+               "kv_cache must have a block_size that is a positive multiple of ", kSlotGroup,
+               ", got ", block_size);
+  INT8KV_CHECK(t.size(0) == 0 || (t.stride(3) == 1 && t.stride(2) == content),
+               "kv_cache must hold the bytes of a (block, KV head) pair contiguously, got strides ",
+               t.stride(2), ", ", t.stride(3), " for slots and bytes; expected ", content, ", 1");
+  INT8KV_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 4 == 0 && t.stride(0) % 4 == 0 &&
+                   t.stride(1) % 4 == 0,
+               "kv_cache must start on a multiple of 4 bytes, every block and every KV head too");
   KVCache cache{};
   cache.data = static_cast<int8_t*>(t.mutable_data_ptr());
   cache.block_stride = t.stride(0);
@@ -99,9 +111,10 @@ KVCache view_cache(const Tensor& t) {
 // Checks [num_tokens, heads, head_size] with a contiguous last dimension.
 void check_heads(const Tensor& t, const char* name, const KVCache& cache) {
   check_dim(t, name, 3, "[num_tokens, num_heads, head_size]");
-  check(t.size(2) == cache.head_size, name, " has head_size ", t.size(2), " but kv_cache has ",
-        cache.head_size);
-  check(t.stride(2) == 1, name, " must be contiguous along head_size, got stride ", t.stride(2));
+  INT8KV_CHECK(t.size(2) == cache.head_size, name, " has head_size ", t.size(2),
+               " but kv_cache has ", cache.head_size);
+  INT8KV_CHECK(t.stride(2) == 1, name, " must be contiguous along head_size, got stride ",
+               t.stride(2));
 }
 
 const float* optional_floats(const std::optional<Tensor>& t, const char* name, const Tensor& cache,
@@ -109,15 +122,16 @@ const float* optional_floats(const std::optional<Tensor>& t, const char* name, c
   if (!t) return nullptr;
   check_type(*t, name, ScalarType::Float);
   check_device(*t, name, cache);
-  std::ostringstream expected;
-  bool same = t->dim() == static_cast<int64_t>(shape.size());
+  bool same = t->dim() == static_cast<int64_t>(shape.size()) && t->is_contiguous();
   int64_t i = 0;
-  for (const int64_t size : shape) {
-    expected << (i ? ", " : "") << size;
-    same = same && t->size(i++) == size;
+  for (const int64_t size : shape) same = same && t->size(i++) == size;
+  if (!same) {
+    std::ostringstream expected;
+    for (const int64_t* size = shape.begin(); size != shape.end(); ++size) {
+      expected << (size == shape.begin() ? "" : ", ") << *size;
+    }
+    fail(name, " must be contiguous [", expected.str(), "], got ", shape_of(*t));
   }
-  check(same && t->is_contiguous(), name, " must be contiguous [", expected.str(), "], got ",
-        shape_of(*t));
   return static_cast<const float*>(t->const_data_ptr());
 }
 
@@ -128,17 +142,17 @@ ReshapeAndCacheParams cache_params(const Tensor& key, const Tensor& value, const
   p.cache = view_cache(kv_cache);
   check_heads(key, "key", p.cache);
   check_heads(value, "value", p.cache);
-  check(key.size(1) == p.cache.num_kv_heads, "key has ", key.size(1), " KV heads but kv_cache has ",
-        p.cache.num_kv_heads);
-  check(shape_of(value) == shape_of(key), "value must have the shape of key, ", shape_of(key),
-        ", got ", shape_of(value));
+  INT8KV_CHECK(key.size(1) == p.cache.num_kv_heads, "key has ", key.size(1),
+               " KV heads but kv_cache has ", p.cache.num_kv_heads);
+  INT8KV_CHECK(same_shape(value, key), "value must have the shape of key, ", shape_of(key),
+               ", got ", shape_of(value));
   p.dtype = float_type(key, "key");
   check_type(value, "value", key.scalar_type());
   check_dim(slot_mapping, "slot_mapping", 1, "[num_tokens]");
   check_type(slot_mapping, "slot_mapping", ScalarType::Long);
-  check(slot_mapping.size(0) <= key.size(0), "slot_mapping has ", slot_mapping.size(0),
-        " entries but key has ", key.size(0), " tokens");
-  check(slot_mapping.is_contiguous(), "slot_mapping must be contiguous");
+  INT8KV_CHECK(slot_mapping.size(0) <= key.size(0), "slot_mapping has ", slot_mapping.size(0),
+               " entries but key has ", key.size(0), " tokens");
+  INT8KV_CHECK(slot_mapping.is_contiguous(), "slot_mapping must be contiguous");
   check_device(key, "key", kv_cache);
   check_device(value, "value", kv_cache);
   check_device(slot_mapping, "slot_mapping", kv_cache);
@@ -168,45 +182,48 @@ PagedAttentionParams attention_params(
   check_heads(out, "out", p.cache);
   p.dtype = float_type(query, "query");
   check_type(out, "out", query.scalar_type());
-  check(shape_of(out) == shape_of(query), "out must have the shape of query, ", shape_of(query),
-        ", got ", shape_of(out));
+  INT8KV_CHECK(same_shape(out, query), "out must have the shape of query, ", shape_of(query),
+               ", got ", shape_of(out));
   p.num_tokens = query.size(0);
   p.num_heads = static_cast<int32_t>(query.size(1));
-  check(p.num_heads > 0 && p.cache.num_kv_heads > 0 && p.num_heads % p.cache.num_kv_heads == 0,
-        "query has ", p.num_heads, " heads, which is no multiple of the ", p.cache.num_kv_heads,
-        " KV heads of kv_cache");
+  INT8KV_CHECK(
+      p.num_heads > 0 && p.cache.num_kv_heads > 0 && p.num_heads % p.cache.num_kv_heads == 0,
+      "query has ", p.num_heads, " heads, which is no multiple of the ", p.cache.num_kv_heads,
+      " KV heads of kv_cache");
   check_dim(seq_lens, "seq_lens", 1, "[num_seqs]");
   check_dim(query_start_loc, "query_start_loc", 1, "[num_seqs + 1]");
   check_dim(block_table, "block_table", 2, "[num_seqs, max_blocks_per_seq]");
-  for (const auto& [tensor, name] : {std::pair{&seq_lens, "seq_lens"},
-                                     std::pair{&query_start_loc, "query_start_loc"},
-                                     std::pair{&block_table, "block_table"}}) {
+  for (const auto& [tensor, name] :
+       {std::pair{&seq_lens, "seq_lens"}, std::pair{&query_start_loc, "query_start_loc"},
+        std::pair{&block_table, "block_table"}}) {
     check_type(*tensor, name, ScalarType::Int);
-    check(tensor->numel() == 0 || tensor->stride(tensor->dim() - 1) == 1, name,
-          " must be contiguous along its last dimension");
+    INT8KV_CHECK(tensor->numel() == 0 || tensor->stride(tensor->dim() - 1) == 1, name,
+                 " must be contiguous along its last dimension");
     check_device(*tensor, name, kv_cache);
   }
   const int64_t num_seqs = seq_lens.size(0);
   p.num_seqs = static_cast<int32_t>(num_seqs);
-  check(query_start_loc.size(0) == num_seqs + 1, "query_start_loc must have num_seqs + 1 = ",
-        num_seqs + 1, " entries, got ", query_start_loc.size(0));
-  check(block_table.size(0) == num_seqs, "block_table must have num_seqs = ", num_seqs,
-        " rows, got ", block_table.size(0));
+  INT8KV_CHECK(query_start_loc.size(0) == num_seqs + 1,
+               "query_start_loc must have num_seqs + 1 = ", num_seqs + 1, " entries, got ",
+               query_start_loc.size(0));
+  INT8KV_CHECK(block_table.size(0) == num_seqs, "block_table must have num_seqs = ", num_seqs,
+               " rows, got ", block_table.size(0));
   check_device(query, "query", kv_cache);
   check_device(out, "out", kv_cache);
   if (lse) {
     check_type(*lse, "lse", ScalarType::Float);
     check_device(*lse, "lse", kv_cache);
-    check(lse->dim() == 2 && lse->size(0) == p.num_heads && lse->size(1) == p.num_tokens &&
-              lse->is_contiguous(),
-          "lse must be contiguous [", p.num_heads, ", ", p.num_tokens, "], got ", shape_of(*lse));
+    INT8KV_CHECK(lse->dim() == 2 && lse->size(0) == p.num_heads && lse->size(1) == p.num_tokens &&
+                     lse->is_contiguous(),
+                 "lse must be contiguous [", p.num_heads, ", ", p.num_tokens, "], got ",
+                 shape_of(*lse));
     p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
-  check(std::isfinite(softmax_scale), "softmax_scale must be finite, got ", softmax_scale);
-  check(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or positive, got ",
-        softcap);
-  check(sliding_window >= 0 && sliding_window <= INT32_MAX,
-        "sliding_window must be 0 (none) or positive, got ", sliding_window);
+  INT8KV_CHECK(std::isfinite(softmax_scale), "softmax_scale must be finite, got ", softmax_scale);
+  INT8KV_CHECK(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or positive, got ",
+               softcap);
+  INT8KV_CHECK(sliding_window >= 0 && sliding_window <= INT32_MAX,
+               "sliding_window must be 0 (none) or positive, got ", sliding_window);
   p.query = query.const_data_ptr();
   p.out = out.mutable_data_ptr();
   p.query_token_stride = query.stride(0);
@@ -232,9 +249,8 @@ PagedAttentionParams attention_params(
 // PyTorch's own threads, so that the thread settings of the caller hold.
 cpu::ParallelFor torch_threads() {
   const auto run = [](int64_t size, const void* context, cpu::ParallelFor::Body body) {
-    torch::stable::parallel_for(0, size, 1, [=](int64_t begin, int64_t end) {
-      body(context, begin, end);
-    });
+    torch::stable::parallel_for(0, size, 1,
+                                [=](int64_t begin, int64_t end) { body(context, begin, end); });
   };
   return {run, static_cast<int32_t>(torch::stable::get_num_threads())};
 }
@@ -245,31 +261,34 @@ void reshape_and_cache_cpu(Tensor key, Tensor value, Tensor kv_cache, Tensor slo
       cache_params(key, value, kv_cache, slot_mapping, rotate_keys, key_equalizer);
   const int64_t num_slots = p.cache.num_blocks * p.cache.block_size;
   for (int64_t i = 0; i < p.num_tokens; ++i) {
-    check(p.slot_mapping[i] < num_slots, "slot_mapping[", i, "] is ", p.slot_mapping[i],
-          " but kv_cache has ", num_slots, " slots");
+    INT8KV_CHECK(p.slot_mapping[i] < num_slots, "slot_mapping[", i, "] is ", p.slot_mapping[i],
+                 " but kv_cache has ", num_slots, " slots");
   }
   cpu::reshape_and_cache(p, torch_threads());
 }
 
 // What a kernel would read outside the tensors for; on a GPU the caller vouches for it.
 void check_batch(const PagedAttentionParams& p, int64_t max_blocks_per_seq) {
-  check(p.query_start_loc[0] == 0, "query_start_loc must start at 0, got ", p.query_start_loc[0]);
+  INT8KV_CHECK(p.query_start_loc[0] == 0, "query_start_loc must start at 0, got ",
+               p.query_start_loc[0]);
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
     const int64_t begin = p.query_start_loc[seq], end = p.query_start_loc[seq + 1];
     const int64_t seq_len = p.seq_lens[seq];
-    check(begin <= end && end <= p.num_tokens, "query_start_loc must not decrease or exceed the ",
-          p.num_tokens, " tokens of query, got ", begin, ", ", end, " for sequence ", seq);
-    check(seq_len >= 0, "seq_lens[", seq, "] must not be negative, got ", seq_len);
-    check(!p.causal || end - begin <= seq_len, "sequence ", seq, " has ", end - begin,
-          " query tokens but seq_lens says ", seq_len);
+    INT8KV_CHECK(begin <= end && end <= p.num_tokens,
+                 "query_start_loc must not decrease or exceed the ", p.num_tokens,
+                 " tokens of query, got ", begin, ", ", end, " for sequence ", seq);
+    INT8KV_CHECK(seq_len >= 0, "seq_lens[", seq, "] must not be negative, got ", seq_len);
+    INT8KV_CHECK(!p.causal || end - begin <= seq_len, "sequence ", seq, " has ", end - begin,
+                 " query tokens but seq_lens says ", seq_len);
     const int64_t num_blocks = (seq_len + p.cache.block_size - 1) / p.cache.block_size;
-    check(num_blocks <= max_blocks_per_seq, "seq_lens[", seq, "] is ", seq_len, ", which takes ",
-          num_blocks, " blocks, but block_table has ", max_blocks_per_seq, " columns");
+    INT8KV_CHECK(num_blocks <= max_blocks_per_seq, "seq_lens[", seq, "] is ", seq_len,
+                 ", which takes ", num_blocks, " blocks, but block_table has ", max_blocks_per_seq,
+                 " columns");
     if (begin == end) continue;
     for (int64_t i = 0; i < num_blocks; ++i) {
       const int64_t block = p.block_table[seq * p.block_table_stride + i];
-      check(block >= 0 && block < p.cache.num_blocks, "block_table[", seq, ", ", i, "] is ", block,
-            " but kv_cache has ", p.cache.num_blocks, " blocks");
+      INT8KV_CHECK(block >= 0 && block < p.cache.num_blocks, "block_table[", seq, ", ", i, "] is ",
+                   block, " but kv_cache has ", p.cache.num_blocks, " blocks");
     }
   }
 }
@@ -290,8 +309,8 @@ std::string cpu_isas() { return cpu::available_isas(); }
 std::string cpu_isa() { return cpu::current_isa(); }
 
 void set_cpu_isa(std::string isa) {
-  check(cpu::set_isa(isa.c_str()), "isa '", isa, "' is not available on this CPU; available: ",
-        cpu::available_isas());
+  INT8KV_CHECK(cpu::set_isa(isa.c_str()), "isa '", isa,
+               "' is not available on this CPU; available: ", cpu::available_isas());
 }
 
 bool has_cuda_kernels() {

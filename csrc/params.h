@@ -19,8 +19,8 @@
 #if defined(__CUDACC__)
 #define INT8KV_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy of a
-// shared function could be taken from the AVX-512 object and run on a CPU without it.
+// Always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy of
+// a shared function could be taken from the AVX-512 object and run on a CPU without it.
 #define INT8KV_HD inline __attribute__((always_inline))
 #endif
 
@@ -77,7 +77,7 @@ struct PagedAttentionParams {
   void* out;          // same shape and dtype as query
   int64_t query_token_stride, query_head_stride;  // elements
   int64_t out_token_stride, out_head_stride;      // elements
-  float* lse;                      // [num_heads, num_tokens] natural log, or null
+  float* lse;                                     // [num_heads, num_tokens] natural log, or null
   const int32_t* block_table;      // [num_seqs, max_blocks_per_seq], row stride below
   int64_t block_table_stride;      // elements
   const int32_t* seq_lens;         // [num_seqs], tokens in the cache including this step's

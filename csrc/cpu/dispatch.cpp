@@ -9,9 +9,9 @@
 
 namespace int8kv::cpu {
 
-#define DECLARE_ISA(isa)               \
-  namespace isa {                      \
-  const Kernels& attention_kernels();  \
+#define DECLARE_ISA(isa)              \
+  namespace isa {                     \
+  const Kernels& attention_kernels(); \
   }
 INT8KV_FOR_EACH_ISA(DECLARE_ISA)
 #undef DECLARE_ISA

@@ -6,8 +6,8 @@
 //   outputs  a = probabilities, b = V codes of 16-dim groups,  p over pairs of slots
 //
 // A 32-byte line b[g][p] becomes one 512-bit (or two 256-bit) operand of a 16-bit multiply-add, and
-// the pair a[r][2 p .. 2 p + 1] is broadcast: no shuffles and no horizontal sums. An int32 holds the
-// sum of 512 products of 32767 * 127, so c is exact.
+// the pair a[r][2 p .. 2 p + 1] is broadcast: no shuffles and no horizontal sums. An int32 holds
+// the sum of 512 products of 32767 * 127, so c is exact.
 #pragma once
 
 #include "vectors.h"
@@ -171,15 +171,31 @@ static void dot_pairs(const DotPairs& all) {
   for (int32_t block = 0, row = 0; block < num_blocks; ++block) {
     const int32_t rows = (all.num_rows - row + num_blocks - block - 1) / (num_blocks - block);
     switch (rows) {
-      case 1: dot_pairs_rows<1>(d, row); break;
-      case 2: dot_pairs_rows<2>(d, row); break;
-      case 3: dot_pairs_rows<3>(d, row); break;
-      case 4: dot_pairs_rows<4>(d, row); break;
+      case 1:
+        dot_pairs_rows<1>(d, row);
+        break;
+      case 2:
+        dot_pairs_rows<2>(d, row);
+        break;
+      case 3:
+        dot_pairs_rows<3>(d, row);
+        break;
+      case 4:
+        dot_pairs_rows<4>(d, row);
+        break;
 #if defined(__AVX512BW__)
-      case 5: dot_pairs_rows<5>(d, row); break;
-      case 6: dot_pairs_rows<6>(d, row); break;
-      case 7: dot_pairs_rows<7>(d, row); break;
-      case 8: dot_pairs_rows<8>(d, row); break;
+      case 5:
+        dot_pairs_rows<5>(d, row);
+        break;
+      case 6:
+        dot_pairs_rows<6>(d, row);
+        break;
+      case 7:
+        dot_pairs_rows<7>(d, row);
+        break;
+      case 8:
+        dot_pairs_rows<8>(d, row);
+        break;
 #endif
     }
     row += rows;

@@ -32,15 +32,16 @@ struct AttentionUnit {
   int32_t seq;
   int32_t kv_head;
   int32_t row_begin;
-  int32_t num_rows;    // at most kMaxRows
-  int32_t query_len;   // of the sequence
-  int32_t seq_len;     // of the sequence
+  int32_t num_rows;     // at most kMaxRows
+  int32_t query_len;    // of the sequence
+  int32_t seq_len;      // of the sequence
   int64_t first_token;  // of the sequence, in `query`
 };
 
 constexpr int32_t kMaxRows = 32;
-constexpr int32_t kTileSlots = 128;   // scores held at once, per row
-constexpr int32_t kSplitSlots = 512;  // keys per split; fixed, so that no result depends on the batch
+constexpr int32_t kTileSlots = 128;  // scores held at once, per row
+constexpr int32_t kSplitSlots =
+    512;  // keys per split; fixed, so that no result depends on the batch
 
 // Floats per row of a split's partial result: the softmax state, padded, then head_size values.
 constexpr int32_t kPartialHeader = 16;
@@ -64,8 +65,8 @@ struct Kernels {
 
 const Kernels& cpu_kernels();
 
-const char* available_isas();          // comma-separated, slowest first
+const char* available_isas();  // comma-separated, slowest first
 const char* current_isa();
-bool set_isa(const char* name);        // false: the CPU does not have it, or nobody does
+bool set_isa(const char* name);  // false: the CPU does not have it, or nobody does
 
 }  // namespace int8kv::cpu

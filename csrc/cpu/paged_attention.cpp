@@ -150,7 +150,8 @@ void paged_attention(const PagedAttentionParams& p, const ParallelFor& pool) {
 void reshape_and_cache(const ReshapeAndCacheParams& p, const ParallelFor& pool) {
   const Kernels& kernels = cpu_kernels();
   const int32_t num_heads = p.cache.num_kv_heads;
-  // Few tokens: lanes run over the heads too, on one thread; a pool start costs as much as the work.
+  // Few tokens: lanes run over the heads too, on one thread; a pool start costs as much as the
+  // work.
   constexpr int64_t kTokensPerTask = 64;
   if (p.num_tokens * num_heads <= kTokensPerTask) {
     kernels.quantize_tokens(p, 0, p.num_tokens, 0, num_heads);

@@ -7,8 +7,8 @@
 // two such terms, the second for the rounding error of the first. K scales multiply scores and V
 // scales probabilities, so no code is ever turned into a float.
 //
-// Tiles start at multiples of kTileSlots and splits at multiples of kSplitSlots, whatever the batch,
-// and splits merge in order: the bits of a row depend on nothing but the row and its keys.
+// Tiles start at multiples of kTileSlots and splits at multiples of kSplitSlots, whatever the
+// batch, and splits merge in order: the bits of a row depend on nothing but the row and its keys.
 #include "../softmax_state.h"
 #include "dot_pairs.h"
 #include "kernels.h"
@@ -21,8 +21,8 @@ constexpr float kMaxTerm = 32767.0f;
 constexpr float kSecondTerm = 65534.0f;  // the first term is off by at most half a unit
 constexpr int kMaxTerms = 2;
 
-// Working memory of one thread. Strides are those of the head size in hand, so that only the part in
-// use is touched.
+// Working memory of one thread. Strides are those of the head size in hand, so that only the part
+// in use is touched.
 struct Scratch {
   alignas(64) int16_t queries[kMaxTerms * kMaxRows * kMaxHeadSize];  // [term][row][head_size]
   alignas(64) int16_t weights[kMaxTerms * kMaxRows * kTileSlots];    // [term][row][kTileSlots]
@@ -159,33 +159,34 @@ INT8KV_INLINE void for_each_block(const Unit& u, int32_t tile_begin, int32_t til
 void score_tile(Unit& u, int32_t tile_begin, int32_t tile_end) {
   Scratch& s = u.s;
   const KVCache& cache = u.p.cache;
-  for_each_block(u, tile_begin, tile_end,
-                 [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk, int64_t ahead) {
-    DotPairs d;
-    d.a = s.queries;
-    d.a_stride = u.head_size;
-    d.b = chunk + cache.k_code(offset, 0);
-    d.group_stride = static_cast<int64_t>(kSlotGroup) * u.head_size;
-    d.prefetch_ahead = ahead;
-    d.c = s.products + at;
-    d.c_stride = kTileSlots;
-    d.num_rows = u.num_terms * u.num_rows;
-    d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
-    d.num_pairs = u.head_size / 2;
-    d.accumulate = false;
-    dot_pairs(d);
-    const int32_t padded = d.num_groups * kSlotGroup;
-    for (int32_t i = 0; i < padded; i += kLanes) {
-      const auto load_scales = [&](int64_t plane, float* to) {
-        const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
-        store(to + at + i,
-              reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16));
-      };
-      load_scales(cache.k_scales(), s.k_scales);
-      load_scales(cache.v_scales(), s.v_scales);
-    }
-    for (int32_t i = count; i < padded; ++i) s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
-  });
+  for_each_block(
+      u, tile_begin, tile_end,
+      [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk, int64_t ahead) {
+        DotPairs d;
+        d.a = s.queries;
+        d.a_stride = u.head_size;
+        d.b = chunk + cache.k_code(offset, 0);
+        d.group_stride = static_cast<int64_t>(kSlotGroup) * u.head_size;
+        d.prefetch_ahead = ahead;
+        d.c = s.products + at;
+        d.c_stride = kTileSlots;
+        d.num_rows = u.num_terms * u.num_rows;
+        d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
+        d.num_pairs = u.head_size / 2;
+        d.accumulate = false;
+        dot_pairs(d);
+        const int32_t padded = d.num_groups * kSlotGroup;
+        for (int32_t i = 0; i < padded; i += kLanes) {
+          const auto load_scales = [&](int64_t plane, float* to) {
+            const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
+            store(to + at + i,
+                  reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16));
+          };
+          load_scales(cache.k_scales(), s.k_scales);
+          load_scales(cache.v_scales(), s.v_scales);
+        }
+        for (int32_t i = count; i < padded; ++i) s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
+      });
 }
 
 // Turns one row's products into scores, masks them and updates the row's softmax; leaves the
@@ -277,22 +278,23 @@ void weigh_row(Unit& u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
 void add_values(Unit& u, int32_t tile_begin, int32_t tile_end) {
   Scratch& s = u.s;
   const KVCache& cache = u.p.cache;
-  for_each_block(u, tile_begin, tile_end,
-                 [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk, int64_t ahead) {
-    DotPairs d;
-    d.a = s.weights + at;
-    d.a_stride = kTileSlots;
-    d.b = chunk + cache.v_code(offset, 0);
-    d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
-    d.prefetch_ahead = ahead;
-    d.c = s.products;
-    d.c_stride = u.head_size;
-    d.num_rows = u.num_terms * u.num_rows;
-    d.num_groups = u.head_size / kDimGroup;
-    d.num_pairs = (count + 1) / 2;
-    d.accumulate = at > 0;
-    dot_pairs(d);
-  });
+  for_each_block(
+      u, tile_begin, tile_end,
+      [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk, int64_t ahead) {
+        DotPairs d;
+        d.a = s.weights + at;
+        d.a_stride = kTileSlots;
+        d.b = chunk + cache.v_code(offset, 0);
+        d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
+        d.prefetch_ahead = ahead;
+        d.c = s.products;
+        d.c_stride = u.head_size;
+        d.num_rows = u.num_terms * u.num_rows;
+        d.num_groups = u.head_size / kDimGroup;
+        d.num_pairs = (count + 1) / 2;
+        d.accumulate = at > 0;
+        dot_pairs(d);
+      });
   for (int32_t row = 0; row < u.num_rows; ++row) {
     float* out = s.out + row * partial_size(u.head_size) + kPartialHeader;
     const int32_t* first = s.products + static_cast<int64_t>(row) * u.head_size;

@@ -1,9 +1,9 @@
 // Cache write: rotate, scale, round and store. Compiled once per instruction set.
 //
-// Sixteen (token, KV head) vectors are handled side by side, one per lane, so that the rotation, the
-// maximum and the rounding are vertical and need no shuffles. When the lanes are the 16 consecutive
-// slots of a slot group, their codes are whole 32-byte lines of the cache; else they are stored one
-// by one.
+// Sixteen (token, KV head) vectors are handled side by side, one per lane, so that the rotation,
+// the maximum and the rounding are vertical and need no shuffles. When the lanes are the 16
+// consecutive slots of a slot group, their codes are whole 32-byte lines of the cache; else they
+// are stored one by one.
 #include <initializer_list>
 
 #include "kernels.h"
@@ -91,7 +91,8 @@ void store_codes(const KVCache& cache, const LaneGroup& group, const Quantized& 
       int8_t* lines = chunk + cache.v_code(slot, dim);
       for (int32_t d = 0; d < kDimGroup; ++d) {
         for (int32_t pair = 0; pair < kSlotGroup / 2; ++pair) {
-          std::memcpy(lines + pair * 2 * kDimGroup + 2 * d, q.codes + (dim + d) * kLanes + 2 * pair, 2);
+          std::memcpy(lines + pair * 2 * kDimGroup + 2 * d, q.codes + (dim + d) * kLanes + 2 * pair,
+                      2);
         }
       }
     }
@@ -135,8 +136,8 @@ void write_group(const ReshapeAndCacheParams& p, const LaneGroup& group) {
 
 }  // namespace
 
-// Lanes run over tokens first, so that prefill fills slot groups, and a group is closed where a slot
-// group ends, so that an unaligned start costs one group and not every group.
+// Lanes run over tokens first, so that prefill fills slot groups, and a group is closed where a
+// slot group ends, so that an unaligned start costs one group and not every group.
 void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_t token_end,
                      int32_t head_begin, int32_t head_end) {
   LaneGroup group;
