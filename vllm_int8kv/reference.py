@@ -26,21 +26,26 @@ def hadamard_rotate(x: torch.Tensor) -> torch.Tensor:
     block = rotation_block(head_size)
     half = 1
     while half < block:
-        pairs = x.reshape(*x.shape[:-1], -1, 2, half)
+        pairs = x.reshape(*x.shape[:-1], head_size // (2 * half), 2, half)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack([a + b, a - b], dim=-2).reshape(x.shape)
         half *= 2
     return x * torch.tensor(1.0 / math.sqrt(block), dtype=torch.float32)
 
 
+def sanitize(x: torch.Tensor) -> torch.Tensor:
+    """fp32 without the values that cannot be quantized: NaN counts as 0, magnitudes saturate at 1e30."""
+    return torch.nan_to_num(x.float(), nan=0.0).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE)
+
+
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the vectors along the last dimension, see `csrc/int8_quant.h`.
+    """Quantize the finite vectors along the last dimension, see `csrc/int8_quant.h`.
 
     Returns:
-        codes, int8, the shape of `x`; scales, bf16, one per vector. NaN counts as 0, magnitudes saturate
-        at 1e30, a vector below 1e-30 everywhere becomes zeros with scale 1.
+        codes, int8, the shape of `x`; scales, bf16, one per vector. A vector below 1e-30 everywhere
+        becomes zeros with scale 1.
     """
-    x = torch.nan_to_num(x.float(), nan=0.0).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE)
+    x = x.float()
     amax = x.abs().amax(dim=-1)
     scales = torch.where(amax >= MIN_MAGNITUDE, amax / INT8_MAX, 1.0).to(cache_layout.SCALE_DTYPE)
     codes = torch.round(x / scales.float()[..., None])
@@ -49,9 +54,9 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def transform_keys(key: torch.Tensor, rotate_keys: bool, key_equalizer: torch.Tensor | None) -> torch.Tensor:
     """Keys as they are quantized: fp32, equalized, rotated. `[..., num_kv_heads, head_size]`."""
-    key = torch.nan_to_num(key.float(), nan=0.0).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE)
+    key = sanitize(key)
     if key_equalizer is not None:
-        key = (key / key_equalizer).nan_to_num(nan=0.0).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE)
+        key = sanitize(key / key_equalizer)
     return hadamard_rotate(key) if rotate_keys else key
 
 
@@ -69,7 +74,7 @@ def reshape_and_cache(
     slots = slot_mapping[kept]
     blocks, offsets = slots // kv_cache.shape[2], slots % kv_cache.shape[2]
     k_codes, k_scales = quantize(transform_keys(key[kept], rotate_keys, key_equalizer))
-    v_codes, v_scales = quantize(value[kept])
+    v_codes, v_scales = quantize(sanitize(value[kept]))
     planes = cache_layout.unpack(kv_cache)
     planes.k_codes[blocks, :, offsets] = k_codes
     planes.v_codes[blocks, :, offsets] = v_codes

@@ -253,7 +253,10 @@ void weigh_row(Unit& u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
   for (int32_t i = 0; i < groups * kLanes; i += kLanes) {
     const f32x16 probability = exp_negative(load<f32x16>(scores + i) - new_max);
     sum += probability;
-    const f32x16 weight = probability * load<f32x16>(s.v_scales + i);
+    // By select, not by the product: keys out of sight may lie in a block that was given back, and
+    // their scales may be NaN.
+    const f32x16 weight =
+        probability > 0.0f ? probability * load<f32x16>(s.v_scales + i) : f32x16{};
     max_weight = max(max_weight, weight);
     store(scores + i, weight);
   }
