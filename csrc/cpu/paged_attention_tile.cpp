@@ -94,13 +94,13 @@ void load_queries(Unit& u) {
   for (int32_t first = 0; first < u.num_rows; first += kLanes) {
     const int32_t lanes = u.num_rows - first < kLanes ? u.num_rows - first : kLanes;
     LaneBlock& block = s.lane_block;
-    if (lanes < kLanes) std::memset(block.x, 0, sizeof(float) * u.head_size * kLanes);
+    const void* vectors[kLanes];
     for (int32_t lane = 0; lane < lanes; ++lane) {
       const int64_t offset =
           u.token(first + lane) * p.query_token_stride + u.head(first + lane) * p.query_head_stride;
-      load_lane(block, lane, static_cast<const char*>(p.query) + offset * bytes, p.dtype,
-                u.head_size);
+      vectors[lane] = static_cast<const char*>(p.query) + offset * bytes;
     }
+    load_lanes(block, vectors, lanes, p.dtype, u.head_size);
     if (equalizer) {
       for (int32_t dim = 0; dim < u.head_size; ++dim) {
         float* x = block.x + dim * kLanes;
@@ -121,16 +121,19 @@ void load_queries(Unit& u) {
       s.row_scales[first + lane] = has_signal[lane] * amax[lane] / kMaxTerm * p.softmax_scale;
       s.is_finite[first + lane] = sum[lane] - sum[lane] == 0.0f;
     }
-    for (int32_t dim = 0; dim < u.head_size; ++dim) {
-      const f32x16 x = load<f32x16>(block.x + dim * kLanes) * to_term;
-      const f32x16 term = round_even(x);
-      const i32x16 terms[kMaxTerms] = {
-          __builtin_convertvector(term, i32x16),
-          __builtin_convertvector(round_even((x - term) * kSecondTerm), i32x16)};
+    for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
+      i32x16 terms[kMaxTerms][kLanes];
+      for (int32_t d = 0; d < kLanes; ++d) {
+        const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes) * to_term;
+        const f32x16 term = round_even(x);
+        terms[0][d] = __builtin_convertvector(term, i32x16);
+        terms[1][d] = __builtin_convertvector(round_even((x - term) * kSecondTerm), i32x16);
+      }
       for (int32_t t = 0; t < u.num_terms; ++t) {
+        transpose(terms[t]);
         int16_t* to = s.queries + (t * u.num_rows + first) * u.head_size + dim;
         for (int32_t lane = 0; lane < lanes; ++lane) {
-          to[lane * u.head_size] = static_cast<int16_t>(terms[t][lane]);
+          store(to + lane * u.head_size, __builtin_convertvector(terms[t][lane], i16x16));
         }
       }
     }

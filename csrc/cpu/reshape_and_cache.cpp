@@ -33,67 +33,69 @@ struct LaneGroup {
   }
 };
 
-// Codes of all lanes, [head_size][lane], and the stored scales.
-struct Quantized {
-  alignas(64) int8_t codes[kMaxHeadSize * kLanes];
-  uint16_t scale_bits[kLanes];
+// Where the codes of a lane go.
+struct Target {
+  int8_t* chunk;
+  int32_t slot;
 };
 
-void quantize(const LaneBlock& block, int32_t head_size, Quantized& q) {
+// The bytes of two int32 vectors of codes, alternating: 16 pairs.
+i16x16 interleave(i32x16 even, i32x16 odd) {
+  return __builtin_convertvector((even & 0xff) | (odd << 8), i16x16);
+}
+
+// Quantizes the block and stores its codes and scales. A whole slot group gets full 32-byte lines:
+// for K pairs of dims as they come, for V pairs of slots after a transposition.
+void quantize_and_store(const KVCache& cache, const LaneGroup& group, const LaneBlock& block,
+                        bool is_key) {
+  Target targets[kLanes];
+  float scales[kLanes];
   f32x16 amax = {};
-  for (int32_t dim = 0; dim < head_size; ++dim) {
+  for (int32_t dim = 0; dim < cache.head_size; ++dim) {
     amax = max(amax, abs(load<f32x16>(block.x + dim * kLanes)));
   }
-  float scales[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    q.scale_bits[lane] = scale_bits_from_amax(amax[lane]);
-    scales[lane] = bf16_bits_to_float(q.scale_bits[lane]);
+  for (int i = 0; i < kLanes; ++i) {
+    const uint16_t scale_bits = scale_bits_from_amax(amax[i]);
+    scales[i] = bf16_bits_to_float(scale_bits);
+    if (i >= group.count) continue;
+    const Lane& lane = group.lanes[i];
+    targets[i] = {cache.chunk(lane.slot / cache.block_size, lane.kv_head),
+                  static_cast<int32_t>(lane.slot % cache.block_size)};
+    const int64_t plane = is_key ? cache.k_scales() : cache.v_scales();
+    std::memcpy(targets[i].chunk + plane + 2 * targets[i].slot, &scale_bits, 2);
   }
   const f32x16 scale = load<f32x16>(scales);
-  for (int32_t dim = 0; dim < head_size; ++dim) {
-    const f32x16 code = round_even(load<f32x16>(block.x + dim * kLanes) / scale);
-    store(q.codes + dim * kLanes,
-          __builtin_convertvector(__builtin_convertvector(code, i32x16), i8x16));
-  }
-}
-
-void store_scale(int8_t* chunk, int64_t plane, int32_t slot, uint16_t bits) {
-  std::memcpy(chunk + plane + 2 * slot, &bits, 2);
-}
-
-void store_codes(const KVCache& cache, const LaneGroup& group, const Quantized& q, bool is_key) {
-  const int32_t head_size = cache.head_size;
-  const Lane& first = group.lanes[0];
-  const bool whole = group.is_slot_group();
-  for (int i = 0; i < group.count; ++i) {
-    const Lane& lane = group.lanes[i];
-    int8_t* chunk = cache.chunk(lane.slot / cache.block_size, lane.kv_head);
-    const int32_t slot = static_cast<int32_t>(lane.slot % cache.block_size);
-    store_scale(chunk, is_key ? cache.k_scales() : cache.v_scales(), slot, q.scale_bits[i]);
-    if (whole) continue;
-    for (int32_t dim = 0; dim < head_size; ++dim) {
-      const int64_t offset = is_key ? cache.k_code(slot, dim) : cache.v_code(slot, dim);
-      chunk[offset] = q.codes[dim * kLanes + i];
+  const bool is_slot_group = group.is_slot_group();
+  for (int32_t dim = 0; dim < cache.head_size; dim += kDimGroup) {
+    i32x16 codes[kDimGroup];  // of one dim each, lane by lane
+    for (int32_t d = 0; d < kDimGroup; ++d) {
+      const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes);
+      codes[d] = __builtin_convertvector(round_even(x / scale), i32x16);
     }
-  }
-  if (!whole) return;
-  int8_t* chunk = cache.chunk(first.slot / cache.block_size, first.kv_head);
-  const int32_t slot = static_cast<int32_t>(first.slot % cache.block_size);
-  if (is_key) {
-    int8_t* line = chunk + cache.k_code(slot, 0);
-    for (int32_t dim = 0; dim < head_size; dim += 2, line += 2 * kSlotGroup) {
-      const i16x16 even = __builtin_convertvector(load<i8x16>(q.codes + dim * kLanes), i16x16);
-      const i16x16 odd = __builtin_convertvector(load<i8x16>(q.codes + (dim + 1) * kLanes), i16x16);
-      store(line, static_cast<i16x16>((even & 0xff) | (odd << 8)));
+    if (is_slot_group && is_key) {
+      int8_t* lines = targets[0].chunk + cache.k_code(targets[0].slot, dim);
+      for (int32_t d = 0; d < kDimGroup; d += 2) {
+        store(lines + d * kSlotGroup, interleave(codes[d], codes[d + 1]));
+      }
+      continue;
     }
-  } else {
-    for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
-      int8_t* lines = chunk + cache.v_code(slot, dim);
-      for (int32_t d = 0; d < kDimGroup; ++d) {
-        for (int32_t pair = 0; pair < kSlotGroup / 2; ++pair) {
-          std::memcpy(lines + pair * 2 * kDimGroup + 2 * d, q.codes + (dim + d) * kLanes + 2 * pair,
-                      2);
-        }
+    transpose(codes);  // of one lane each, dim by dim
+    if (is_slot_group) {
+      int8_t* lines = targets[0].chunk + cache.v_code(targets[0].slot, dim);
+      for (int32_t slot = 0; slot < kSlotGroup; slot += 2) {
+        store(lines + slot * kDimGroup, interleave(codes[slot], codes[slot + 1]));
+      }
+      continue;
+    }
+    for (int i = 0; i < group.count; ++i) {
+      int8_t bytes[kDimGroup];
+      store(bytes, __builtin_convertvector(codes[i], i8x16));
+      if (is_key) {
+        int8_t* to = targets[i].chunk + cache.k_code(targets[i].slot, dim);
+        for (int32_t d = 0; d < kDimGroup; d += 2) std::memcpy(to + d * kSlotGroup, bytes + d, 2);
+      } else {
+        int8_t* to = targets[i].chunk + cache.v_code(targets[i].slot, dim);
+        for (int32_t d = 0; d < kDimGroup; ++d) to[2 * d] = bytes[d];
       }
     }
   }
@@ -103,17 +105,16 @@ void write_group(const ReshapeAndCacheParams& p, const LaneGroup& group) {
   const int32_t head_size = p.cache.head_size;
   const int64_t bytes = element_size(p.dtype);
   LaneBlock block;
-  Quantized q;
-  if (group.count < kLanes) std::memset(block.x, 0, sizeof(float) * head_size * kLanes);
   for (const bool is_key : {true, false}) {
     const char* data = static_cast<const char*>(is_key ? p.key : p.value);
     const int64_t token_stride = is_key ? p.key_token_stride : p.value_token_stride;
     const int64_t head_stride = is_key ? p.key_head_stride : p.value_head_stride;
+    const void* vectors[kLanes];
     for (int i = 0; i < group.count; ++i) {
       const Lane& lane = group.lanes[i];
-      const int64_t offset = lane.token * token_stride + lane.kv_head * head_stride;
-      load_lane(block, i, data + offset * bytes, p.dtype, head_size);
+      vectors[i] = data + (lane.token * token_stride + lane.kv_head * head_stride) * bytes;
     }
+    load_lanes(block, vectors, group.count, p.dtype, head_size);
     for (int32_t dim = 0; dim < head_size; ++dim) {
       float* x = block.x + dim * kLanes;
       store(x, sanitize(load<f32x16>(x)));
@@ -129,8 +130,7 @@ void write_group(const ReshapeAndCacheParams& p, const LaneGroup& group) {
       }
     }
     if (is_key && p.rotate_keys) hadamard_rotate(block, head_size);
-    quantize(block, head_size, q);
-    store_codes(p.cache, group, q, is_key);
+    quantize_and_store(p.cache, group, block, is_key);
   }
 }
 

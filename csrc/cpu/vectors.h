@@ -145,18 +145,52 @@ INT8KV_INLINE f32x16 sanitize(f32x16 x) {
   return x < -kMaxMagnitude ? splat(-kMaxMagnitude) : x;
 }
 
+// One step of a transposition: swaps the upper right and lower left quarters of the blocks of
+// 2 * kHalf lanes in the rows i and i + kHalf.
+template <int kHalf, typename V>
+INT8KV_INLINE void swap_quarters(V& upper, V& lower) {
+  typedef int32_t Index __attribute__((vector_size(64)));
+  Index from_upper, from_lower;
+  for (int i = 0; i < kLanes; ++i) {
+    from_upper[i] = i & kHalf ? i - kHalf + kLanes : i;
+    from_lower[i] = i & kHalf ? i + kLanes : i + kHalf;
+  }
+  const V a = __builtin_shuffle(upper, lower, from_upper);
+  lower = __builtin_shuffle(upper, lower, from_lower);
+  upper = a;
+}
+
+template <int kHalf, typename V>
+INT8KV_INLINE void transpose_step(V* rows) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & kHalf)) swap_quarters<kHalf>(rows[i], rows[i + kHalf]);
+  }
+}
+
+// Transposes rows[16] of 16 lanes in place.
+template <typename V>
+INT8KV_INLINE void transpose(V* rows) {
+  transpose_step<8>(rows);
+  transpose_step<4>(rows);
+  transpose_step<2>(rows);
+  transpose_step<1>(rows);
+}
+
 // Sixteen vectors of head_size elements side by side: x[dim * kLanes + lane].
 struct LaneBlock {
   alignas(64) float x[kMaxHeadSize * kLanes];
 };
 
-// Fills lane `lane`; other lanes keep their values.
-INT8KV_INLINE void load_lane(LaneBlock& block, int lane, const void* vector, DType dtype,
-                             int32_t head_size) {
+// Loads `count` vectors of head_size elements into the lanes; the others become 0.
+INT8KV_INLINE void load_lanes(LaneBlock& block, const void* const* vectors, int32_t count,
+                              DType dtype, int32_t head_size) {
   for (int32_t dim = 0; dim < head_size; dim += kLanes) {
-    float values[kLanes];
-    store(values, load_floats(vector, dtype, dim));
-    for (int i = 0; i < kLanes; ++i) block.x[(dim + i) * kLanes + lane] = values[i];
+    f32x16 rows[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      rows[lane] = lane < count ? load_floats(vectors[lane], dtype, dim) : f32x16{};
+    }
+    transpose(rows);
+    for (int i = 0; i < kLanes; ++i) store(block.x + (dim + i) * kLanes, rows[i]);
   }
 }
 
