@@ -17,6 +17,16 @@
 #include "cpu/kernels.h"
 #include "params.h"
 
+#if defined(INT8KV_WITH_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/launch.h"
+
+// Exported by a CUDA build of PyTorch only, and called only with a CUDA tensor in hand.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
 namespace {
 
 using namespace int8kv;  // NOLINT: this file is the library's border
@@ -94,9 +104,12 @@ KVCache view_cache(const Tensor& t) {
   INT8KV_CHECK(t.size(0) == 0 || (t.stride(3) == 1 && t.stride(2) == content),
                "kv_cache must hold the bytes of a (block, KV head) pair contiguously, got strides ",
                t.stride(2), ", ", t.stride(3), " for slots and bytes; expected ", content, ", 1");
-  INT8KV_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 4 == 0 && t.stride(0) % 4 == 0 &&
-                   t.stride(1) % 4 == 0,
-               "kv_cache must start on a multiple of 4 bytes, every block and every KV head too");
+  // The CUDA kernels copy 16 bytes at a time; the CPU kernels take any address.
+  constexpr int64_t kAlignment = 16;
+  INT8KV_CHECK(!t.is_cuda() || (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0 &&
+                                t.stride(0) % kAlignment == 0 && t.stride(1) % kAlignment == 0),
+               "kv_cache must start at a multiple of ", kAlignment,
+               " bytes, every block and every KV head too");
   KVCache cache{};
   cache.data = static_cast<int8_t*>(t.mutable_data_ptr());
   cache.block_stride = t.stride(0);
@@ -305,6 +318,46 @@ void paged_attention_cpu(Tensor out, Tensor query, Tensor kv_cache, Tensor block
   cpu::paged_attention(p, torch_threads());
 }
 
+#if defined(INT8KV_WITH_CUDA)
+cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(cudaError_t error, const char* name, const KVCache& cache, int64_t num_tokens) {
+  INT8KV_CHECK(error == cudaSuccess, name, " of ", num_tokens, " tokens, ", cache.num_kv_heads,
+               " KV heads, head_size ", cache.head_size, ", block_size ", cache.block_size, ": ",
+               cudaGetErrorString(error));
+}
+
+void reshape_and_cache_cuda(Tensor key, Tensor value, Tensor kv_cache, Tensor slot_mapping,
+                            bool rotate_keys, std::optional<Tensor> key_equalizer) {
+  const ReshapeAndCacheParams p =
+      cache_params(key, value, kv_cache, slot_mapping, rotate_keys, key_equalizer);
+  const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
+  check_launch(launch_reshape_and_cache(p, current_stream(kv_cache)), "reshape_and_cache", p.cache,
+               p.num_tokens);
+}
+
+void paged_attention_cuda(Tensor out, Tensor query, Tensor kv_cache, Tensor block_table,
+                          Tensor seq_lens, Tensor query_start_loc, std::optional<Tensor> lse,
+                          std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                          std::optional<Tensor> key_equalizer, double softmax_scale, bool causal,
+                          int64_t sliding_window, double softcap, bool rotate_keys) {
+  const PagedAttentionParams p = attention_params(
+      out, query, kv_cache, block_table, seq_lens, query_start_loc, lse, alibi_slopes, sinks,
+      key_equalizer, softmax_scale, causal, sliding_window, softcap, rotate_keys);
+  const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
+  const size_t bytes = paged_attention_workspace_bytes(p, kDefaultMaxPartials);
+  const Tensor workspace =
+      torch::stable::new_empty(kv_cache, {static_cast<int64_t>(bytes)}, ScalarType::Char);
+  check_launch(launch_paged_attention(p, kDefaultMaxPartials, workspace.mutable_data_ptr(), bytes,
+                                      current_stream(kv_cache)),
+               "paged_attention", p.cache, p.num_tokens);
+}
+#endif
+
 std::string cpu_isas() { return cpu::available_isas(); }
 std::string cpu_isa() { return cpu::current_isa(); }
 
@@ -342,6 +395,13 @@ STABLE_TORCH_LIBRARY_IMPL(int8kv, CPU, m) {
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache_cpu));
   m.impl("paged_attention", TORCH_BOX(&paged_attention_cpu));
 }
+
+#if defined(INT8KV_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(int8kv, CUDA, m) {
+  m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache_cuda));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention_cuda));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(int8kv, CompositeExplicitAutograd, m) {
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));

@@ -1,0 +1,42 @@
+// What the CUDA kernels offer to ops.cpp. No Torch.
+//
+// Every launcher only enqueues kernels on `stream`: it neither allocates nor synchronizes, its
+// launch shapes come from sizes that the host knows, and it is safe inside a CUDA graph capture.
+// The returned error is that of the launches; arguments are checked by ops.cpp before.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "../params.h"
+
+namespace int8kv {
+
+// Partial results that one sequence may leave per head in the workspace: query_len * num_splits
+// never exceeds it. More fill the chip better at small batches; the workspace grows with it. Which
+// splits a row gets depends on its own sequence and on this number only, so one constant keeps its
+// bits independent of the batch.
+constexpr int32_t kDefaultMaxPartials = 32;
+
+// Quantizes params.num_tokens keys and values into their slots.
+//
+// Requires: cache.data, cache.block_stride and cache.head_stride multiples of 16 bytes.
+cudaError_t launch_reshape_and_cache(const ReshapeAndCacheParams& params, cudaStream_t stream);
+
+// Bytes of device memory that launch_paged_attention() needs:
+//   num_seqs * num_heads * max_partials * (head_size + 2) * 4
+size_t paged_attention_workspace_bytes(const PagedAttentionParams& params, int32_t max_partials);
+
+// Attention of every row over its sequence's keys. Sequences with 2 * query_len <= max_partials
+// (decode, verification) are split over the keys and combined by a second kernel; longer ones are
+// computed in one pass. fp16 and bf16 up to head_size 256 run on tensor cores with fp16 operands and
+// fp32 sums; fp32 and head_size 512 run in fp32.
+//
+// Requires: the alignment of launch_reshape_and_cache(); num_heads a multiple of num_kv_heads;
+// max_partials >= 1; workspace aligned to 16 bytes, contents arbitrary. Anything else returns
+// cudaErrorInvalidValue.
+cudaError_t launch_paged_attention(const PagedAttentionParams& params, int32_t max_partials,
+                                   void* workspace, size_t workspace_bytes, cudaStream_t stream);
+
+}  // namespace int8kv

@@ -1,0 +1,525 @@
+// Attention on tensor cores for fp16 and bf16 queries, made for decode and verification.
+//
+//   block   4 warps; a tile of 8 * kRowTiles query rows of one KV head against one split of the keys
+//   warp    every fourth tile of 64 keys, with a softmax state of its own; merged at the end
+//
+// The codes travel from the cache to the operand registers without ever crossing lanes: each lane
+// copies the 16-byte vectors that it will multiply (index_maps.h) into a ring of its own in shared
+// memory, kRing units of 64 keys x 64 dims ahead, so the loop has no barrier. A code becomes fp16 by
+// byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands are fp16 for bf16 queries too,
+// each made to fit by a power of two: one per query row, one running one for the probabilities times
+// the V scales. K scales meet the scores, V scales the probabilities; no code is ever scaled.
+#pragma once
+
+#include "work.cuh"
+
+namespace int8kv {
+
+constexpr int kRing = 3;
+constexpr int kUnitBytes = kSpanVectors * 32 * 16;  // one warp's vectors of one tile and span
+constexpr int kScaleSlots = 2;                      // tiles whose scales are on their way
+constexpr int kScaleBytes = 2 * 8 * 16;             // K and V scales of one tile
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// The largest probability times V scale becomes 2^14 to 2^15 in fp16, so that 2^-28 of it is normal.
+constexpr int kWeightExponent = 14;
+constexpr int kMinUnitExponent = 20;  // biased; below the smallest scale that is ever stored
+
+// What the rows of a tile need besides their operands, in shared memory.
+template <int kRows>
+struct TileRows {
+  float score_factor[kRows];  // power of two of the row times softmax_scale, see score()
+  float alibi_slope[kRows];
+  int32_t position[kRows];
+  KeyRange visible[kRows];
+};
+
+// The states of the warps at the end of an item.
+template <int kRows>
+struct WarpStates {
+  float max[kAttentionWarps][kRows];  // of score * log2(e)
+  float sum[kAttentionWarps][kRows];
+  float unit[kAttentionWarps];
+};
+
+// Dynamic shared memory: rings | scales | query operands | TileRows | WarpStates. A warp's ring holds
+// its output when an item ends.
+template <int kSpans, int kRowTiles>
+struct MmaLayout {
+  static constexpr int kRows = 8 * kRowTiles;
+  static constexpr int kDims = kSpans * kSpanDims;
+  static constexpr int kScales = kAttentionWarps * kRing * kUnitBytes;
+  static constexpr int kQuery = kScales + kAttentionWarps * kScaleSlots * kScaleBytes;
+  static constexpr int kTileRows = kQuery + kRows * kDims * 2;
+  static constexpr int kStates = kTileRows + static_cast<int>(sizeof(TileRows<kRows>));
+  static constexpr int kBytes = kStates + static_cast<int>(sizeof(WarpStates<kRows>));
+  static_assert(kRows * kDims * 4 <= kRing * kUnitBytes, "a warp's output must fit its ring");
+};
+
+// Four codes of two outputs: low gets the first two, high the last two, as fp16 pairs.
+INT8KV_DEVICE void codes_to_half2(uint32_t codes, uint32_t& low, uint32_t& high) {
+  constexpr uint32_t kBias = 0x64806480u;  // 1152, twice
+  const uint32_t biased = codes ^ 0x80808080u;
+  low = sub_half2(byte_permute(biased, 0x64646464u, 0x4140), kBias);
+  high = sub_half2(byte_permute(biased, 0x64646464u, 0x4342), kBias);
+}
+
+INT8KV_DEVICE uint32_t word_of(const uint4& vector, int i) {
+  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
+}
+
+// bf16 number `i` of eight.
+INT8KV_DEVICE float scale_of(const uint4& scales, int i) {
+  const uint32_t word = word_of(scales, i / 2);
+  return bits_to_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+}
+
+// 2^(biased - 127), 0 below the normal range.
+INT8KV_DEVICE float power_of_two(int biased) {
+  return biased > 0 ? bits_to_float(static_cast<uint32_t>(biased) << 23) : 0.0f;
+}
+
+// One warp's way through its tiles: copies kRing units ahead of their use.
+template <int kSpans>
+struct Stream {
+  const PagedAttentionParams& p;
+  const int32_t* block_table;
+  int32_t kv_head;
+  KeyRange keys;  // of the item
+  int lane;
+  unsigned char* ring;    // this lane's vector 0 of unit 0
+  unsigned char* scales;  // this warp's
+  int32_t tile_end;
+
+  int32_t tile = 0;  // of the next unit to copy
+  int scale_slot = 0;
+  int write = 0, read = 0;  // ring positions
+  int32_t k_block = 0, v_block = 0;  // of `tile`, fetched one tile early
+  const int8_t* k_vectors = nullptr;
+  const int8_t* v_vectors = nullptr;
+
+  // Keys that no row sees have no block: the nearest that is seen stands in, and is masked.
+  INT8KV_DEVICE int32_t clamped(int32_t key) const {
+    return max(keys.begin / kSlotGroup * kSlotGroup, min(key, keys.end - 1));
+  }
+  // The same for the first of 8 or 16 slots, kept aligned.
+  INT8KV_DEVICE int32_t clamped_to(int32_t key, int align) const {
+    return clamped(key) / align * align;
+  }
+  INT8KV_DEVICE int32_t k_key() const {
+    return clamped_to(tile * kTileSlots + k_lane_slot(lane), 8);
+  }
+  INT8KV_DEVICE int32_t v_key() const {
+    return clamped_to(tile * kTileSlots + v_lane_slot(lane), kSlotGroup);
+  }
+  INT8KV_DEVICE void fetch_blocks() {
+    if (tile >= tile_end) return;
+    k_block = block_table[k_key() / p.cache.block_size];
+    v_block = block_table[v_key() / p.cache.block_size];
+  }
+
+  INT8KV_DEVICE void start_tile() {
+    const KVCache& cache = p.cache;
+    const int k_slot = k_key() % cache.block_size;
+    const int v_slot = v_key() % cache.block_size;
+    const int8_t* k_chunk = cache.chunk(k_block, kv_head);
+    k_vectors = k_chunk + cache.k_code(k_slot, k_lane_dim(lane));
+    v_vectors = cache.chunk(v_block, kv_head) + cache.v_code(v_slot, v_lane_dim(lane));
+    // The scales of the 8 slots of lanes 4g to 4g + 3: lane 4g copies K's, lane 4g + 1 V's.
+    if (lane % 4 < 2) {
+      const int64_t plane = lane % 4 == 0 ? cache.k_scales() : cache.v_scales();
+      copy_async_16(scales + scale_slot * kScaleBytes + (lane % 4 * 8 + lane / 4) * 16,
+                    k_chunk + plane + k_slot * 2);
+    }
+    scale_slot = (scale_slot + 1) % kScaleSlots;
+  }
+
+  // Copies unit `unit` of `tile`: K spans, then V spans.
+  INT8KV_DEVICE void copy_unit(int unit) {
+    if (tile < tile_end) {
+      if (unit == 0) start_tile();
+      const int span = unit % kSpans;
+      const int head_size = p.cache.head_size;
+      unsigned char* slot = ring + write * kUnitBytes;
+#pragma unroll
+      for (int i = 0; i < kSpanVectors; ++i) {
+        if (unit < kSpans) {
+          if (span * kSpanDims + k_vector_dim(i) >= head_size) continue;
+          copy_async_16(slot + i * 512, k_vectors + k_vector_byte(span, i));
+        } else {
+          if (span * kSpanDims + v_lane_dim(lane) >= head_size) continue;
+          copy_async_16(slot + i * 512, v_vectors + v_vector_byte(p.cache.block_size, span, i));
+        }
+      }
+      if (unit == 2 * kSpans - 1) {
+        tile += kAttentionWarps;
+        fetch_blocks();
+      }
+    }
+    copy_async_commit();
+    write = write + 1 == kRing ? 0 : write + 1;
+  }
+
+  INT8KV_DEVICE void begin(int32_t first_tile) {
+    tile = first_tile;
+    fetch_blocks();
+#pragma unroll
+    for (int unit = 0; unit < kRing; ++unit) copy_unit(unit % (2 * kSpans));
+  }
+
+  INT8KV_DEVICE void wait_unit() { copy_async_wait<kRing - 1>(); }
+  INT8KV_DEVICE uint4 vector(int i) const {
+    return *reinterpret_cast<const uint4*>(ring + read * kUnitBytes + i * 512);
+  }
+  // Gives unit `unit` of the tile in use back to the ring.
+  INT8KV_DEVICE void next_unit(int unit) {
+    read = read + 1 == kRing ? 0 : read + 1;
+    copy_unit((unit + kRing) % (2 * kSpans));
+  }
+};
+
+template <int kSpans, int kRowTiles>
+class MmaItem {
+ public:
+  using Layout = MmaLayout<kSpans, kRowTiles>;
+  static constexpr int kRows = Layout::kRows;
+  static constexpr int kColumns = 2 * kRowTiles;  // query rows whose scores a lane holds
+
+  __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
+      : p(params), item(work_item), keys(item_keys(params, work_item, kRows)) {
+    unsigned char* shared = dynamic_shared();
+    ring = shared + warp * (kRing * kUnitBytes);
+    scales = shared + Layout::kScales + warp * (kScaleSlots * kScaleBytes);
+    query = reinterpret_cast<uint32_t*>(shared + Layout::kQuery);
+    rows = reinterpret_cast<TileRows<kRows>*>(shared + Layout::kTileRows);
+    states = reinterpret_cast<WarpStates<kRows>*>(shared + Layout::kStates);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) max_score[c] = kMinusInfinity;
+  }
+
+  // Writes the query operands and TileRows; the caller synchronizes.
+  __device__ void load_queries() {
+    for (int r = warp; r < kRows; r += kAttentionWarps) {
+      const QueryRow row = query_row(p, item, kRows, r);
+      Row<kSpans> values = {};
+      if (row.exists) {
+        values = load_query<kSpans>(p, int64_t{item.query_begin} + row.query, row.head,
+                                    item.kv_head, lane);
+      }
+      // Scale the largest element to [2^8, 2^9): fp16 then keeps 11 bits of anything that matters.
+      const int exponent = static_cast<int>(float_bits(warp_amax(values)) >> 23);
+      const float to_half = power_of_two(min(max(127 + 8 + 127 - exponent, 1), 254));
+      for_each_pair(values, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
+        query[query_word(kRowTiles, r, pair)] = pack_half2(x[0] * to_half, x[1] * to_half);
+      });
+      if (lane == 0) {
+        const int32_t position = item.seq_len - item.query_len + row.query;
+        const float scale = p.softmax_scale / to_half;
+        rows->score_factor[r] = p.softcap > 0.0f ? scale / p.softcap : scale * kLog2e;
+        rows->alibi_slope[r] =
+            p.alibi_slopes != nullptr && row.exists ? p.alibi_slopes[row.head] * kLog2e : 0.0f;
+        rows->position[r] = position;
+        rows->visible[r] = row.exists ? visible_keys(p, position, item.seq_len) : KeyRange{0, 0};
+      }
+    }
+  }
+
+  __device__ void attend() {
+    const int32_t tile_begin = keys.begin / kTileSlots;
+    const int32_t tile_end =
+        keys.end > keys.begin ? (keys.end + kTileSlots - 1) / kTileSlots : tile_begin;
+    // A tile belongs to the warp of its number, wherever the item begins.
+    const int32_t first = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
+    Stream<kSpans> stream{p, p.block_table + item.seq * p.block_table_stride, item.kv_head, keys,
+                          lane, ring + lane * 16, scales, tile_end};
+    stream.begin(first);
+    int scale_slot = 0;
+    for (int32_t tile = first; tile < tile_end; tile += kAttentionWarps) {
+      float scores[4][kRowTiles][4] = {};
+      uint4 k_scales, v_scales;
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        stream.wait_unit();
+        if (span == 0) {
+          __syncwarp();  // other lanes copied the scales
+          const unsigned char* slot = scales + scale_slot * kScaleBytes + lane / 4 * 16;
+          k_scales = *reinterpret_cast<const uint4*>(slot);
+          v_scales = *reinterpret_cast<const uint4*>(slot + kScaleBytes / 2);
+          scale_slot = (scale_slot + 1) % kScaleSlots;
+          __syncwarp();
+        }
+        multiply_keys(stream, span, scores);
+        stream.next_unit(span);
+      }
+      uint32_t weights[4][kRowTiles][2];
+      softmax(tile * kTileSlots + k_lane_slot(lane), tile * kTileSlots, k_scales, v_scales, scores,
+              weights);
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        stream.wait_unit();
+        multiply_values(stream, span, weights);
+        stream.next_unit(kSpans + span);
+      }
+    }
+    copy_async_wait<0>();
+  }
+
+  // Leaves this warp's state and output in shared memory; the caller synchronizes.
+  __device__ void publish() {
+    __syncwarp();  // the ring is every lane's from here on
+    float* own = reinterpret_cast<float*>(ring);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      float total = sum[c];
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
+      const int r = column_row(c);
+      if (lane < 4) {
+        states->max[warp][r] = max_score[c];
+        states->sum[warp][r] = total;
+      }
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const float* x = out[span][v][c / 2];
+          const int dim = span * kSpanDims + v_lane_dim(lane) + 2 * v;
+          *reinterpret_cast<float2*>(own + r * Layout::kDims + dim) =
+              make_float2(x[c % 2], x[c % 2 + 2]);
+        }
+      }
+    }
+    if (lane == 0) states->unit[warp] = power_of_two(unit_exponent - kWeightExponent);
+  }
+
+  // Merges the warps' outputs in their order and writes the rows.
+  __device__ void store(const Workspace& workspace) {
+    const int head_size = p.cache.head_size;
+    for (int r = warp; r < kRows; r += kAttentionWarps) {
+      const QueryRow row = query_row(p, item, kRows, r);
+      if (!row.exists) continue;
+      SoftmaxState state;
+      float max2 = kMinusInfinity;
+#pragma unroll
+      for (int w = 0; w < kAttentionWarps; ++w) max2 = fmaxf(max2, states->max[w][r]);
+      float factors[kAttentionWarps];
+#pragma unroll
+      for (int w = 0; w < kAttentionWarps; ++w) {
+        const float weight =
+            states->max[w][r] == kMinusInfinity ? 0.0f : exp2_fast(states->max[w][r] - max2);
+        state.sum += weight * states->sum[w][r];
+        factors[w] = weight * states->unit[w];
+      }
+      if (max2 != kMinusInfinity) state.max = max2 * kLn2;
+
+      const int64_t token = int64_t{item.query_begin} + row.query;
+      const bool is_whole = item.plan.num_splits == 1;
+      const int64_t partial = partial_index(p, workspace.max_partials, item.seq, row.query,
+                                            item.plan.num_splits, item.split, row.head);
+      const float final_factor =
+          is_whole ? finish_row(p, state, token, row.head, lane == 0) : 1.0f;
+      if (!is_whole && lane == 0) workspace.states[partial] = state;
+      const float* outs = reinterpret_cast<const float*>(dynamic_shared()) + r * Layout::kDims;
+      for (int dim = lane; dim < head_size; dim += 32) {
+        float x = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kAttentionWarps; ++w) {
+          x += factors[w] * outs[w * (kRing * kUnitBytes / 4) + dim];
+        }
+        if (is_whole) {
+          store_out(p, token, row.head, dim, x * final_factor);
+        } else {
+          workspace.out[partial * head_size + dim] = x;
+        }
+      }
+    }
+  }
+
+ private:
+  // The query row of a lane's column c of the scores and the output.
+  INT8KV_DEVICE int column_row(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }
+
+  __device__ void multiply_keys(const Stream<kSpans>& stream, int span,
+                                float (&scores)[4][kRowTiles][4]) {
+#pragma unroll
+    for (int step = 0; step < kSpanDims / 16; ++step) {
+      if (span * kSpanDims + step * 16 >= p.cache.head_size) break;
+      const uint4 first = stream.vector(2 * step);
+      const uint4 second = stream.vector(2 * step + 1);
+      uint2 q[kRowTiles];
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        const int operand = ((span * 4 + step) * kRowTiles + n) * 32 + lane;
+        q[n] = *reinterpret_cast<const uint2*>(query + 2 * operand);
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        uint32_t a[4];
+        codes_to_half2(word_of(first, w), a[0], a[1]);
+        codes_to_half2(word_of(second, w), a[2], a[3]);
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) mma_m16n8k16(scores[w][n], a, q[n].x, q[n].y);
+      }
+    }
+  }
+
+  __device__ void multiply_values(const Stream<kSpans>& stream, int span,
+                                  const uint32_t (&weights)[4][kRowTiles][2]) {
+    if (span * kSpanDims >= p.cache.head_size) return;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint4 first = stream.vector(2 * w);
+      const uint4 second = stream.vector(2 * w + 1);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        uint32_t a[4];
+        codes_to_half2(word_of(first, v), a[0], a[1]);
+        codes_to_half2(word_of(second, v), a[2], a[3]);
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+          mma_m16n8k16(out[span][v][n], a, weights[w][n][0], weights[w][n][1]);
+        }
+      }
+    }
+  }
+
+  // Scores of 8 keys from `first_key` on x kColumns rows, in units of log2: scaled, capped, biased
+  // and masked in place.
+  __device__ void finish_scores(int32_t first_key, int32_t tile_key, const uint4& k_scales,
+                                float (&scores)[4][kRowTiles][4]) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int r = column_row(c);
+      const float factor = rows->score_factor[r];
+      const KeyRange visible = rows->visible[r];
+      const float slope = rows->alibi_slope[r];
+      const int32_t position = rows->position[r];
+      const int32_t begin = max(visible.begin, keys.begin);
+      const int32_t end = min(visible.end, keys.end);
+      const bool sees_all = tile_key >= begin && tile_key + kTileSlots <= end;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+        float x = score * (scale_of(k_scales, i) * factor);
+        if (p.softcap > 0.0f) x = p.softcap * kLog2e * tanh_fast(x);
+        const int32_t key = first_key + i;
+        if (p.alibi_slopes != nullptr) x += slope * static_cast<float>(key - position);
+        score = sees_all || (key >= begin && key < end) ? x : kMinusInfinity;
+      }
+    }
+  }
+
+  // tanh within 1e-6 of the result's range; exact at both ends.
+  static INT8KV_DEVICE float tanh_fast(float x) {
+    return 1.0f - 2.0f / (exp2_fast(2.0f * kLog2e * x) + 1.0f);
+  }
+
+  // Updates the running state by one tile and turns its scores into the second operand of the
+  // output: fp16 probabilities times V scales in units of 2^(unit_exponent - kWeightExponent).
+  __device__ void softmax(int32_t first_key, int32_t tile_key, const uint4& k_scales,
+                          const uint4& v_scales, float (&scores)[4][kRowTiles][4],
+                          uint32_t (&weights)[4][kRowTiles][2]) {
+    finish_scores(first_key, tile_key, k_scales, scores);
+
+    // V scales of keys that no row sees may be anything, NaN included.
+    float v_factors[8];
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int32_t key = first_key + i;
+      v_factors[i] = key >= keys.begin && key < keys.end ? scale_of(v_scales, i) : 0.0f;
+      largest = fmaxf(largest, v_factors[i]);
+    }
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+    const int exponent = max(unit_exponent, static_cast<int>(float_bits(largest) >> 23));
+    const float unit_change = power_of_two(127 + unit_exponent - exponent);
+    const float to_unit = power_of_two(254 - exponent + kWeightExponent);
+    unit_exponent = exponent;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v_factors[i] *= to_unit;
+
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      float tile_max = kMinusInfinity;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        tile_max = fmaxf(tile_max, scores[i / 2][c / 2][i % 2 * 2 + c % 2]);
+      }
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        tile_max = fmaxf(tile_max, shuffle_xor(tile_max, mask));
+      }
+      const float new_max = fmaxf(max_score[c], tile_max);
+      const float origin = new_max == kMinusInfinity ? 0.0f : new_max;
+      const float decay = exp2_fast(max_score[c] - origin);
+      max_score[c] = new_max;
+      float tile_sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+        const float probability = exp2_fast(score - origin);
+        tile_sum += probability;
+        score = probability * v_factors[i];
+      }
+      sum[c] = sum[c] * decay + tile_sum;
+      const float rescale = decay * unit_change;
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          out[span][v][c / 2][c % 2] *= rescale;
+          out[span][v][c / 2][c % 2 + 2] *= rescale;
+        }
+      }
+    }
+
+    // Lane (g, t) has keys by g and rows by t; the operand wants keys by t and rows by g.
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        const uint32_t even = transpose_8x8(pack_half2(scores[w][n][0], scores[w][n][1]));
+        const uint32_t odd = transpose_8x8(pack_half2(scores[w][n][2], scores[w][n][3]));
+        weights[w][n][0] = byte_permute(even, odd, 0x5410);
+        weights[w][n][1] = byte_permute(even, odd, 0x7632);
+      }
+    }
+  }
+
+  const PagedAttentionParams& p;
+  const WorkItem& item;
+  const KeyRange keys;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  unsigned char* ring;
+  unsigned char* scales;
+  uint32_t* query;
+  TileRows<kRows>* rows;
+  WarpStates<kRows>* states;
+
+  int unit_exponent = kMinUnitExponent;
+  float max_score[kColumns];  // of every key so far, in units of log2
+  float sum[kColumns] = {};   // of this lane's keys
+  float out[kSpans][4][kRowTiles][4] = {};
+};
+
+template <int kSpans, int kRowTiles>
+__global__ void __launch_bounds__(kAttentionThreads)
+    paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
+                                  const __grid_constant__ Workspace workspace) {
+  using Item = MmaItem<kSpans, kRowTiles>;
+  for_each_work_item(p, Item::kRows, workspace.max_partials, [&](const WorkItem& work_item) {
+    Item item(p, work_item);
+    item.load_queries();
+    __syncthreads();
+    item.attend();
+    item.publish();
+    __syncthreads();
+    item.store(workspace);
+    __syncthreads();
+  });
+}
+
+}  // namespace int8kv
