@@ -52,10 +52,10 @@ INT8KV_HD int64_t v_vector_byte(int block_size, int span, int i) {
 }
 
 // Where query row `row`, dims 2 * pair and the next, go in the second operand of the scores:
-// 32-bit word index in [head_size / 16][row_tiles][32 lanes][2].
-INT8KV_HD int query_word(int row_tiles, int row, int pair) {
+// 32-bit word index in [head_size / 16][row_tiles][32 lanes][term][2], term 0 or 1.
+INT8KV_HD int query_word(int row_tiles, int row, int pair, int term) {
   const int lane = row % 8 * 4 + pair % 4;
-  return ((pair / 8 * row_tiles + row / 8) * 32 + lane) * 2 + pair % 8 / 4;
+  return ((pair / 8 * row_tiles + row / 8) * 32 + lane) * 4 + 2 * term + pair % 8 / 4;
 }
 
 // --- cache write ---------------------------------------------------------------------------------

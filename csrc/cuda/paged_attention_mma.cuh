@@ -8,17 +8,25 @@
 // memory, kRing units of 64 keys x 64 dims ahead, so the loop has no barrier. A code becomes fp16 by
 // byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands are fp16 for bf16 queries too,
 // each made to fit by a power of two: one per query row, one running one for the probabilities times
-// the V scales. K scales meet the scores, V scales the probabilities; no code is ever scaled.
+// the V scales. A query element is the sum of two fp16 terms, so that scores are as exact as in fp32
+// after the rotation too. K scales meet the scores, V scales the probabilities; no code is scaled.
 #pragma once
 
 #include "work.cuh"
 
 namespace int8kv {
 
+// Blocks per multiprocessor that the registers are to allow; Turing's shared memory holds one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kResidentBlocks = 1;
+#else
+constexpr int kResidentBlocks = 3;
+#endif
 constexpr int kRing = 3;
 constexpr int kUnitBytes = kSpanVectors * 32 * 16;  // one warp's vectors of one tile and span
 constexpr int kScaleSlots = 2;                      // tiles whose scales are on their way
 constexpr int kScaleBytes = 2 * 8 * 16;             // K and V scales of one tile
+constexpr int kQueryTerms = 2;                      // of 11 bits each
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -51,7 +59,7 @@ struct MmaLayout {
   static constexpr int kDims = kSpans * kSpanDims;
   static constexpr int kScales = kAttentionWarps * kRing * kUnitBytes;
   static constexpr int kQuery = kScales + kAttentionWarps * kScaleSlots * kScaleBytes;
-  static constexpr int kTileRows = kQuery + kRows * kDims * 2;
+  static constexpr int kTileRows = kQuery + kRows * kDims * kQueryTerms * 2;
   static constexpr int kStates = kTileRows + static_cast<int>(sizeof(TileRows<kRows>));
   static constexpr int kBytes = kStates + static_cast<int>(sizeof(WarpStates<kRows>));
   static_assert(kRows * kDims * 4 <= kRing * kUnitBytes, "a warp's output must fit its ring");
@@ -207,11 +215,16 @@ class MmaItem {
         values = load_query<kSpans>(p, int64_t{item.query_begin} + row.query, row.head,
                                     item.kv_head, lane);
       }
-      // Scale the largest element to [2^8, 2^9): fp16 then keeps 11 bits of anything that matters.
+      // Scale the largest element to [2^8, 2^9): the second term is then normal where it matters.
       const int exponent = static_cast<int>(float_bits(warp_amax(values)) >> 23);
       const float to_half = power_of_two(min(max(127 + 8 + 127 - exponent, 1), 254));
       for_each_pair(values, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
-        query[query_word(kRowTiles, r, pair)] = pack_half2(x[0] * to_half, x[1] * to_half);
+        const float x0 = x[0] * to_half, x1 = x[1] * to_half;
+        const uint32_t high = pack_half2(x0, x1);
+        query[query_word(kRowTiles, r, pair, 0)] = high;
+        query[query_word(kRowTiles, r, pair, 1)] =
+            pack_half2(x0 - half_bits_to_float(static_cast<uint16_t>(high & 0xffffu)),
+                       x1 - half_bits_to_float(static_cast<uint16_t>(high >> 16)));
       });
       if (lane == 0) {
         const int32_t position = item.seq_len - item.query_len + row.query;
@@ -347,11 +360,11 @@ class MmaItem {
       if (span * kSpanDims + step * 16 >= p.cache.head_size) break;
       const uint4 first = stream.vector(2 * step);
       const uint4 second = stream.vector(2 * step + 1);
-      uint2 q[kRowTiles];
+      uint4 q[kRowTiles];
 #pragma unroll
       for (int n = 0; n < kRowTiles; ++n) {
         const int operand = ((span * 4 + step) * kRowTiles + n) * 32 + lane;
-        q[n] = *reinterpret_cast<const uint2*>(query + 2 * operand);
+        q[n] = *reinterpret_cast<const uint4*>(query + 4 * operand);
       }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -359,7 +372,10 @@ class MmaItem {
         codes_to_half2(word_of(first, w), a[0], a[1]);
         codes_to_half2(word_of(second, w), a[2], a[3]);
 #pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) mma_m16n8k16(scores[w][n], a, q[n].x, q[n].y);
+        for (int n = 0; n < kRowTiles; ++n) {
+          mma_m16n8k16(scores[w][n], a, q[n].x, q[n].y);
+          mma_m16n8k16(scores[w][n], a, q[n].z, q[n].w);
+        }
       }
     }
   }
@@ -506,7 +522,7 @@ class MmaItem {
 };
 
 template <int kSpans, int kRowTiles>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks)
     paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
                                   const __grid_constant__ Workspace workspace) {
   using Item = MmaItem<kSpans, kRowTiles>;

@@ -65,11 +65,22 @@ __global__ void __launch_bounds__(kAttentionThreads)
       const int8_t* chunk = chunk_at(p, block_table, clamped, item.kv_head);
       const int slot = clamped % cache.block_size;
       const auto* codes = reinterpret_cast<const uint16_t*>(chunk + cache.k_code(slot, 0));
-      float score = 0.0f;
-      for (int pair = 0; pair < head_size / 2; ++pair) {
-        const uint16_t two = codes[pair * kSlotGroup];
-        score += q[2 * pair] * low_code(two) + q[2 * pair + 1] * high_code(two);
+      // Sixteen sums, since one long one loses bits where large terms cancel.
+      float sums[16] = {};
+      for (int dim = 0; dim < head_size; dim += 16) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const uint16_t two = codes[(dim / 2 + i) * kSlotGroup];
+          sums[2 * i] = fmaf(q[dim + 2 * i], low_code(two), sums[2 * i]);
+          sums[2 * i + 1] = fmaf(q[dim + 2 * i + 1], high_code(two), sums[2 * i + 1]);
+        }
       }
+#pragma unroll
+      for (int half = 8; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+      }
+      float score = sums[0];
       const auto* k_scales = reinterpret_cast<const uint16_t*>(chunk + cache.k_scales());
       const auto* v_scales = reinterpret_cast<const uint16_t*>(chunk + cache.v_scales());
       score *= bf16_bits_to_float(k_scales[slot]) * p.softmax_scale;
@@ -101,7 +112,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
             if (dim >= head_size) continue;
             const uint16_t both = *reinterpret_cast<const uint16_t*>(
                 v_chunk + cache.v_code(first + two, dim));
-            out[i] += w0 * low_code(both) + w1 * high_code(both);
+            out[i] = fmaf(w1, high_code(both), fmaf(w0, low_code(both), out[i]));
           }
         }
       }

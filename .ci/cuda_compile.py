@@ -1,0 +1,128 @@
+"""Compile every CUDA source for every architecture and show what the kernels use.
+
+    python .ci/cuda_compile.py                 # all architectures of a release wheel
+    python .ci/cuda_compile.py --arch 80 90    # a quick check
+
+Needs nvcc and no GPU. Warnings are errors. Exits with 1 if a file does not compile or a hot kernel spills
+registers to memory.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+RELEASE_ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
+HOT = ("reshape_and_cache", "decode")
+"""A kernel whose name contains one of these must not spill."""
+
+FLAGS = [
+    *["-std=c++17", "-O3", "-lineinfo", "-c"],
+    *["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"],
+]
+ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\S+)' for 'sm_(?P<arch>\w+)'")
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas reports of one kernel on one architecture; sizes in bytes."""
+
+    name: str
+    arch: str
+    registers: int
+    static_shared: int
+    stack: int
+    spills: int
+
+    @property
+    def is_bad(self) -> bool:
+        return self.spills > 0 and any(word in self.name for word in HOT)
+
+
+def readable(symbol: str) -> str:
+    """`name<1, 2>` from a mangled name in a namespace, with integer template arguments; else the symbol."""
+    name, rest = "", symbol.removeprefix("_ZN")
+    while match := re.match(r"\d+", rest):
+        begin, length = match.end(), int(match[0])
+        name, rest = rest[begin : begin + length], rest[begin + length :]
+    arguments = re.findall(r"Li(\d+)E", rest) if rest.startswith("I") else []
+    return (name or symbol) + (f"<{', '.join(arguments)}>" if arguments else "")
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels in the output of `ptxas -v`."""
+    kernels = []
+    for part in re.split(r"(?=Compiling entry function)", report):
+        entry, spills, used = ENTRY.search(part), SPILLS.search(part), USED.search(part)
+        if entry is None:
+            continue
+        if spills is None or used is None:
+            raise ValueError(f"no resource report for {entry['symbol']} in the output of ptxas:\n{part}")
+        kernels.append(
+            Kernel(
+                name=readable(entry["symbol"]),
+                arch=entry["arch"],
+                registers=int(used[1]),
+                static_shared=int(used[2] or 0),
+                stack=int(spills[1]),
+                spills=int(spills[2]) + int(spills[3]),
+            )
+        )
+    return kernels
+
+
+def compile_one(nvcc: str, source: Path, arch: str, folder: str) -> tuple[list[Kernel], str]:
+    """Compile one file for one architecture; returns its kernels and, if it failed, the compiler's output."""
+    command = [nvcc, *FLAGS, "-gencode", f"arch=compute_{arch},code=sm_{arch}", str(source)]
+    command += ["-o", str(Path(folder, f"{source.stem}.{arch}.o"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    return ([], f"{' '.join(command)}\n{output}") if done.returncode else (parse(output), "")
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    print(f"{'kernel':44} {'sm':>4} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>7}")
+    for k in sorted(kernels, key=lambda k: (k.name, int(re.sub(r"\D", "", k.arch)))):
+        mark = "  SPILLS" if k.is_bad else ""
+        print(f"{k.name:44} {k.arch:>4} {k.registers:9} {k.static_shared:7} {k.stack:6} {k.spills:7}{mark}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=RELEASE_ARCHITECTURES, help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time, default 2")
+    options = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("nvcc was not found: install a CUDA toolkit, 12.8 or newer", file=sys.stderr)
+        return 1
+    os.nice(10)
+    sources = sorted(SOURCES.glob("*.cu"))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        tasks = [(source, arch) for source in sources for arch in options.arch]
+        results = list(pool.map(lambda task: compile_one(nvcc, *task, folder), tasks))
+    kernels = [kernel for found, _ in results for kernel in found]
+    print_table(kernels)
+    failures = [output for _, output in results if output]
+    print(*failures, sep="\n", end="", file=sys.stderr)
+    bad = [kernel for kernel in kernels if kernel.is_bad]
+    print(
+        f"{len(sources)} files x {len(options.arch)} architectures in {time.monotonic() - started:.0f} s: "
+        f"{len(failures)} failed to compile, {len(bad)} hot kernels spill"
+    )
+    return 1 if failures or bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

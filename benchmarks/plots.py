@@ -1,0 +1,66 @@
+"""The plots of README.md, from the records."""
+
+import hashlib
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.tables import LABELS, Group, groups, sizes
+
+MAX_PLOT_BYTES = 150_000
+
+
+def decode_plot_data(results: Path) -> list[Group]:
+    """Decode at 8 sequences, GQA 4, head size 128 and the most threads measured, by context."""
+    found = [
+        group
+        for group in groups("decode", results)
+        if (case := group["auto"].case)["num_seqs"] == 8 and case["num_heads"] == 32 and case["head_size"] == 128
+    ]
+    most = max((group["auto"].num_threads for group in found), default=0)
+    return sorted((group for group in found if group["auto"].num_threads == most), key=sizes)
+
+
+def digest(found: list[Group]) -> str:
+    """Identifies the records that a plot was drawn from; kept in the PNG, since its pixels vary with matplotlib."""
+    lines = [f"{line.key}{line.utc}{line.gb_per_s}{line.read_gb_per_s}" for group in found for line in group.values()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def draw_decode(found: list[Group], path: Path) -> None:
+    """Bandwidth against context length; the dashed line is what the memory can deliver."""
+    import matplotlib.pyplot as plt  # only the plot needs it, and it is slow to import
+
+    contexts = [sizes(group)[1] for group in found]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    bound = [max(line.read_gb_per_s for line in group.values()) for group in found]
+    axes.plot(contexts, bound, "--", color="black")
+    beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate("streaming read", (contexts[-1], bound[-1]), **beside)
+    for impl, label in LABELS.items():
+        rates = [group[impl].gb_per_s for group in found]
+        (line,) = axes.plot(contexts, rates, marker="o")
+        axes.annotate(label, (contexts[-1], rates[-1]), **beside, color=line.get_color())
+    newest = found[-1]["int8_custom"]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.set_xlim(contexts[0] * 0.8, contexts[-1] * 4)
+    axes.set_ylim(0, 1.1 * max(bound))
+    axes.set_xlabel("context, tokens per sequence")
+    axes.set_ylabel("KV cache read, GB/s")
+    axes.set_title("Decode attention: 8 sequences, 32/8 heads, head size 128")
+    device = newest.device.split(",")[0]
+    figure.supxlabel(f"{device}, {newest.num_threads} threads, {newest.utc[:10]}", fontsize=8)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
+    plt.close(figure)
+
+
+def plot_problem(path: Path, found: list[Group]) -> str | None:
+    """Why a plot does not show the records, if so."""
+    if not path.exists():
+        return f"{path.name} is missing"
+    with Image.open(path) as image:
+        if image.info.get("Description") != digest(found):
+            return f"{path.name} was drawn from other records"
+    return f"{path.name} is over {MAX_PLOT_BYTES} bytes" if path.stat().st_size > MAX_PLOT_BYTES else None

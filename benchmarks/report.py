@@ -1,0 +1,66 @@
+"""Writes the tables of README.md and the plots from the records.
+
+    python benchmarks/report.py            rewrite what lies between the markers, and the plots
+    python benchmarks/report.py --check    exit with 1 if that would change anything
+
+A table named NAME goes between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import record
+from benchmarks.plots import decode_plot_data, draw_decode, plot_problem
+from benchmarks.tables import TABLES
+
+PLOTS = record.ROOT / "benchmarks" / "plots"
+README = record.ROOT / "README.md"
+
+
+def render(readme: str, results: Path) -> str:
+    """README with every table replaced. Raises ValueError for a table without its markers or the reverse."""
+    present = re.findall(r"<!-- begin:([\w-]+) -->", readme)
+    if unknown := sorted(set(present) - TABLES.keys()):
+        raise ValueError(f"README.md has markers {unknown}, but there are only the tables {sorted(TABLES)}")
+    for name, table in TABLES.items():
+        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+        if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+            raise ValueError(f"README.md must have {begin} and then {end}, once each")
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n\n{table(results)}\n\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="change nothing, fail on differences")] = False,
+    results: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
+    readme: Annotated[Path, typer.Option(help="file with the markers")] = README,
+    plots: Annotated[Path, typer.Option(help="folder of the plots")] = PLOTS,
+) -> None:
+    """Generate README's tables and plots from the records."""
+    text = readme.read_text()
+    try:
+        wanted = render(text, results)
+    except ValueError as error:
+        sys.exit(str(error))
+    found, plot = decode_plot_data(results), plots / "decode.png"
+    if not check:
+        readme.write_text(wanted)
+        if found:
+            draw_decode(found, plot)
+    problems = [f"{readme.name} differs from the records"] if check and wanted != text else []
+    if found and (problem := plot_problem(plot, found)):
+        problems.append(problem)
+    if problems:
+        sys.exit("; ".join(problems) + "; run `python benchmarks/report.py`")
+
+
+if __name__ == "__main__":
+    typer.run(main)

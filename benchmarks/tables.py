@@ -1,0 +1,179 @@
+"""The tables of README.md as Markdown, from the records. Only records of one device are compared, the last measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import record
+from benchmarks.record import Record
+
+LABELS = {"int8_custom": "int8_custom", "auto": "vLLM bf16 (auto)", "fp8": "vLLM fp8"}
+
+Group = dict[str, Record]
+"""The records of one case with one thread count, by implementation."""
+
+
+def groups(what: str, results: Path) -> list[Group]:
+    """The newest complete measurements of a kind, on the device measured last."""
+    records = record.read(what, results)
+    found: dict[tuple, Group] = {}
+    for line in record.latest(records):
+        if line.device == records[-1].device:
+            found.setdefault((*line.key[:2], line.num_threads), {})[line.impl] = line
+    return [group for group in found.values() if group.keys() >= LABELS.keys()]
+
+
+def faster(group: Group, impl: str) -> float:
+    """How many times faster we are than another implementation."""
+    return group[impl].median_us / group["int8_custom"].median_us
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(found: list[Group]) -> str:
+    """Where the numbers come from, for below a table."""
+    lines = [line for group in found for line in group.values()]
+    files = " and ".join(sorted({f"`benchmarks/results/{line.what}.jsonl`" for line in lines}))
+    newest = max(lines, key=lambda line: line.utc)
+    commit = newest.commit + (" with local changes" if newest.dirty else "")
+    return (
+        f"<sub>{newest.device}; {newest.utc[:10]}; PyTorch {newest.torch}, vLLM {newest.vllm}; commit {commit}; "
+        f"{files}.</sub>"
+    )
+
+
+def shape_text(line: Record) -> str:
+    case = line.case
+    return f"{case['num_heads']}/{case['num_kv_heads']} heads x {case['head_size']}"
+
+
+def decode_table(results: Path) -> str:
+    """A model's shape in full, then the range over all shapes, losses included."""
+    found = groups("decode", results)
+    if not found:
+        return missing("decode")
+    rows = []
+    for group in sorted(found, key=lambda g: (g["auto"].num_threads, *sizes(g))):
+        ours = group["int8_custom"]
+        num_seqs, seq_len = sizes(group)
+        shown = num_seqs == 8 or seq_len == 4096
+        if shown and ours.case["num_heads"] == 32 and ours.case["head_size"] == 128:
+            rows.append(
+                [
+                    f"{num_seqs} x {seq_len}",
+                    str(ours.num_threads),
+                    *(f"{group[impl].median_us:,.0f}" for impl in LABELS),
+                    f"{ours.gb_per_s:.1f}",
+                    f"{ours.frac_of_peak:.0%}",
+                    times(faster(group, "auto")),
+                    times(faster(group, "fp8")),
+                ]
+            )
+    head = ["sequences x context", "threads", *(f"{label}, us" for label in LABELS.values())]
+    main = markdown([*head, "GB/s", "of read bandwidth", "vs bf16", "vs fp8"], rows)
+    return f"32 query heads, 8 KV heads, head size 128:\n\n{main}\n\n{ranges(found)}\n\n{source(found)}"
+
+
+def sizes(group: Group) -> tuple[int, int]:
+    case = group["auto"].case
+    return case["num_seqs"], case["seq_len"]
+
+
+def num_tokens(group: Group) -> int:
+    """Tokens of the step."""
+    return group["auto"].case["num_seqs"] * group["auto"].case["query_len"]
+
+
+def ranges(found: list[Group]) -> str:
+    """Per head shape and thread count: the least, median and largest gain over contexts and batches."""
+    by_shape: dict[tuple, list[Group]] = {}
+    for group in found:
+        case = group["auto"].case
+        ratio = case["num_heads"] // case["num_kv_heads"]
+        by_shape.setdefault((ratio, case["head_size"], group["auto"].num_threads), []).append(group)
+    rows = []
+    for (_, _, num_threads), same in sorted(by_shape.items()):
+        row = [shape_text(same[0]["auto"]), str(num_threads), str(len(same))]
+        for impl in ("auto", "fp8"):
+            gains = sorted(faster(group, impl) for group in same)
+            row.append(", ".join(times(gain) for gain in (gains[0], gains[len(gains) // 2], gains[-1])))
+        rows.append([*row, str(sum(faster(group, "auto") < 1 for group in same))])
+    head = ["query/KV heads x head size", "threads", "cases", "vs bf16", "vs fp8", "slower than bf16"]
+    intro = "Least, median and largest gain over all contexts and batch sizes measured:"
+    return f"{intro}\n\n{markdown(head, rows)}"
+
+
+def latency_table(what: str, unit: Callable[[Record], str], head: str, results: Path) -> str:
+    """Times of a kind of case side by side."""
+    found = groups(what, results)
+    if not found:
+        return missing(what)
+    rows = []
+    for group in sorted(found, key=lambda g: (shape_text(g["auto"]), g["auto"].num_threads, num_tokens(g))):
+        rows.append(
+            [
+                unit(group["auto"]),
+                shape_text(group["auto"]),
+                str(group["auto"].num_threads),
+                *(f"{group[impl].median_us:,.0f}" for impl in LABELS),
+                times(faster(group, "auto")),
+                times(faster(group, "fp8")),
+            ]
+        )
+    columns = [head, "query/KV heads x head size", "threads", *(f"{label}, us" for label in LABELS.values())]
+    return f"{markdown([*columns, 'vs bf16', 'vs fp8'], rows)}\n\n{source(found)}"
+
+
+def prefill_table(results: Path) -> str:
+    prefill = latency_table("prefill", lambda line: str(line.case["seq_len"]), "prompt tokens", results)
+    verify = latency_table(
+        "verify", lambda line: f"{line.case['num_seqs']} x {line.case['seq_len']}", "sequences x context", results
+    )
+    return f"Prefill of one prompt:\n\n{prefill}\n\nVerification of 4 tokens per sequence:\n\n{verify}"
+
+
+def write_table(results: Path) -> str:
+    return latency_table(
+        "write", lambda line: str(line.case["num_seqs"] * line.case["query_len"]), "tokens written", results
+    )
+
+
+def end_to_end_table(results: Path) -> str:
+    found = groups("end_to_end", results)
+    if not found:
+        return missing("end_to_end")
+    rows = []
+    for group in found:
+        for impl, line in group.items():
+            rows.append(
+                [
+                    f"{LABELS[impl]}, {line.case['num_seqs']} x {line.case['seq_len']}",
+                    str(line.num_threads),
+                    f"{line.tok_per_s:.1f}",
+                    f"{line.median_us / 1e3:.1f}",
+                    f"{line.p10_us / 1e3:.1f} to {line.p90_us / 1e3:.1f}",
+                    times(line.tok_per_s / group["auto"].tok_per_s),
+                ]
+            )
+    head = ["cache, sequences x context", "threads", "output tokens/s", "ms per step", "p10 to p90", "vs bf16"]
+    return f"{markdown(head, rows)}\n\n{source(found)}"
+
+
+def missing(what: str) -> str:
+    script = "end_to_end.py" if what == "end_to_end" else "kernels.py"
+    return f"_Not measured yet: `python benchmarks/{script}`._"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "decode": decode_table,
+    "prefill": prefill_table,
+    "write": write_table,
+    "end_to_end": end_to_end_table,
+}

@@ -1,0 +1,127 @@
+"""The only timer: interleaved implementations, cold cache, median and spread, and the machine's read bandwidth.
+
+What is inside the timed region is one call, Python wrapper included. What is outside: everything that vLLM
+does once per step for all layers, the read-out of the clocks, and the choice of the next cold operands.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CallOnce = Callable[[int], object]
+"""Runs an implementation once; the argument counts the calls, so that each can take other (cold) operands."""
+
+MIN_READ_BYTES = 512 << 20
+
+READ_METHODS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "torch.amax int8": lambda buffer: buffer.amax(),
+    "torch.amax int64": lambda buffer: buffer.view(torch.int64).amax(),
+    "torch.sum int64": lambda buffer: buffer.view(torch.int64).sum(),
+    "torch.sum float32": lambda buffer: buffer.view(torch.float32).sum(),
+}
+"""Reductions that touch every byte once. Which one is fastest depends on the machine and the threads."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock times of one implementation."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    n: int
+    cpu_per_wall: float
+    """CPU time of the process per wall-clock time inside the calls: the number of cores really in use."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop timing a case: after `seconds`, but with at least and at most so many samples each."""
+
+    seconds: float = 2.0
+    min_samples: int = 9
+    max_samples: int = 200
+    warmup: int = 2
+
+
+@dataclass(frozen=True)
+class ReadBandwidth:
+    """How fast this machine reads memory as a stream."""
+
+    gb_per_s: float
+    method: str
+    timing: Timing
+
+
+def l3_bytes() -> int:
+    """Size of the largest CPU cache as Linux reports it; 64 MiB where it does not (some virtual machines)."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=64 << 20)
+
+
+def cold_copies(nbytes: int) -> int:
+    """How many operands of `nbytes` to rotate over so that each has left the last-level cache when its turn comes."""
+    return math.ceil(4 * l3_bytes() / nbytes)
+
+
+def interleave(calls: dict[str, CallOnce], budget: Budget) -> dict[str, Timing]:
+    """Time implementations in turn (A B C A B C ...), so that drift of the machine meets all of them alike."""
+    samples: dict[str, list[int]] = {name: [] for name in calls}
+    cpu_ns = dict.fromkeys(calls, 0)
+    started = time.perf_counter()
+    for turn in range(budget.warmup + budget.max_samples):
+        timed = turn - budget.warmup
+        if timed >= budget.min_samples and time.perf_counter() - started > budget.seconds:
+            break
+        for name, call in calls.items():
+            cpu_before = time.process_time_ns()
+            before = time.perf_counter_ns()
+            call(turn)
+            elapsed = time.perf_counter_ns() - before
+            if timed >= 0:
+                samples[name].append(elapsed)
+                cpu_ns[name] += time.process_time_ns() - cpu_before
+    return {name: summarize([ns / 1e3 for ns in samples[name]], cpu_ns[name] / 1e3) for name in calls}
+
+
+def summarize(times_us: list[float], cpu_us: float) -> Timing:
+    """Median and spread of a list of times; `cpu_us` is the CPU time of all of them together."""
+    p10, median, p90 = torch.tensor(times_us, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
+    return Timing(
+        median_us=round(median.item(), 2),
+        p10_us=round(p10.item(), 2),
+        p90_us=round(p90.item(), 2),
+        n=len(times_us),
+        cpu_per_wall=round(cpu_us / sum(times_us), 2),
+    )
+
+
+class ReadMeter:
+    """Measures the streaming read bandwidth with the current number of threads.
+
+    The bound that everything else is compared with, so it is the fastest of several plain reads of a buffer
+    many times the size of the last-level cache.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = torch.ones(max(MIN_READ_BYTES, 4 * l3_bytes()), dtype=torch.int8)
+        self.best: dict[int, str] = {}
+
+    def measure(self, samples: int = 5) -> ReadBandwidth:
+        """Read the buffer `samples` times, by the method that was fastest when this thread count came first."""
+        threads = torch.get_num_threads()
+        if threads not in self.best:
+            every = {name: self._call(name) for name in READ_METHODS}
+            timings = interleave(every, Budget(seconds=0, min_samples=samples))
+            self.best[threads] = min(timings, key=lambda name: timings[name].median_us)
+        method = self.best[threads]
+        timing = interleave({method: self._call(method)}, Budget(seconds=0, min_samples=samples, warmup=1))[method]
+        return ReadBandwidth(round(self.buffer.numel() / timing.median_us / 1e3, 2), method, timing)
+
+    def _call(self, method: str) -> CallOnce:
+        reduce = READ_METHODS[method]
+        return lambda _: reduce(self.buffer)

@@ -1,0 +1,70 @@
+"""Fixtures of all tests: seeds, devices and CPU kernel paths."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from vllm_int8kv import ops
+
+CPU_ISAS = ["scalar", "avx2", "avx512", "avx512_vnni"]
+NO_CUDA = "GPU case: "
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def _require_cuda() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip(f"{NO_CUDA}no GPU")
+    if not ops.has_cuda_kernels():
+        pytest.skip(f"{NO_CUDA}built without CUDA kernels")
+    return "cuda"
+
+
+@pytest.fixture
+def cuda() -> str:
+    """For what only a GPU does."""
+    return _require_cuda()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device, the CPU by the kernel path it takes by default."""
+    return _require_cuda() if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def set_num_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[*CPU_ISAS, "cuda"])
+def kernel(request: pytest.FixtureRequest, set_num_threads: Callable[[int], None]) -> Iterator[str]:
+    """The device of every kernel there is: each CPU path and CUDA.
+
+    On one thread, unless a test says otherwise: no result depends on it, and the threads of many small
+    operators would mostly wait for one another, on a busy machine for whole time slices.
+    """
+    set_num_threads(1)
+    if request.param == "cuda":
+        yield _require_cuda()
+        return
+    if request.param not in ops.cpu_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    before = ops.cpu_isa()
+    ops.set_cpu_isa(request.param)
+    assert ops.cpu_isa() == request.param
+    yield "cpu"
+    ops.set_cpu_isa(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    num_gpu = sum(NO_CUDA in str(report.longrepr) for report in skipped)
+    terminalreporter.write_line(f"{num_gpu} GPU cases skipped")

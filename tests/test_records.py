@@ -1,0 +1,186 @@
+"""Every number in README comes from a record, and every record from a measurement that was checked."""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def record(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.record")
+
+
+@pytest.fixture
+def measured(record):
+    """A valid record."""
+    return record.Record(
+        what="decode",
+        case={
+            "num_seqs": 8,
+            "seq_len": 512,
+            "query_len": 1,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "head_size": 128,
+        },
+        impl="int8_custom",
+        resolved_backend="INT8_KV scalar",
+        median_us=20.0,
+        p10_us=19.0,
+        p90_us=22.0,
+        n=9,
+        bytes_moved=1000,
+        gb_per_s=10.0,
+        read_gb_per_s=20.0,
+        frac_of_peak=0.5,
+        checked=True,
+        rel_error=0.001,
+        num_threads=2,
+        cpu_per_wall=2.0,
+        device="a CPU",
+        torch="2.13.0",
+        vllm="0.32.0",
+        commit="0123456789ab",
+        dirty=False,
+        command="python benchmarks/kernels.py",
+        utc="2026-01-01T00:00:00+00:00",
+    )
+
+
+def run_script(name, *args):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_committed_records_fit_the_schema(record):
+    files = sorted(RESULTS.glob("*.jsonl"))
+    assert files, f"no records in {RESULTS.relative_to(ROOT)}"
+    for path in files:
+        lines = record.read(path.stem)
+        assert lines, f"{path.name} is empty"
+        assert {line.what for line in lines} == {path.stem}
+
+
+def test_a_record_reads_back_as_written(record, measured, tmp_path):
+    record.append(measured, tmp_path)
+    later = replace(measured, median_us=21.0, utc="2026-01-02T00:00:00+00:00")
+    record.append(later, tmp_path)
+    assert record.read("decode", tmp_path) == [measured, later]
+    assert record.latest(record.read("decode", tmp_path)) == [later]
+
+
+@pytest.mark.parametrize("change", [{"impl": "auto"}, {"num_threads": 1}, {"device": "b"}, {"case": {"num_seqs": 1}}])
+def test_other_measurements_do_not_replace_a_record(record, measured, change):
+    other = replace(measured, **change)
+    assert record.latest([measured, other]) == [measured, other]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speedup": 2.0}, r"unknown fields \['speedup'\]"),
+        ({"n": "9"}, "n must be <class 'int'>, got '9'"),
+        ({"checked": False}, "checked is False"),
+        ({"median_us": 30.0}, "times out of order"),
+        ({"schema": 2}, "schema 2 is not supported; supported: 1"),
+    ],
+)
+def test_a_wrong_line_is_refused(record, measured, change, message):
+    with pytest.raises(ValueError, match=message):
+        record.parse(json.dumps(asdict(measured) | change))
+
+
+def test_a_missing_field_is_refused(record, measured):
+    data = asdict(measured)
+    del data["commit"]
+    with pytest.raises(ValueError, match=r"missing fields \['commit'\]"):
+        record.parse(json.dumps(data))
+
+
+def test_a_wrong_line_is_named(record, measured, tmp_path):
+    record.append(measured, tmp_path)
+    with (tmp_path / "decode.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match=r"decode\.jsonl:2: missing fields"):
+        record.read("decode", tmp_path)
+
+
+NAMES = ("decode", "prefill", "write", "end_to_end")
+MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """Runs the report on files in `tmp_path`; returns what it has to complain about."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("benchmarks.report")
+
+    def run(check=False):
+        try:
+            module.main(check, results=tmp_path, readme=tmp_path / "README.md", plots=tmp_path / "plots")
+        except SystemExit as exit_:
+            return exit_.code
+        return None
+
+    return run
+
+
+def test_report_writes_tables_and_plots_and_notices_changes(record, measured, report, tmp_path):
+    for impl, median_us in (("int8_custom", 20.0), ("auto", 90.0), ("fp8", 70.0)):
+        line = replace(measured, impl=impl, median_us=median_us, p90_us=99.0)
+        record.append(line, tmp_path)
+        record.append(replace(line, what="end_to_end", tok_per_s=8e6 / median_us), tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{MARKERS}\nThe end.\n")
+
+    assert "README.md differs from the records; decode.png is missing" in report(check=True)
+    assert report() is None
+    assert report(check=True) is None
+
+    text = readme.read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith("The end.\n")
+    assert "| 8 x 512 | 2 | 20 | 90 | 70 | 10.0 | 50% | 4.5x | 3.5x |" in text
+    assert "| 400000.0 | 0.0 |" in text  # tokens/s and ms of the engine
+    assert (tmp_path / "plots" / "decode.png").stat().st_size < 150_000
+
+    readme.write_text(text.replace("4.5x", "9.5x"))
+    assert "README.md differs from the records" in report(check=True)
+    readme.write_text(text)
+    record.append(replace(measured, gb_per_s=11.0, p90_us=99.0), tmp_path)
+    assert "decode.png was drawn from other records" in report(check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MARKERS.replace("<!-- begin:write -->", ""), "README.md must have <!-- begin:write -->"),
+        (MARKERS + "<!-- begin:speed -->", "README.md has markers ['speed']"),
+    ],
+)
+def test_report_names_a_wrong_marker(report, tmp_path, text, message):
+    (tmp_path / "README.md").write_text(text)
+    assert message in report()
+
+
+def test_readme_equals_the_committed_records():
+    result = run_script("report.py", "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_measure_and_record(record, tmp_path):
+    result = run_script("kernels.py", "--quick", "--only", "write", "--threads", "1", "--out", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = record.read("write", tmp_path)
+    assert [line.impl for line in lines] == ["int8_custom", "auto", "fp8"]
+    assert [line.resolved_backend.split()[0] for line in lines] == ["INT8_KV", "CPU_ATTN", "CPU_ATTN"]
+    assert all(line.rel_error < 0.005 for line in lines)

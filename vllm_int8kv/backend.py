@@ -1,0 +1,307 @@
+"""vLLM's attention backend for `kv_cache_dtype="int8_custom"`: glue between vLLM and `vllm_int8kv.ops`.
+
+vLLM hands over one tensor per layer, `[num_blocks, num_kv_heads, block_size, content_bytes]` int8 with the
+bytes of a (block, KV head) pair contiguous (its layout LBHNC); `cache_layout` says what the bytes are.
+`do_kv_cache_update` writes a step's K and V, then `forward` reads the whole context back, prefill included,
+so an answer does not depend on how a prompt was chunked or on prefix-cache hits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, SinkFullAttentionSpec
+
+from vllm_int8kv import cache_layout, ops
+from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
+
+logger = init_logger("vllm.int8kv")
+
+MIN_COMPUTE_CAPABILITY = (7, 5)
+
+
+class Int8KVBackend(AttentionBackend):
+    """Decoder attention over the INT8 cache, on CPU and CUDA."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [KV_CACHE_DTYPE]
+
+    @staticmethod
+    def get_name() -> str:
+        return "INT8_KV"
+
+    @staticmethod
+    def get_impl_cls() -> type["Int8KVImpl"]:
+        return Int8KVImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["Int8KVMetadataBuilder"]:
+        return Int8KVMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(cache_layout.SLOT_GROUP)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(cache_layout.SUPPORTED_HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return current_platform.is_cpu()
+
+    @classmethod
+    def supports_compute_capability(cls, capability) -> bool:
+        return capability is None or capability >= MIN_COMPUTE_CAPABILITY
+
+    @classmethod
+    def supports_combination(cls, *args, **kwargs) -> str | None:
+        """The reason why this installation cannot serve this platform, or None."""
+        if current_platform.is_cpu():
+            return None
+        if not current_platform.is_cuda():
+            return f"platform {current_platform.device_name} not supported"
+        return None if ops.has_cuda_kernels() else "vllm-int8kv was installed without its CUDA kernels"
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Tell vLLM's block manager how many bytes a slot really takes.
+
+        vLLM also asks this of specs that are not ours: of unquantized layers named in
+        `kv_cache_dtype_skip_layers` (their spec has the model dtype) and again of its own result.
+
+        Raises:
+            ValueError: a layer whose K and V differ in size, or that keeps static sink tokens in its cache.
+        """
+        if spec.dtype != torch.int8 or spec.state_content_bytes is not None:
+            return spec
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"kv_cache_dtype={KV_CACHE_DTYPE!r} needs layers with equal K and V head sizes, got head_size "
+                f"{spec.head_size} and head_size_v {spec.head_size_v}; use kv_cache_dtype='auto' for this model"
+            )
+        if isinstance(spec, SinkFullAttentionSpec):
+            raise ValueError(
+                f"kv_cache_dtype={KV_CACHE_DTYPE!r} does not support static sink tokens, which vLLM writes to the "
+                "cache unquantized; use kv_cache_dtype='auto' for this model"
+            )
+        return replace(spec, state_content_bytes=cache_layout.content_bytes(spec.head_size))
+
+
+@dataclass
+class Int8KVMetadata(AttentionMetadata):
+    """What one step's attention needs beside Q and the cache."""
+
+    num_actual_tokens: int
+    """Tokens of this step; query and output may have more rows, which are padding."""
+    block_table: torch.Tensor
+    """[num_seqs, max_blocks_per_seq] int32"""
+    seq_lens: torch.Tensor
+    """[num_seqs] int32, tokens in the cache including this step's"""
+    query_start_loc: torch.Tensor
+    """[num_seqs + 1] int32, prefix sum of the query lengths"""
+    causal: bool
+
+
+class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
+    """Builds the metadata of a step; one instance per KV cache group and worker."""
+
+    supports_update_block_table: bool = True
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
+        if device.type == "cpu" and options.cpu_isa is not None:
+            ops.set_cpu_isa(options.cpu_isa)
+        _log_cache_format(vllm_config, options, device)
+        _warn_about_padding(kv_cache_spec)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Int8KVMetadata:
+        causal = common_attn_metadata.causal
+        if isinstance(causal, torch.Tensor):
+            raise NotImplementedError(
+                f"kv_cache_dtype={KV_CACHE_DTYPE!r} needs a batch that is causal or not as a whole, got a flag per "
+                "request; use kv_cache_dtype='auto' for this model"
+            )
+        return Int8KVMetadata(
+            num_actual_tokens=common_attn_metadata.num_actual_tokens,
+            block_table=common_attn_metadata.block_table_tensor,
+            seq_lens=common_attn_metadata.seq_lens,
+            query_start_loc=common_attn_metadata.query_start_loc,
+            causal=causal,
+        )
+
+    def update_block_table(
+        self, metadata: Int8KVMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> Int8KVMetadata:
+        return replace(metadata, block_table=blk_table)
+
+
+class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = KV_CACHE_DTYPE,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(
+                f"kv_cache_dtype={KV_CACHE_DTYPE!r} supports decoder attention only, got attn_type {attn_type!r}"
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks_parameter = sinks
+        self.sinks: torch.Tensor | None = None
+        options = Int8KVConfig.from_additional_config(get_current_vllm_config().additional_config)
+        self.rotate_keys = options.rotate_keys
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        # Only now does the parameter hold the checkpoint's values, in the model dtype.
+        if self.sinks_parameter is not None:
+            self.sinks = self.sinks_parameter.detach().float()
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantize and store this step's K and V, `[num_tokens, num_kv_heads, head_size]`."""
+        # Rows beyond the slot mapping are padding.
+        num_tokens = slot_mapping.shape[0]
+        ops.reshape_and_cache(
+            key[:num_tokens], value[:num_tokens], kv_cache, slot_mapping, rotate_keys=self.rotate_keys
+        )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Int8KVMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention over the cache, which already holds this step's K and V.
+
+        Args:
+            query, output: [num_tokens, num_heads, head_size]; rows beyond `num_actual_tokens` are left alone.
+            key, value: unused, the cache has them.
+            attn_metadata: None while vLLM profiles memory; the output is then zero.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("Int8KVImpl does not quantize its output; disable fuse_attn_quant")
+        if attn_metadata is None:
+            return output.fill_(0)
+        num_tokens = attn_metadata.num_actual_tokens
+        ops.paged_attention(
+            query[:num_tokens],
+            kv_cache,
+            attn_metadata.block_table,
+            attn_metadata.seq_lens,
+            attn_metadata.query_start_loc,
+            softmax_scale=self.scale,
+            out=output[:num_tokens],
+            causal=attn_metadata.causal,
+            sliding_window=self.sliding_window,
+            softcap=self.logits_soft_cap,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+            rotate_keys=self.rotate_keys,
+        )
+        return output
+
+
+def _log_cache_format(vllm_config: VllmConfig, options: Int8KVConfig, device: torch.device) -> None:
+    """Say once per worker what was chosen and what it saves, over all layers that own a cache."""
+    int8_bytes = native_bytes = skipped = 0
+    for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
+        if layer.kv_sharing_target_layer_name is not None or layer.attn_type != AttentionType.DECODER:
+            continue
+        native = layer.num_kv_heads * 2 * layer.head_size * vllm_config.model_config.dtype.itemsize
+        native_bytes += native
+        if layer.kv_cache_dtype == KV_CACHE_DTYPE:
+            int8_bytes += layer.num_kv_heads * cache_layout.content_bytes(layer.head_size)
+        else:
+            int8_bytes += native
+            skipped += 1
+    logger.info_once(
+        "INT8 KV cache: one scale per token and KV head, keys %s, %s kernels; %d bytes per token instead of %d "
+        "(%s), %.2fx the tokens in the same memory; %d layer(s) left unquantized",
+        "rotated" if options.rotate_keys else "not rotated",
+        ops.cpu_isa() if device.type == "cpu" else device.type,
+        int8_bytes,
+        native_bytes,
+        str(vllm_config.model_config.dtype).removeprefix("torch."),
+        native_bytes / int8_bytes,
+        skipped,
+    )
+
+
+def _warn_about_padding(kv_cache_spec: AttentionSpec) -> None:
+    """Layers of one block pool get pages of one size; say so where that costs capacity."""
+    if kv_cache_spec.page_size_bytes > kv_cache_spec.unpadded_page_size_bytes:
+        logger.warning_once(
+            "INT8 KV cache: blocks of %d bytes are padded to %d to share a block pool with larger ones, which "
+            "costs capacity; a kv_cache_dtype_skip_layers that leaves fewer kinds of layers avoids it",
+            kv_cache_spec.unpadded_page_size_bytes,
+            kv_cache_spec.page_size_bytes,
+        )

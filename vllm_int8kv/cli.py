@@ -1,0 +1,122 @@
+"""The command `vllm-int8kv`: demo, doctor and serve."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_int8kv.config import KV_CACHE_DTYPE
+
+app = typer.Typer(
+    help="An INT8 KV cache for vLLM.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+console = Console()
+error_console = Console(stderr=True)
+
+
+def fail(message: str) -> typer.Exit:
+    """Print an error and return what to raise."""
+    error_console.print(Text.assemble(("Error: ", "bold red"), message))
+    return typer.Exit(1)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="Path or name as vLLM takes it, or smollm2.")] = "smollm2",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    verbose: Annotated[bool, typer.Option(help="Show the log of vLLM instead of progress bars.")] = False,
+) -> None:
+    """Compare an unquantized KV cache with the INT8 one: answers, memory, accuracy, speed."""
+    from vllm_int8kv.demo import EngineError, Plan, run_demo
+    from vllm_int8kv.models import resolve
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise fail(f"--json: the folder {json_file.absolute().parent} does not exist")
+    try:
+        report = run_demo(Plan(resolve(model)), error_console, name=model, verbose=verbose)
+    except (EngineError, ImportError, ValueError) as error:
+        raise fail(str(error)) from None
+    print_demo(report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def print_demo(report: dict[str, Any]) -> None:
+    """Show a report of `demo.run_demo`."""
+    answers = Table("Prompt", "auto", KV_CACHE_DTYPE, title="Answers", show_lines=True)
+    for row in report["prompts"]:
+        answers.add_row(*(Text(text) for text in row.values()))
+    console.print(answers)
+    tokens, speed = report["kv_cache_tokens"], report["decode_tok_per_s"]
+    table = Table("", *(f"{dtype}" for dtype in tokens), "ratio", title=report["model"])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    mebibytes = report["kv_cache_memory_bytes"] / 2**20
+    table.add_row(
+        f"tokens in {mebibytes:,.0f} MiB of cache",
+        *(f"{count:,}" for count in tokens.values()),
+        f"{report['capacity_ratio']:.2f}x",
+    )
+    table.add_row(
+        f"decode tokens/s, {report['num_seqs']} x {report['context_len']:,} tokens of context",
+        *(f"{rate:,.1f}" for rate in speed.values()),
+        f"{speed[KV_CACHE_DTYPE] / speed['auto']:.2f}x",
+    )
+    table.add_row("KL divergence per token (nats)", "0", f"{report['kl_per_token']:.1e}", "")
+    table.add_row("same most likely token", "100 %", f"{report['top1_agreement']:.1%}", "")
+    console.print(table)
+    console.print(
+        f"KL and top-1: {report['text_tokens']:,} tokens decoded one by one in fp32, over the whole vocabulary. "
+        f"Speed: median step, {report['num_threads']} threads.",
+        style="dim",
+    )
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check versions, the plugin and the kernels. Exit code 1 and a remedy if something is wrong."""
+    from vllm_int8kv.doctor import diagnose
+
+    checks = []
+    for check in diagnose():
+        checks.append(check)
+        if not as_json:
+            mark = ("ok   ", "green") if check.ok else ("FAIL ", "bold red")
+            console.print(Text.assemble(mark, (f"{check.name}: ", "bold"), check.found))
+            if check.remedy:
+                console.print(Text(f"     {check.remedy}"))
+    ok = all(check.ok for check in checks)
+    if as_json:
+        lines = [{"name": check.name, "ok": check.ok, "found": check.found, "remedy": check.remedy} for check in checks]
+        typer.echo(json.dumps({"ok": ok, "checks": lines}, indent=2))
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="MODEL [any option of vllm serve]",
+    epilog="The options of vLLM: vllm-int8kv serve --help=all, or --help=max-model-len for one.",
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve MODEL over the OpenAI API, with --kv-cache-dtype int8_custom unless another is given.
+
+    MODEL is a path or name as vLLM takes it, or smollm2.
+    """
+    if not context.args or context.args[0] in ("-h", "--help"):
+        typer.echo(context.get_help())
+        raise typer.Exit(0 if context.args else 2)
+    from vllm_int8kv.serve import serve as run_server
+
+    try:
+        run_server(context.args)
+    except (ImportError, ValueError) as error:
+        raise fail(str(error)) from None
+
+
+if __name__ == "__main__":
+    app()
