@@ -1,4 +1,5 @@
-// Runs the CUDA kernels on the host, thread by thread, so that their logic is tested where no GPU is.
+// Runs the CUDA kernels on the host, thread by thread, so that their logic is tested where no GPU
+// is.
 //
 // Replaces csrc/cuda/primitives.cuh (it defines its guard) and the CUDA runtime. Each thread of a
 // block is a fiber; blocks run one after another. A warp-wide primitive parks its lane until all 32
@@ -245,8 +246,7 @@ inline float shuffle_xor(float x, int mask) {
 }
 inline float shuffle(float x, int from) {
   static const char kind = 0;
-  return emulation::as_float(
-      exchange(emulation::as_bits(x), [=](int) { return from; }, &kind));
+  return emulation::as_float(exchange(emulation::as_bits(x), [=](int) { return from; }, &kind));
 }
 inline int32_t shuffle_up(int32_t x, int delta) {
   static const char kind = 0;
@@ -290,7 +290,9 @@ inline uint32_t transpose_8x8(uint32_t row_pair) {
   static const char kind = 0;
   uint32_t out[1];
   emulation::collective<1, 1>(&kind, {row_pair}, out, [](auto& in, auto& result) {
-    const auto element = [&](int r, int c) { return in[4 * r + c / 2][0] >> 16 * (c % 2) & 0xffff; };
+    const auto element = [&](int r, int c) {
+      return in[4 * r + c / 2][0] >> 16 * (c % 2) & 0xffff;
+    };
     for (int lane = 0; lane < 32; ++lane) {
       const int r = lane / 4, c = lane % 4 * 2;
       result[lane][0] = element(c, r) | element(c + 1, r) << 16;
@@ -303,8 +305,15 @@ inline uint32_t transpose_8x8(uint32_t row_pair) {
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   static const char kind = 0;
   uint32_t out[4];
-  const uint32_t words[10] = {a[0], a[1], a[2], a[3], b0, b1, emulation::as_bits(c[0]),
-                              emulation::as_bits(c[1]), emulation::as_bits(c[2]),
+  const uint32_t words[10] = {a[0],
+                              a[1],
+                              a[2],
+                              a[3],
+                              b0,
+                              b1,
+                              emulation::as_bits(c[0]),
+                              emulation::as_bits(c[1]),
+                              emulation::as_bits(c[2]),
                               emulation::as_bits(c[3])};
   emulation::collective<10, 4>(&kind, words, out, [](auto& in, auto& result) {
     float lhs[16][16], rhs[16][8];

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 
-import tiny_models
 from vllm_int8kv import cache_layout
 from vllm_int8kv.backend import Int8KVImpl
 
@@ -243,7 +243,7 @@ def test_random_model_is_close_to_auto(model, model_folder, auto_run):
     with tiny_engine(model_folder(model)) as llm:
         for layer in layers(llm).values():
             assert layer.kv_cache.dtype == torch.int8
-            num_blocks, num_kv_heads, block_size, num_bytes = layer.kv_cache.shape
+            _, num_kv_heads, block_size, num_bytes = layer.kv_cache.shape
             assert num_bytes == cache_layout.content_bytes(layer.head_size)
             # Blocks lie side by side without padding, sliding-window layers included.
             assert layer.kv_cache.stride(0) == num_kv_heads * block_size * num_bytes

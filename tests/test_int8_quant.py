@@ -19,7 +19,7 @@ Quantize = Callable[[list[float]], tuple[list[int], float]]
 
 
 def quantize_by_reference(row: list[float]) -> tuple[list[int], float]:
-    codes, scale = reference.quantize(torch.tensor(row, dtype=torch.float32))
+    codes, scale = reference.quantize(reference.sanitize(torch.tensor(row)))
     return codes.tolist(), float(scale)
 
 

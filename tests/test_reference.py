@@ -133,16 +133,15 @@ def test_paged_attention_equals_sdpa_on_the_dequantized_cache(causal, num_heads,
     assert not out[batch.num_tokens :].any()
 
 
-@pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("equalize", [False, True])
 @pytest.mark.parametrize("rotate_keys", [False, True])
-def test_rotation_and_equalizer_cancel(rotate_keys, equalize, outliers):
+def test_rotation_and_equalizer_cancel(rotate_keys, equalize):
     """What is left against attention on the unquantized K and V is small: both sides are transformed alike."""
     key_equalizer = 0.25 + 2 * torch.rand(2, 64) if equalize else None
     options = {"rotate_keys": rotate_keys, "key_equalizer": key_equalizer}
-    batch = make_batch([(1, 40), (12, 12)], outliers=outliers, **options)
+    batch = make_batch([(1, 40), (12, 12)], **options)
     out, _ = reference.paged_attention(*batch.args, softmax_scale=SCALE, **options)
     for seq in range(2):
         want = sdpa(batch, seq, batch.keys[seq], batch.values[seq], causal=True)
         error = (out[batch.rows(seq)] - want).square().mean().sqrt()
-        assert error < (0.15 if outliers else 0.02)
+        assert error < 0.02

@@ -41,19 +41,26 @@ INT8KV_INLINE f32x16 abs(f32x16 x) {
   return reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(x) & 0x7fffffffu);
 }
 
+// Lane i of the result is lane i ^ kDistance.
+template <int kDistance>
+INT8KV_INLINE f32x16 exchange(f32x16 v) {
+  i32x16 from;
+  for (int i = 0; i < kLanes; ++i) from[i] = i ^ kDistance;
+  return __builtin_shuffle(v, from);
+}
+
 INT8KV_INLINE float reduce_max(f32x16 v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  v = max(v, exchange<8>(v));
+  v = max(v, exchange<4>(v));
+  v = max(v, exchange<2>(v));
+  return max(v, exchange<1>(v))[0];
 }
 
 INT8KV_INLINE float reduce_add(f32x16 v) {
-  float s[kLanes];
-  store(s, v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  }
-  return s[0];
+  v += exchange<8>(v);
+  v += exchange<4>(v);
+  v += exchange<2>(v);
+  return (v + exchange<1>(v))[0];
 }
 
 // Round half to even for |x| < 2^22: the sum has no bits left for a fraction.

@@ -38,8 +38,7 @@ INT8KV_HD KeyRange visible_keys(const PagedAttentionParams& p, int32_t position,
 }
 
 INT8KV_HD SequencePlan plan_sequence(const PagedAttentionParams& p, int32_t query_len,
-                                     int32_t seq_len, int32_t rows_per_tile,
-                                     int32_t max_partials) {
+                                     int32_t seq_len, int32_t rows_per_tile, int32_t max_partials) {
   const int32_t rows = query_len > 0 ? query_len * (p.num_heads / p.cache.num_kv_heads) : 0;
   SequencePlan plan{(rows + rows_per_tile - 1) / rows_per_tile, 1, 0, int64_t{1} << 32};
   if (rows == 0 || seq_len <= 0 || 2 * int64_t{query_len} > max_partials) return plan;

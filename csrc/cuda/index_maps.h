@@ -4,8 +4,8 @@
 // The tensor-core kernel works on tiles of 64 slots and spans of 64 dims. With g = lane / 4 and
 // t = lane % 4, the first operand of mma.m16n8k16 takes rows g and g + 8 and columns 2t, 2t + 1 of
 // each half from lane (g, t). A 32-bit word of K codes is 2 slots x 2 dims: after conversion rows g
-// and g + 8 of one half. One 16-byte vector is 8 slots x 2 dims: that half for 4 row tiles. V is the
-// same with slots and dims exchanged:
+// and g + 8 of one half. One 16-byte vector is 8 slots x 2 dims: that half for 4 row tiles. V is
+// the same with slots and dims exchanged:
 //
 //   scores = K * Q^T   row g, g + 8 of row tile w: slot 8g + 2w, 8g + 2w + 1   columns: query rows
 //   out^T = V^T * P^T  row g, g + 8 of row tile v: dim  8g + 2v, 8g + 2v + 1   columns: query rows
@@ -23,7 +23,9 @@ constexpr int kSpanVectors = 8;  // 16-byte vectors per lane of one tile and spa
 
 INT8KV_HD bool is_vector_aligned(const KVCache& cache) {
   return (reinterpret_cast<uintptr_t>(cache.data) | static_cast<uint64_t>(cache.block_stride) |
-          static_cast<uint64_t>(cache.head_stride)) % 16 == 0;
+          static_cast<uint64_t>(cache.head_stride)) %
+             16 ==
+         0;
 }
 
 // --- tensor-core tiles ---------------------------------------------------------------------------

@@ -30,8 +30,8 @@ size_t paged_attention_workspace_bytes(const PagedAttentionParams& params, int32
 
 // Attention of every row over its sequence's keys. Sequences with 2 * query_len <= max_partials
 // (decode, verification) are split over the keys and combined by a second kernel; longer ones are
-// computed in one pass. fp16 and bf16 up to head_size 256 run on tensor cores with fp16 operands and
-// fp32 sums; fp32 and head_size 512 run in fp32.
+// computed in one pass. fp16 and bf16 up to head_size 256 run on tensor cores with fp16 operands
+// and fp32 sums; fp32 and head_size 512 run in fp32.
 //
 // Requires: the alignment of launch_reshape_and_cache(); num_heads a multiple of num_kv_heads;
 // max_partials >= 1; workspace aligned to 16 bytes, contents arbitrary. Anything else returns

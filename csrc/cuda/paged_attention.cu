@@ -60,7 +60,8 @@ cudaError_t launch(AttentionKernel kernel, int rows_per_tile, int shared_bytes,
                         workspace);
   if (error != cudaSuccess || workspace.max_partials < 2) return error;
   const int64_t tasks = int64_t{params.num_seqs} * params.num_heads;
-  const auto combine_blocks = static_cast<unsigned>((tasks + kAttentionWarps - 1) / kAttentionWarps);
+  const auto combine_blocks =
+      static_cast<unsigned>((tasks + kAttentionWarps - 1) / kAttentionWarps);
   return launch_kernel(combine_splits_kernel, dim3(combine_blocks), kAttentionThreads, 0, stream,
                        params, rows_per_tile, workspace);
 }

@@ -1,18 +1,19 @@
 // Attention on tensor cores for fp16 and bf16 queries, made for decode and verification.
 //
-//   block   4 warps; a tile of 8 * kRowTiles query rows of one KV head against one split of the keys
-//   warp    every fourth tile of 64 keys, with a softmax state of its own; merged at the end
+//   block   4 warps; a tile of 8 * kRowTiles query rows of one KV head against one split of the
+//   keys warp    every fourth tile of 64 keys, with a softmax state of its own; merged at the end
 //
 // The codes travel from the cache to the operand registers without ever crossing lanes: each lane
 // copies the 16-byte vectors that it will multiply (index_maps.h) into a ring of its own in shared
-// memory, kRing units of 64 keys x 64 dims ahead, so the loop has no barrier. A code becomes fp16 by
-// byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands are fp16 for bf16 queries too,
-// each made to fit by a power of two: one per query row, one running one for the probabilities times
-// the V scales. A query element is the sum of two fp16 terms, so that scores are as exact as in fp32
-// after the rotation too. K scales meet the scores, V scales the probabilities; no code is scaled.
+// memory, kRing units of 64 keys x 64 dims ahead, so the loop has no barrier. A code becomes fp16
+// by byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands are fp16 for bf16 queries
+// too, each made to fit by a power of two: one per query row, one running one for the probabilities
+// times the V scales. A query element is the sum of two fp16 terms, so that scores are as exact as
+// in fp32 after the rotation too. K scales meet the scores, V scales the probabilities; no code is
+// scaled.
 #pragma once
 
-#include "work.cuh"
+#include "mma_layout.cuh"
 
 namespace int8kv {
 
@@ -22,170 +23,13 @@ constexpr int kResidentBlocks = 1;
 #else
 constexpr int kResidentBlocks = 3;
 #endif
-constexpr int kRing = 3;
-constexpr int kUnitBytes = kSpanVectors * 32 * 16;  // one warp's vectors of one tile and span
-constexpr int kScaleSlots = 2;                      // tiles whose scales are on their way
-constexpr int kScaleBytes = 2 * 8 * 16;             // K and V scales of one tile
-constexpr int kQueryTerms = 2;                      // of 11 bits each
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// The largest probability times V scale becomes 2^14 to 2^15 in fp16, so that 2^-28 of it is normal.
+// The largest probability times V scale becomes 2^14 to 2^15 in fp16, so that 2^-28 of it is
+// normal.
 constexpr int kWeightExponent = 14;
 constexpr int kMinUnitExponent = 20;  // biased; below the smallest scale that is ever stored
-
-// What the rows of a tile need besides their operands, in shared memory.
-template <int kRows>
-struct TileRows {
-  float score_factor[kRows];  // power of two of the row times softmax_scale, see score()
-  float alibi_slope[kRows];
-  int32_t position[kRows];
-  KeyRange visible[kRows];
-};
-
-// The states of the warps at the end of an item.
-template <int kRows>
-struct WarpStates {
-  float max[kAttentionWarps][kRows];  // of score * log2(e)
-  float sum[kAttentionWarps][kRows];
-  float unit[kAttentionWarps];
-};
-
-// Dynamic shared memory: rings | scales | query operands | TileRows | WarpStates. A warp's ring holds
-// its output when an item ends.
-template <int kSpans, int kRowTiles>
-struct MmaLayout {
-  static constexpr int kRows = 8 * kRowTiles;
-  static constexpr int kDims = kSpans * kSpanDims;
-  static constexpr int kScales = kAttentionWarps * kRing * kUnitBytes;
-  static constexpr int kQuery = kScales + kAttentionWarps * kScaleSlots * kScaleBytes;
-  static constexpr int kTileRows = kQuery + kRows * kDims * kQueryTerms * 2;
-  static constexpr int kStates = kTileRows + static_cast<int>(sizeof(TileRows<kRows>));
-  static constexpr int kBytes = kStates + static_cast<int>(sizeof(WarpStates<kRows>));
-  static_assert(kRows * kDims * 4 <= kRing * kUnitBytes, "a warp's output must fit its ring");
-};
-
-// Four codes of two outputs: low gets the first two, high the last two, as fp16 pairs.
-INT8KV_DEVICE void codes_to_half2(uint32_t codes, uint32_t& low, uint32_t& high) {
-  constexpr uint32_t kBias = 0x64806480u;  // 1152, twice
-  const uint32_t biased = codes ^ 0x80808080u;
-  low = sub_half2(byte_permute(biased, 0x64646464u, 0x4140), kBias);
-  high = sub_half2(byte_permute(biased, 0x64646464u, 0x4342), kBias);
-}
-
-INT8KV_DEVICE uint32_t word_of(const uint4& vector, int i) {
-  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
-}
-
-// bf16 number `i` of eight.
-INT8KV_DEVICE float scale_of(const uint4& scales, int i) {
-  const uint32_t word = word_of(scales, i / 2);
-  return bits_to_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
-}
-
-// 2^(biased - 127), 0 below the normal range.
-INT8KV_DEVICE float power_of_two(int biased) {
-  return biased > 0 ? bits_to_float(static_cast<uint32_t>(biased) << 23) : 0.0f;
-}
-
-// One warp's way through its tiles: copies kRing units ahead of their use.
-template <int kSpans>
-struct Stream {
-  const PagedAttentionParams& p;
-  const int32_t* block_table;
-  int32_t kv_head;
-  KeyRange keys;  // of the item
-  int lane;
-  unsigned char* ring;    // this lane's vector 0 of unit 0
-  unsigned char* scales;  // this warp's
-  int32_t tile_end;
-
-  int32_t tile = 0;  // of the next unit to copy
-  int scale_slot = 0;
-  int write = 0, read = 0;  // ring positions
-  int32_t k_block = 0, v_block = 0;  // of `tile`, fetched one tile early
-  const int8_t* k_vectors = nullptr;
-  const int8_t* v_vectors = nullptr;
-
-  // Keys that no row sees have no block: the nearest that is seen stands in, and is masked.
-  INT8KV_DEVICE int32_t clamped(int32_t key) const {
-    return max(keys.begin / kSlotGroup * kSlotGroup, min(key, keys.end - 1));
-  }
-  // The same for the first of 8 or 16 slots, kept aligned.
-  INT8KV_DEVICE int32_t clamped_to(int32_t key, int align) const {
-    return clamped(key) / align * align;
-  }
-  INT8KV_DEVICE int32_t k_key() const {
-    return clamped_to(tile * kTileSlots + k_lane_slot(lane), 8);
-  }
-  INT8KV_DEVICE int32_t v_key() const {
-    return clamped_to(tile * kTileSlots + v_lane_slot(lane), kSlotGroup);
-  }
-  INT8KV_DEVICE void fetch_blocks() {
-    if (tile >= tile_end) return;
-    k_block = block_table[k_key() / p.cache.block_size];
-    v_block = block_table[v_key() / p.cache.block_size];
-  }
-
-  INT8KV_DEVICE void start_tile() {
-    const KVCache& cache = p.cache;
-    const int k_slot = k_key() % cache.block_size;
-    const int v_slot = v_key() % cache.block_size;
-    const int8_t* k_chunk = cache.chunk(k_block, kv_head);
-    k_vectors = k_chunk + cache.k_code(k_slot, k_lane_dim(lane));
-    v_vectors = cache.chunk(v_block, kv_head) + cache.v_code(v_slot, v_lane_dim(lane));
-    // The scales of the 8 slots of lanes 4g to 4g + 3: lane 4g copies K's, lane 4g + 1 V's.
-    if (lane % 4 < 2) {
-      const int64_t plane = lane % 4 == 0 ? cache.k_scales() : cache.v_scales();
-      copy_async_16(scales + scale_slot * kScaleBytes + (lane % 4 * 8 + lane / 4) * 16,
-                    k_chunk + plane + k_slot * 2);
-    }
-    scale_slot = (scale_slot + 1) % kScaleSlots;
-  }
-
-  // Copies unit `unit` of `tile`: K spans, then V spans.
-  INT8KV_DEVICE void copy_unit(int unit) {
-    if (tile < tile_end) {
-      if (unit == 0) start_tile();
-      const int span = unit % kSpans;
-      const int head_size = p.cache.head_size;
-      unsigned char* slot = ring + write * kUnitBytes;
-#pragma unroll
-      for (int i = 0; i < kSpanVectors; ++i) {
-        if (unit < kSpans) {
-          if (span * kSpanDims + k_vector_dim(i) >= head_size) continue;
-          copy_async_16(slot + i * 512, k_vectors + k_vector_byte(span, i));
-        } else {
-          if (span * kSpanDims + v_lane_dim(lane) >= head_size) continue;
-          copy_async_16(slot + i * 512, v_vectors + v_vector_byte(p.cache.block_size, span, i));
-        }
-      }
-      if (unit == 2 * kSpans - 1) {
-        tile += kAttentionWarps;
-        fetch_blocks();
-      }
-    }
-    copy_async_commit();
-    write = write + 1 == kRing ? 0 : write + 1;
-  }
-
-  INT8KV_DEVICE void begin(int32_t first_tile) {
-    tile = first_tile;
-    fetch_blocks();
-#pragma unroll
-    for (int unit = 0; unit < kRing; ++unit) copy_unit(unit % (2 * kSpans));
-  }
-
-  INT8KV_DEVICE void wait_unit() { copy_async_wait<kRing - 1>(); }
-  INT8KV_DEVICE uint4 vector(int i) const {
-    return *reinterpret_cast<const uint4*>(ring + read * kUnitBytes + i * 512);
-  }
-  // Gives unit `unit` of the tile in use back to the ring.
-  INT8KV_DEVICE void next_unit(int unit) {
-    read = read + 1 == kRing ? 0 : read + 1;
-    copy_unit((unit + kRing) % (2 * kSpans));
-  }
-};
 
 template <int kSpans, int kRowTiles>
 class MmaItem {
@@ -244,8 +88,14 @@ class MmaItem {
         keys.end > keys.begin ? (keys.end + kTileSlots - 1) / kTileSlots : tile_begin;
     // A tile belongs to the warp of its number, wherever the item begins.
     const int32_t first = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
-    Stream<kSpans> stream{p, p.block_table + item.seq * p.block_table_stride, item.kv_head, keys,
-                          lane, ring + lane * 16, scales, tile_end};
+    Stream<kSpans> stream{p,
+                          p.block_table + item.seq * p.block_table_stride,
+                          item.kv_head,
+                          keys,
+                          lane,
+                          ring + lane * 16,
+                          scales,
+                          tile_end};
     stream.begin(first);
     int scale_slot = 0;
     for (int32_t tile = first; tile < tile_end; tile += kAttentionWarps) {
@@ -330,8 +180,7 @@ class MmaItem {
       const bool is_whole = item.plan.num_splits == 1;
       const int64_t partial = partial_index(p, workspace.max_partials, item.seq, row.query,
                                             item.plan.num_splits, item.split, row.head);
-      const float final_factor =
-          is_whole ? finish_row(p, state, token, row.head, lane == 0) : 1.0f;
+      const float final_factor = is_whole ? finish_row(p, state, token, row.head, lane == 0) : 1.0f;
       if (!is_whole && lane == 0) workspace.states[partial] = state;
       const float* outs = reinterpret_cast<const float*>(dynamic_shared()) + r * Layout::kDims;
       for (int dim = lane; dim < head_size; dim += 32) {

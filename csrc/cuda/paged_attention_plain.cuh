@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
     // Loop over the keys.
     SoftmaxState state;
     float out[kMaxHeadSize / 32] = {};
-    for (int32_t tile = begin / kPlainSlots * kPlainSlots; tile < end; tile += kPlainSlots) {
+    const int32_t first_tile = begin < end ? begin / kPlainSlots * kPlainSlots : end;
+    for (int32_t tile = first_tile; tile < end; tile += kPlainSlots) {
       const int32_t key = tile + lane;
       const bool is_visible = key >= begin && key < end;
       const int32_t clamped = max(begin, min(key, end - 1));
@@ -96,8 +97,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       state = {max_score, state.sum * decay + warp_sum(weight)};
       weight = is_visible ? weight * bf16_bits_to_float(v_scales[slot]) : 0.0f;
 
-#pragma unroll
-      for (int i = 0; i < kMaxHeadSize / 32; ++i) out[i] *= decay;
+      float tile_out[kMaxHeadSize / 32] = {};  // short sums lose fewer bits than one over all keys
       for (int group = 0; group < kPlainSlots / kSlotGroup; ++group) {
         const int32_t group_key = max(begin, min(tile + group * kSlotGroup, end - 1));
         const int8_t* v_chunk = chunk_at(p, block_table, group_key, item.kv_head);
@@ -110,12 +110,14 @@ __global__ void __launch_bounds__(kAttentionThreads)
           for (int i = 0; i < kMaxHeadSize / 32; ++i) {
             const int dim = lane + 32 * i;
             if (dim >= head_size) continue;
-            const uint16_t both = *reinterpret_cast<const uint16_t*>(
-                v_chunk + cache.v_code(first + two, dim));
-            out[i] = fmaf(w1, high_code(both), fmaf(w0, low_code(both), out[i]));
+            const uint16_t both =
+                *reinterpret_cast<const uint16_t*>(v_chunk + cache.v_code(first + two, dim));
+            tile_out[i] = fmaf(w1, high_code(both), fmaf(w0, low_code(both), tile_out[i]));
           }
         }
       }
+#pragma unroll
+      for (int i = 0; i < kMaxHeadSize / 32; ++i) out[i] = fmaf(out[i], decay, tile_out[i]);
     }
     __syncwarp();
 

@@ -33,9 +33,7 @@ INT8KV_DEVICE unsigned char* dynamic_shared() {
 INT8KV_DEVICE float half_bits_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
-INT8KV_DEVICE uint16_t float_to_half_bits(float x) {
-  return __half_as_ushort(__float2half_rn(x));
-}
+INT8KV_DEVICE uint16_t float_to_half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
 INT8KV_DEVICE uint32_t pack_half2(float low, float high) {
   const __half2 packed = __floats2half2_rn(low, high);
   return static_cast<uint32_t>(__half_as_ushort(__low2half(packed))) |
@@ -60,9 +58,7 @@ INT8KV_DEVICE float exp2_fast(float x) {
 // Transposes an 8 x 8 matrix of 16-bit elements: lane 4r + c holds [r][2c] and [r][2c + 1].
 INT8KV_DEVICE uint32_t transpose_8x8(uint32_t row_pair) {
   uint32_t column_pair;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
-               : "=r"(column_pair)
-               : "r"(row_pair));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column_pair) : "r"(row_pair));
   return column_pair;
 }
 

@@ -18,7 +18,7 @@
 namespace int8kv {
 namespace {
 
-constexpr int kWarps = kSlotGroup;  // tokens of a window
+constexpr int kWarps = kSlotGroup;      // tokens of a window
 constexpr int kReach = kSlotGroup - 1;  // a group begins at most this far before its last token
 constexpr int kSeen = 64;               // slots looked at, from `window - kReach`; 46 are used
 
@@ -46,7 +46,12 @@ template <int kPairs>
 __device__ Row<kPairs> load_value(const ReshapeAndCacheParams& p, int64_t token, int kv_head,
                                   int lane) {
   const int64_t offset = token * p.value_token_stride + kv_head * p.value_head_stride;
-  return load_row<kPairs>(p.value, offset, p.dtype, p.cache.head_size, lane);
+  Row<kPairs> row = load_row<kPairs>(p.value, offset, p.dtype, p.cache.head_size, lane);
+  for_each_pair(row, p.cache.head_size, lane, [](int, float (&x)[2]) {
+    x[0] = sanitize(x[0]);
+    x[1] = sanitize(x[1]);
+  });
+  return row;
 }
 
 // Quantizes one token; store(pair, code, code) gets the codes, the scale goes to `scales[0]`.
@@ -55,11 +60,6 @@ __device__ void quantize_token(const ReshapeAndCacheParams& p, bool is_key, int6
                                int kv_head, int lane, uint16_t* scales, Store&& store) {
   Row<kPairs> row = is_key ? load_key<kPairs>(p, token, kv_head, lane)
                            : load_value<kPairs>(p, token, kv_head, lane);
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    row.x[i][0] = sanitize(row.x[i][0]);
-    row.x[i][1] = sanitize(row.x[i][1]);
-  }
   const uint16_t scale_bits = scale_bits_from_amax(warp_amax(row));
   const float scale = bf16_bits_to_float(scale_bits);
   for_each_pair(row, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int64_t slot = slots[lane + 32 * part];
-      const bool is_start = slot >= 0 && slot % kSlotGroup == 0 && group_runs(runs, lane + 32 * part);
+      const bool is_start =
+          slot >= 0 && slot % kSlotGroup == 0 && group_runs(runs, lane + 32 * part);
       starts |= static_cast<uint64_t>(ballot(is_start)) << (32 * part);
     }
     const int first = group_start_in_window(starts);
@@ -115,8 +116,9 @@ __global__ void __launch_bounds__(kWarps * 32)
     // The group that starts in this window, into shared memory.
     if (first >= 0) {
       const int64_t slot = slots[first] + warp;
-      uint16_t* scales = reinterpret_cast<uint16_t*>(cache.chunk(slot / block_size, kv_head) +
-                                                     scale_plane) + slot % block_size;
+      uint16_t* scales =
+          reinterpret_cast<uint16_t*>(cache.chunk(slot / block_size, kv_head) + scale_plane) +
+          slot % block_size;
       quantize_token<kPairs>(p, is_key, window - kReach + first + warp, kv_head, lane, scales,
                              [&](int pair, int8_t a, int8_t b) {
                                if (is_key) {

@@ -45,8 +45,8 @@ INT8KV_DEVICE Row<kPairs> load_row(const void* base, int64_t offset, DType dtype
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const int pair = row_pair(lane, i);
-    const float2 x = 2 * pair < head_size ? load_pair(base, offset + 2 * pair, dtype)
-                                          : make_float2(0.0f, 0.0f);
+    const float2 x =
+        2 * pair < head_size ? load_pair(base, offset + 2 * pair, dtype) : make_float2(0.0f, 0.0f);
     row.x[i][0] = x.x;
     row.x[i][1] = x.y;
   }

@@ -2,8 +2,8 @@
 // of a row when its keys are done.
 //
 // The scheduler needs no plan from the host. Every block walks over the sequences, 128 at a time,
-// turns their lengths into a prefix sum of work items, and takes every gridDim.x-th item. The launch
-// shape is therefore the number of blocks the chip holds, for any batch.
+// turns their lengths into a prefix sum of work items, and takes every gridDim.x-th item. The
+// launch shape is therefore the number of blocks the chip holds, for any batch.
 #pragma once
 
 #include "../softmax_state.h"
