@@ -25,7 +25,7 @@ HOT = ("reshape_and_cache", "decode")
 """A kernel whose name contains one of these must not spill."""
 
 FLAGS = [
-    *["-std=c++17", "-O3", "-lineinfo", "-c"],
+    *["-std=c++20", "-O3", "-lineinfo", "-c"],
     *["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"],
 ]
 ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\S+)' for 'sm_(?P<arch>\w+)'")

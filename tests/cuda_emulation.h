@@ -384,8 +384,8 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
   return cudaSuccess;
 }
 
-template <typename... Params>
-cudaError_t resident_blocks(void (*)(Params...), int, size_t, int* blocks) {
+template <auto kKernel>
+cudaError_t resident_blocks(int, size_t, int* blocks) {
   *blocks = static_cast<int>(emulation::resident);
   return cudaSuccess;
 }

@@ -54,7 +54,7 @@ def test_named_commands_exist():
     from vllm_int8kv.cli import app
 
     named = {command for text in CODE for command in re.findall(r"\bvllm-int8kv ([a-z][\w-]*)", text)}
-    assert {"demo", "doctor", "serve"} <= named
+    assert {"doctor", "serve"} <= named
     assert named <= set(typer.main.get_command(app).commands)
 
 

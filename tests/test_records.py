@@ -184,3 +184,26 @@ def test_kernels_measure_and_record(record, tmp_path):
     assert [line.impl for line in lines] == ["int8_custom", "auto", "fp8"]
     assert [line.resolved_backend.split()[0] for line in lines] == ["INT8_KV", "CPU_ATTN", "CPU_ATTN"]
     assert all(line.rel_error < 0.005 for line in lines)
+
+
+@pytest.mark.parametrize(("agree", "recorded"), [(3, ["auto", "fp8", "int8_custom"]), (2, ["auto", "fp8"])])
+def test_end_to_end_records_what_answers_like_auto(record, monkeypatch, tmp_path, agree, recorded):
+    end_to_end = importlib.import_module("benchmarks.end_to_end")
+    order = []
+
+    def run_engine(plan, num_threads):
+        order.append(plan.kv_cache_dtype)
+        first_tokens = [7] * 4 if plan.kv_cache_dtype != "int8_custom" else [7] * agree + [8] * (4 - agree)
+        return {"times_us": [1000.0, 2000.0, 4000.0], "first_tokens": first_tokens}
+
+    monkeypatch.setattr(end_to_end, "run_engine", run_engine)
+    with pytest.raises(SystemExit) as exit_:
+        end_to_end.main(model="folder/model", num_seqs=4, context=16, steps=3, rounds=2, threads="1", out=tmp_path)
+
+    assert exit_.value.code == (0 if len(recorded) == 3 else 1)
+    assert order == 2 * ["auto", "fp8", "int8_custom"]
+    lines = record.read("end_to_end", tmp_path)
+    assert [line.impl for line in lines] == recorded
+    assert {(line.n, line.median_us, line.tok_per_s, line.case["model"]) for line in lines} == {
+        (6, 2000.0, 2000.0, "model")
+    }

@@ -80,7 +80,7 @@ def unpack(kv_cache: torch.Tensor) -> Planes:
     head_size = head_size_of(kv_cache)
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     lead = (num_blocks, num_kv_heads)
-    chunks = kv_cache.reshape(*lead, -1)
+    chunks = kv_cache.reshape(*lead, block_size * content_bytes(head_size))
     codes, scales = block_size * head_size, block_size * SCALE_DTYPE.itemsize
     k_codes, v_codes, k_scales, v_scales = chunks.split([codes, codes, scales, scales], dim=-1)
     k_codes = k_codes.reshape(*lead, block_size // 16, head_size // 2, 16, 2).permute(0, 1, 2, 4, 3, 5)
@@ -100,8 +100,8 @@ def pack(planes: Planes) -> torch.Tensor:
     k_codes = planes.k_codes.reshape(*lead, block_size // 16, 16, head_size // 2, 2).permute(0, 1, 2, 4, 3, 5)
     v_codes = planes.v_codes.reshape(*lead, block_size // 2, 2, head_size // 16, 16).permute(0, 1, 4, 2, 5, 3)
     parts = [
-        k_codes.reshape(*lead, -1),
-        v_codes.reshape(*lead, -1),
+        k_codes.reshape(*lead, block_size * head_size),
+        v_codes.reshape(*lead, block_size * head_size),
         planes.k_scales.contiguous().view(torch.int8),
         planes.v_scales.contiguous().view(torch.int8),
     ]

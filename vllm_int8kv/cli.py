@@ -20,7 +20,7 @@ error_console = Console(stderr=True)
 
 def fail(message: str) -> typer.Exit:
     """Print an error and return what to raise."""
-    error_console.print(Text.assemble(("Error: ", "bold red"), message))
+    error_console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -86,9 +86,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         checks.append(check)
         if not as_json:
             mark = ("ok   ", "green") if check.ok else ("FAIL ", "bold red")
-            console.print(Text.assemble(mark, (f"{check.name}: ", "bold"), check.found))
+            console.print(Text.assemble(mark, (f"{check.name}: ", "bold"), check.found), soft_wrap=True)
             if check.remedy:
-                console.print(Text(f"     {check.remedy}"))
+                console.print(Text(f"     {check.remedy}"), soft_wrap=True)
     ok = all(check.ok for check in checks)
     if as_json:
         lines = [{"name": check.name, "ok": check.ok, "found": check.found, "remedy": check.remedy} for check in checks]

@@ -61,9 +61,11 @@ def is_intact(folder: Path) -> bool:
     """Whether every file of the manifest is there with the right checksum (0.3 seconds)."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return all(_sha256(folder / name) == digest for name, digest in manifest.items())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
+    if not isinstance(manifest, dict) or "config.json" not in manifest:
+        return False
+    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in manifest.items())
 
 
 def _make(folder: Path) -> None:

@@ -224,11 +224,7 @@ void weigh_row(Unit& u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
     }
     x = x * row_scale * load<f32x16>(s.k_scales + i);
     if (p.softcap > 0.0f) {
-      // tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2 |y|)
-      const f32x16 y = x / p.softcap;
-      const f32x16 e = exp_negative(abs(y) * -2.0f);
-      const f32x16 tanh = (1.0f - e) / (1.0f + e);
-      x = (y < 0.0f ? -tanh : tanh) * p.softcap;
+      x = tanh(x / p.softcap) * p.softcap;
     }
     if (p.alibi_slopes) {
       const i32x16 distance = lane + (tile_begin + i - u.position(row));

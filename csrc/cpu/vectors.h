@@ -87,15 +87,20 @@ INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
   return x < -87.0f ? f32x16{} : y;
 }
 
-INT8KV_INLINE float half_bits_to_float(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t rest = bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
-  const float magnitude = bits_to_float(rest << 13) * 5.192296858534828e33f;
-  return bits_to_float(float_bits(magnitude) | sign);
+// tanh within 4 units in the last place: its series near 0, where (1 - e) / (1 + e) would cancel.
+INT8KV_INLINE f32x16 tanh(f32x16 x) {
+  const f32x16 magnitude = abs(x);
+  const f32x16 e = exp_negative(magnitude * -2.0f);
+  const f32x16 far = (1.0f - e) / (1.0f + e);
+  const f32x16 x2 = x * x;
+  f32x16 y = x2 * 2.18694885e-2f - 5.39682540e-2f;  // 62/2835, -17/315
+  y = y * x2 + 1.33333333e-1f;
+  y = y * x2 - 3.33333333e-1f;
+  const f32x16 near = x + x * x2 * y;
+  return magnitude < 0.3f ? near : (x < 0.0f ? -far : far);
 }
 
+// 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
 INT8KV_INLINE f32x16 half_to_float(u16x16 half) {
   const u32x16 bits = __builtin_convertvector(half, u32x16);
   const u32x16 sign = (bits & 0x8000u) << 16;

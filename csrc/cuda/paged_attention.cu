@@ -48,15 +48,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
 }
 
-using AttentionKernel = void (*)(PagedAttentionParams, Workspace);
-
-cudaError_t launch(AttentionKernel kernel, int rows_per_tile, int shared_bytes,
-                   const PagedAttentionParams& params, const Workspace& workspace,
-                   cudaStream_t stream) {
+template <auto kKernel>
+cudaError_t launch(int rows_per_tile, int shared_bytes, const PagedAttentionParams& params,
+                   const Workspace& workspace, cudaStream_t stream) {
   int blocks = 0;
-  cudaError_t error = resident_blocks(kernel, kAttentionThreads, shared_bytes, &blocks);
+  cudaError_t error = resident_blocks<kKernel>(kAttentionThreads, shared_bytes, &blocks);
   if (error != cudaSuccess) return error;
-  error = launch_kernel(kernel, dim3(blocks), kAttentionThreads, shared_bytes, stream, params,
+  error = launch_kernel(kKernel, dim3(blocks), kAttentionThreads, shared_bytes, stream, params,
                         workspace);
   if (error != cudaSuccess || workspace.max_partials < 2) return error;
   const int64_t tasks = int64_t{params.num_seqs} * params.num_heads;
@@ -70,8 +68,8 @@ template <int kSpans, int kRowTiles>
 cudaError_t launch_mma(const PagedAttentionParams& params, const Workspace& workspace,
                        cudaStream_t stream) {
   using Layout = MmaLayout<kSpans, kRowTiles>;
-  return launch(paged_attention_decode_kernel<kSpans, kRowTiles>, Layout::kRows, Layout::kBytes,
-                params, workspace, stream);
+  return launch<paged_attention_decode_kernel<kSpans, kRowTiles>>(Layout::kRows, Layout::kBytes,
+                                                                  params, workspace, stream);
 }
 
 // Two row tiles unless every sequence has one query token and a small group; a hint, both are right
@@ -110,7 +108,7 @@ cudaError_t launch_paged_attention(const PagedAttentionParams& params, int32_t m
   const Workspace parts{out, reinterpret_cast<SoftmaxState*>(out + partials * head_size),
                         max_partials};
   if (params.dtype == DType::kFloat32 || head_size > 256) {
-    return launch(paged_attention_plain_kernel, kAttentionWarps, 0, params, parts, stream);
+    return launch<paged_attention_plain_kernel>(kAttentionWarps, 0, params, parts, stream);
   }
   if (head_size <= 64) return launch_mma<1>(params, parts, stream);
   if (head_size <= 128) return launch_mma<2>(params, parts, stream);

@@ -17,12 +17,15 @@
 
 namespace int8kv {
 
-// Blocks per multiprocessor that the registers are to allow; Turing's shared memory holds one.
+// Blocks per multiprocessor that the registers are to allow. Turing's shared memory holds one.
+template <int kRowTiles>
+constexpr int kResidentBlocks =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kResidentBlocks = 1;
+    1;
 #else
-constexpr int kResidentBlocks = 3;
+    kRowTiles == 1 ? 3 : 2;
 #endif
+
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -371,7 +374,7 @@ class MmaItem {
 };
 
 template <int kSpans, int kRowTiles>
-__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kRowTiles>)
     paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
                                   const __grid_constant__ Workspace workspace) {
   using Item = MmaItem<kSpans, kRowTiles>;

@@ -26,7 +26,7 @@ INT8KV_DEVICE float warp_sum(float x) {
   return x;
 }
 
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     paged_attention_plain_kernel(const __grid_constant__ PagedAttentionParams p,
                                  const __grid_constant__ Workspace workspace) {
   __shared__ float queries[kAttentionWarps][kMaxHeadSize];
@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
         }
       }
 #pragma unroll
-      for (int half = 8; half > 0; half /= 2) {
+      for (int i = 1; i < 16; i *= 2) {
 #pragma unroll
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+        for (int j = 0; j < 16; j += 2 * i) sums[j] += sums[j + i];
       }
       float score = sums[0];
       const auto* k_scales = reinterpret_cast<const uint16_t*>(chunk + cache.k_scales());

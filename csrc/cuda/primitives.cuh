@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -120,26 +121,32 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
                           shared_bytes, stream);
 }
 
-// Thread blocks of `kernel` that the current device holds at once.
-template <typename... Params>
-cudaError_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes,
-                            int* blocks) {
+// Thread blocks of kKernel that the current device holds at once. Asked for once per device, since
+// the answer takes longer than a launch.
+template <auto kKernel>
+cudaError_t resident_blocks(int threads, size_t shared_bytes, int* blocks) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices];
   int device = 0, multiprocessors = 0, per_multiprocessor = 0;
-  const auto* symbol = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  *blocks = device < kMaxDevices ? known[device].load() : 0;
+  if (*blocks > 0) return cudaSuccess;
+  const auto* kernel = reinterpret_cast<const void*>(kKernel);
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, symbol, threads,
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
                                                           shared_bytes);
   }
+  if (error != cudaSuccess) return error;
   *blocks = multiprocessors * per_multiprocessor;
-  return error == cudaSuccess && *blocks == 0 ? cudaErrorInvalidConfiguration : error;
+  if (*blocks == 0) return cudaErrorInvalidConfiguration;
+  if (device < kMaxDevices) known[device].store(*blocks);
+  return cudaSuccess;
 }
 
 }  // namespace int8kv

@@ -1,0 +1,41 @@
+// Shared memory of the tensor-core kernel.
+#pragma once
+
+#include "code_stream.cuh"
+
+namespace int8kv {
+
+constexpr int kQueryTerms = 2;  // fp16 terms of a query element, 11 bits each
+
+// What the rows of a tile need besides their operands, in shared memory.
+template <int kRows>
+struct TileRows {
+  float score_factor[kRows];  // power of two of the row times softmax_scale, see finish_scores()
+  float alibi_slope[kRows];
+  int32_t position[kRows];
+  KeyRange visible[kRows];
+};
+
+// The states of the warps at the end of an item.
+template <int kRows>
+struct WarpStates {
+  float max[kAttentionWarps][kRows];  // of score * log2(e)
+  float sum[kAttentionWarps][kRows];
+  float unit[kAttentionWarps];
+};
+
+// Dynamic shared memory: rings | scales | query operands | TileRows | WarpStates. A warp's ring
+// holds its output when an item ends.
+template <int kSpans, int kRowTiles>
+struct MmaLayout {
+  static constexpr int kRows = 8 * kRowTiles;
+  static constexpr int kDims = kSpans * kSpanDims;
+  static constexpr int kScales = kAttentionWarps * kRing * kUnitBytes;
+  static constexpr int kQuery = kScales + kAttentionWarps * kScaleSlots * kScaleBytes;
+  static constexpr int kTileRows = kQuery + kRows * kDims * kQueryTerms * 2;
+  static constexpr int kStates = kTileRows + static_cast<int>(sizeof(TileRows<kRows>));
+  static constexpr int kBytes = kStates + static_cast<int>(sizeof(WarpStates<kRows>));
+  static_assert(kRows * kDims * 4 <= kRing * kUnitBytes, "a warp's output must fit its ring");
+};
+
+}  // namespace int8kv

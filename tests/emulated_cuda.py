@@ -1,0 +1,168 @@
+"""The CUDA kernels on the host: compiles cuda_emulation.cpp and calls it with PyTorch tensors."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from hostile import Batch
+
+from vllm_int8kv import cache_layout
+
+HERE = Path(__file__).parent
+FLAGS = [
+    *["-std=c++20", "-O2", "-march=native", "-fPIC", "-shared", "-ffp-contract=off"],
+    *["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"],
+]
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class KVCache(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("head_size", ctypes.c_int32),
+    ]
+
+
+class ReshapeAndCacheParams(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("cache", KVCache),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        *[(f"{x}_{d}_stride", ctypes.c_int64) for x in ("key", "value") for d in ("token", "head")],
+        ("slot_mapping", ctypes.c_void_p),
+        ("key_equalizer", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("rotate_keys", ctypes.c_bool),
+    ]
+
+
+class PagedAttentionParams(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("cache", KVCache),
+        ("query", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *[(f"{x}_{d}_stride", ctypes.c_int64) for x in ("query", "out") for d in ("token", "head")],
+        ("lse", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("seq_lens", ctypes.c_void_p),
+        ("query_start_loc", ctypes.c_void_p),
+        ("alibi_slopes", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("key_equalizer", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("num_seqs", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("softmax_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("sliding_window", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("causal", ctypes.c_bool),
+        ("rotate_keys", ctypes.c_bool),
+    ]
+
+
+def build(compiler: str, folder: Path) -> ctypes.CDLL:
+    """Compile the kernels into `folder` and load them."""
+    (folder / "cuda_runtime_api.h").write_text('#include "cuda_emulation.h"\n')
+    library = folder / "emulation.so"
+    command = [compiler, *FLAGS, f"-I{HERE}", f"-I{folder}", HERE / "cuda_emulation.cpp", "-o", library]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.workspace_bytes.restype = ctypes.c_int64
+    return loaded
+
+
+def pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def cache_of(kv_cache: torch.Tensor) -> KVCache:
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    head_size = cache_layout.head_size_of(kv_cache)
+    return KVCache(kv_cache.data_ptr(), *kv_cache.stride()[:2], num_blocks, num_kv_heads, block_size, head_size)
+
+
+def reshape_and_cache(
+    kernels: ctypes.CDLL,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    rotate_keys: bool = True,
+    key_equalizer: torch.Tensor | None = None,
+) -> None:
+    """`ops.reshape_and_cache` by the CUDA kernel."""
+    params = ReshapeAndCacheParams(
+        cache_of(kv_cache),
+        pointer(key),
+        pointer(value),
+        *key.stride()[:2],
+        *value.stride()[:2],
+        pointer(slot_mapping),
+        pointer(key_equalizer),
+        key.shape[0],
+        DTYPES[key.dtype],
+        rotate_keys,
+    )
+    assert kernels.reshape_and_cache(ctypes.byref(params)) == 0
+
+
+def paged_attention(
+    kernels: ctypes.CDLL,
+    batch: Batch,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    rotate_keys: bool = True,
+    key_equalizer: torch.Tensor | None = None,
+    max_partials: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of `ops.paged_attention` by the CUDA kernels, from a poisoned workspace and output."""
+    query = batch.query
+    num_tokens, num_heads, _ = query.shape
+    out = torch.full(query.shape, torch.nan, dtype=query.dtype)
+    lse = torch.full((num_heads, num_tokens), -torch.inf)
+    params = PagedAttentionParams(
+        cache_of(batch.kv_cache),
+        pointer(query),
+        pointer(out),
+        *query.stride()[:2],
+        *out.stride()[:2],
+        pointer(lse),
+        pointer(batch.block_table),
+        batch.block_table.stride(0),
+        pointer(batch.seq_lens),
+        pointer(batch.query_start_loc),
+        pointer(alibi_slopes),
+        pointer(sinks),
+        pointer(key_equalizer),
+        num_tokens,
+        len(batch.seq_lens),
+        num_heads,
+        softmax_scale,
+        softcap,
+        sliding_window or 0,
+        DTYPES[query.dtype],
+        causal,
+        rotate_keys,
+    )
+    size = kernels.workspace_bytes(ctypes.byref(params), max_partials)
+    workspace = torch.full((size + 16,), -1, dtype=torch.int8)
+    address = -(-workspace.data_ptr() // 16) * 16
+    error = kernels.paged_attention(ctypes.byref(params), max_partials, ctypes.c_void_p(address), ctypes.c_int64(size))
+    assert error == 0
+    return out, lse

@@ -1,0 +1,166 @@
+"""The command line: doctor, the messages for bad input, and the whole demo on a tiny scale."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_int8kv import cli, demo, doctor, models, ops
+
+runner = CliRunner()
+
+
+def test_doctor_finds_nothing_wrong():
+    result = runner.invoke(cli.app, ["doctor", "--json"])
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["ok"], report
+    names = [check["name"] for check in report["checks"]]
+    for isa in ops.cpu_isas():
+        assert sum(f"CPU kernels, {isa}" in name for name in names) == 1
+    assert {"torch", "operators", "vllm", "plugin"} <= set(names)
+
+
+def test_doctor_leaves_the_kernel_path_alone():
+    before = ops.cpu_isa()
+    assert all(check.ok for check in doctor.check_kernels())
+    assert ops.cpu_isa() == before
+
+
+def test_doctor_finds_wrong_kernels(monkeypatch):
+    def halved(query, *args, **options):
+        return query / 2
+
+    monkeypatch.setattr(ops, "paged_attention", halved)
+    monkeypatch.setattr(cli.console, "_width", 200)
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 1
+    assert "paged_attention: differs from the reference by" in result.stdout
+    assert "report this with the output of" in result.stdout
+
+
+def test_doctor_finds_a_wrong_cache(monkeypatch):
+    monkeypatch.setattr(ops, "reshape_and_cache", lambda *args: None)
+    (first, *_) = doctor.check_kernels()
+    assert "bytes of the cache differ from the reference" in first.found and first.remedy
+
+
+def test_doctor_finds_a_filtered_plugin(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    check = doctor.check_plugin()
+    assert check.found == "left out by VLLM_PLUGINS='another'"
+    assert check.remedy == "add int8kv to VLLM_PLUGINS, or unset it"
+
+
+def test_doctor_finds_a_refusing_vllm(monkeypatch):
+    monkeypatch.setattr(doctor, "PLUGIN_CHECK", "raise ValueError('no such dtype')")
+    check = doctor.check_plugin()
+    assert check.found == "vLLM refuses kv_cache_dtype='int8_custom': ValueError: no such dtype" and check.remedy
+
+
+def test_doctor_finds_no_vllm(monkeypatch):
+    def no_version(name: str) -> str:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", no_version)
+    check = doctor.check_vllm()
+    assert (check.found, check.ok) == ("not installed", False)
+
+
+def test_doctor_finds_a_broken_torchvision(tmp_path):
+    """As it is with a CUDA build of torchvision next to a CPU PyTorch."""
+    message = "operator torchvision::nms does not exist"
+    tmp_path.joinpath("torchvision.py").write_text(f"raise RuntimeError({message!r})")
+    code = "from vllm_int8kv.doctor import check_torchvision; check = check_torchvision(); print(check.found, check.ok)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout == f"does not fit this PyTorch: {message} False\n"
+
+
+def test_light_imports():
+    """Help must not wait for PyTorch and vLLM."""
+    code = "import sys, vllm_int8kv.cli; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("args, exit_code", [(["serve", "--help"], 0), (["serve"], 2)])
+def test_serve_help(args, exit_code):
+    result = runner.invoke(cli.app, args)
+    assert result.exit_code == exit_code
+    assert "vllm-int8kv serve --help=all" in " ".join(result.stdout.split())
+
+
+def test_serve_with_the_plugin_filtered_out(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    result = runner.invoke(cli.app, ["serve", "smollm2"])
+    assert result.exit_code == 1
+    assert result.stderr == "Error: VLLM_PLUGINS='another' leaves out this plugin: add int8kv to it, or unset it\n"
+
+
+def test_demo_refuses_a_json_file_in_no_folder(tmp_path):
+    result = runner.invoke(cli.app, ["demo", "--json", str(tmp_path / "missing" / "report.json")])
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: --json: the folder {tmp_path / 'missing'} does not exist\n"
+
+
+def test_demo_shows_the_error_of_an_engine(tmp_path):
+    result = runner.invoke(cli.app, ["demo", str(tmp_path / "no-model")])
+    assert result.exit_code == 1
+    assert "Error: the engine with kv_cache_dtype='auto' and dtype='auto' ended with exit code 1" in result.stderr
+    assert "no-model" in result.stderr.split("Its last lines:")[1]
+
+
+def test_compare_log_probs(tmp_path):
+    rows = {"p": [[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], "q": [[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]}
+    for name, probabilities in rows.items():
+        np.save(tmp_path / f"{name}.npy", np.log(np.array(probabilities, np.float32)))
+    got = demo.compare_log_probs(str(tmp_path / "p.npy"), str(tmp_path / "q.npy"))
+    assert got["kl_per_token"] == pytest.approx(0.25 * math.log(2) / 2, rel=1e-6)
+    assert (got["top1_agreement"], got["text_tokens"]) == (0.5, 2)
+
+
+@pytest.mark.engine
+def test_demo_on_a_tiny_scale(capsys, monkeypatch):
+    """All four engines and the report, with a short text and context."""
+    # Threads of a pool wait for one another; on a busy machine that takes longer than the work.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan = demo.Plan(
+        str(models.smollm2()),
+        prompts=demo.PROMPTS[:1],
+        answer_tokens=12,
+        text=demo.TEXT.read_text()[:600],
+        num_seqs=2,
+        context_len=256,
+        decode_steps=4,
+    )
+    report = demo.run_demo(plan, Console(file=StringIO()), name="smollm2")
+
+    assert report["model"] == "smollm2"
+    (answers,) = report["prompts"]
+    assert answers["prompt"] == demo.PROMPTS[0]
+    assert "Paris" in answers["auto"] and "Paris" in answers["int8_custom"]
+    tokens, speed = report["kv_cache_tokens"], report["decode_tok_per_s"]
+    assert report["capacity_ratio"] == tokens["int8_custom"] / tokens["auto"] > 1.9
+    assert 0 < report["kl_per_token"] < 2e-3
+    assert 0.9 < report["top1_agreement"] <= 1
+    assert speed["auto"] > 0 and speed["int8_custom"] > 0
+    assert json.loads(json.dumps(report)) == report
+
+    cli.print_demo(report)
+    shown = capsys.readouterr().out
+    assert "capital of France" in shown and f"{report['capacity_ratio']:.2f}x" in shown
+
+
+def test_text_of_the_demo_is_long_enough():
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(models.smollm2()) / "tokenizer.json"))
+    assert len(tokenizer.encode(demo.TEXT.read_text()).ids) >= 1500

@@ -1,0 +1,143 @@
+"""`vllm-int8kv serve` with the embedded model, asked by the `openai` client. One server for the module."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+import openai
+import pytest
+
+from vllm_int8kv import models
+
+pytestmark = pytest.mark.engine
+
+START_SECONDS, STOP_SECONDS = 400, 60
+QUESTION = "What is the capital of France? Answer in one sentence."
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen
+    url: str
+    log: Path
+    client: openai.OpenAI
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics") as response:
+            return response.read().decode()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    models.smollm2()
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    options = "--enforce-eager --max-model-len 512 --max-num-seqs 8 --kv-cache-memory-bytes 67108864"
+    command = [sys.executable, "-m", "vllm_int8kv.cli", "serve", "smollm2", "--port", str(port), *options.split()]
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=file, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    server = Server(process, url, log, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+    try:
+        wait_until_healthy(server)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        finally:
+            process.kill()
+
+
+def wait_until_healthy(server: Server) -> None:
+    deadline = monotonic() + START_SECONDS
+    while monotonic() < deadline:
+        if server.process.poll() is not None:
+            pytest.fail(f"the server ended with {server.process.returncode}:\n{server.log.read_text()[-4000:]}")
+        try:
+            with urllib.request.urlopen(f"{server.url}/health"):
+                return
+        except OSError:
+            sleep(0.5)
+    pytest.fail(f"the server did not start within {START_SECONDS} s:\n{server.log.read_text()[-4000:]}")
+
+
+def ask(server: Server, question: str = QUESTION, **options):
+    messages = [{"role": "user", "content": question}]
+    return server.client.chat.completions.create(
+        model="smollm2", messages=messages, temperature=0, max_tokens=16, **options
+    )
+
+
+def test_the_model_is_served_under_its_name(server):
+    assert [model.id for model in server.client.models.list()] == ["smollm2"]
+
+
+def test_chat(server):
+    answer = ask(server)
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_completion(server):
+    prompt = "Monday, Tuesday, Wednesday,"
+    answer = server.client.completions.create(model="smollm2", prompt=prompt, temperature=0, max_tokens=6)
+    assert answer.choices[0].text.startswith(" Thursday, Friday")
+    assert answer.usage.completion_tokens == 6
+
+
+def test_streaming_says_the_same(server):
+    chunks = [chunk.choices[0].delta.content or "" for chunk in ask(server, stream=True) if chunk.choices]
+    assert len(chunks) > 3, "came in one piece"
+    assert "".join(chunks) == ask(server).choices[0].message.content
+
+
+def test_concurrent_requests(server):
+    """Eight at a time, half of them the same: equal questions get equal answers, whatever else is in the batch."""
+    questions = [
+        QUESTION,
+        "Name a color.",
+        QUESTION,
+        "Count to five.",
+        QUESTION,
+        "Say hello.",
+        QUESTION,
+        "What is ice?",
+    ]
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = [answer.choices[0].message.content for answer in pool.map(lambda q: ask(server, q), questions)]
+    assert all(answers)
+    assert all("Paris" in answer for answer in answers[::2])
+
+
+def test_metrics_name_the_cache(server):
+    ask(server)
+    metrics = server.metrics()
+    (info,) = re.findall(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
+    assert 'cache_dtype="int8_custom"' in info
+    (served,) = re.findall(
+        r'^vllm:request_success_total\{.*finished_reason="stop".*\} ([\d.e+]+)', metrics, re.MULTILINE
+    )
+    assert float(served) >= 1
+
+
+def test_sigterm_ends_it_cleanly(server):
+    """Last in the module: it stops the server."""
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(STOP_SECONDS) == 0
+    assert "Traceback" not in server.log.read_text()
+    with pytest.raises(openai.APIConnectionError):
+        ask(server)
