@@ -120,7 +120,7 @@ def test_a_decode_batch(kernels):
 
 def test_more_queries_than_keys(kernels):
     for dtype in (torch.float32, torch.float16):
-        batch = hostile.make_batch([(6, 2), (3, 0), (20, 17)], dtype=dtype)
+        batch = hostile.make_batch([(6, 2), (20, 17)], dtype=dtype)
         check(kernels, batch, softmax_scale=0.125, causal=False, sliding_window=4)
         check(kernels, batch, softmax_scale=0.125)
 

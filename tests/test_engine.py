@@ -25,9 +25,11 @@ import torch
 from vllm_int8kv import cache_layout
 from vllm_int8kv.backend import Int8KVImpl
 
+pytestmark = pytest.mark.engine
+
 NEAR_TIE = 0.1
 MAX_KL = 4e-3
-KV_CACHE_MEMORY = 16 << 20
+KV_CACHE_MEMORY = 48 << 20
 PROMPT_LENS = (5, 33, 70, 120)
 
 LONG_QUESTION = "Here is a price list. " + " ".join(f"Item {i} costs {i * 7 % 50} coins." for i in range(24))
@@ -90,8 +92,8 @@ def prompt_logprobs(llm: "LLM") -> torch.Tensor:  # noqa: F821
     """[tokens, vocabulary] of random prompts in one batch, a decode step included."""
     from vllm import SamplingParams
 
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(3, tiny_models.VOCAB_SIZE, (n,), generator=generator).tolist() for n in PROMPT_LENS]
+    torch.manual_seed(1)
+    tokens = [torch.randint(3, tiny_models.VOCAB_SIZE, (n,)).tolist() for n in PROMPT_LENS]
     params = SamplingParams(
         temperature=0, max_tokens=2, prompt_logprobs=-1, logprobs=-1, ignore_eos=True, detokenize=False
     )
@@ -109,8 +111,7 @@ def kl_per_token(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 
 def tiny_engine(model: Path, **options):
-    options = dict(max_model_len=256, skip_tokenizer_init=True, max_logprobs=-1, dtype="bfloat16") | options
-    return engine(model, **options)
+    return engine(model, max_model_len=256, skip_tokenizer_init=True, max_logprobs=-1, dtype="bfloat16", **options)
 
 
 def layers(llm: "LLM") -> dict[int, "Attention"]:  # noqa: F821
@@ -181,8 +182,7 @@ def test_chunked_prefill_without_prefix_cache_does_not_change_answers(smollm2, i
 
 def test_preemption_does_not_change_answers(smollm2, int8_answers):
     long_prompt = int8_answers[0][-1].num_prompt_tokens
-    blocks_per_prompt = -(-long_prompt // 16)
-    # Three equal prompts fit, their answers do not.
+    blocks_per_prompt = -(-long_prompt // 16)  # three equal prompts fit, their answers do not
     options = dict(
         dtype="float32",
         block_size=16,
@@ -200,14 +200,8 @@ def test_preemption_does_not_change_answers(smollm2, int8_answers):
 
 # Tiny random models.
 
-MODELS = [
-    tiny_models.llama,
-    tiny_models.multi_head,
-    tiny_models.multi_query,
-    tiny_models.mistral,
-    tiny_models.gemma2,
-    tiny_models.gemma3,
-]
+MODELS = [tiny_models.llama, tiny_models.multi_head, tiny_models.multi_query]
+MODELS += [tiny_models.mistral, tiny_models.gemma2, tiny_models.gemma3]
 
 
 @pytest.fixture(scope="module")

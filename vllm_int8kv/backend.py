@@ -88,11 +88,9 @@ class Int8KVBackend(AttentionBackend):
     @classmethod
     def supports_combination(cls, *args, **kwargs) -> str | None:
         """The reason why this installation cannot serve this platform, or None."""
-        if current_platform.is_cpu():
-            return None
-        if not current_platform.is_cuda():
-            return f"platform {current_platform.device_name} not supported"
-        return None if ops.has_cuda_kernels() else "vllm-int8kv was installed without its CUDA kernels"
+        if current_platform.is_cuda():
+            return None if ops.has_cuda_kernels() else "vllm-int8kv was installed without its CUDA kernels"
+        return None if current_platform.is_cpu() else f"platform {current_platform.device_name} not supported"
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -189,10 +187,6 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        if attn_type != AttentionType.DECODER:
-            raise NotImplementedError(
-                f"kv_cache_dtype={KV_CACHE_DTYPE!r} supports decoder attention only, got attn_type {attn_type!r}"
-            )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -222,8 +216,7 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantize and store this step's K and V, `[num_tokens, num_kv_heads, head_size]`."""
-        # Rows beyond the slot mapping are padding.
-        num_tokens = slot_mapping.shape[0]
+        num_tokens = slot_mapping.shape[0]  # later rows are padding
         ops.reshape_and_cache(
             key[:num_tokens], value[:num_tokens], kv_cache, slot_mapping, rotate_keys=self.rotate_keys
         )
@@ -296,12 +289,12 @@ def _log_cache_format(vllm_config: VllmConfig, options: Int8KVConfig, device: to
     )
 
 
-def _warn_about_padding(kv_cache_spec: AttentionSpec) -> None:
-    """Layers of one block pool get pages of one size; say so where that costs capacity."""
-    if kv_cache_spec.page_size_bytes > kv_cache_spec.unpadded_page_size_bytes:
+def _warn_about_padding(spec: AttentionSpec) -> None:
+    """Layers of one block pool get blocks of one size; say so where that costs capacity."""
+    if spec.page_size_bytes > spec.unpadded_page_size_bytes:
         logger.warning_once(
-            "INT8 KV cache: blocks of %d bytes are padded to %d to share a block pool with larger ones, which "
-            "costs capacity; a kv_cache_dtype_skip_layers that leaves fewer kinds of layers avoids it",
-            kv_cache_spec.unpadded_page_size_bytes,
-            kv_cache_spec.page_size_bytes,
+            "INT8 KV cache: blocks of %d bytes are padded to %d, to share a pool with the larger blocks of other "
+            "layers, so fewer tokens fit",
+            spec.unpadded_page_size_bytes,
+            spec.page_size_bytes,
         )

@@ -54,7 +54,7 @@ def register() -> None:
     from vllm.logger import init_logger
 
     try:
-        official = _vllm_version() >= (0, 33)
+        official = vllm_version() >= (0, 33)
         for symbol in COMMON_SYMBOLS + (OFFICIAL_SYMBOLS if official else PATCHED_SYMBOLS):
             resolve(symbol)
     except UnsupportedVLLMError as error:
@@ -79,7 +79,8 @@ def resolve(symbol: str) -> Any:
         ) from error
 
 
-def _vllm_version() -> tuple[int, int]:
+def vllm_version() -> tuple[int, int]:
+    """Major and minor version. Raises UnsupportedVLLMError outside the supported range."""
     import vllm
 
     major, minor = [*vllm.__version__.split("."), ""][:2]
