@@ -71,6 +71,14 @@ void check_type(const Tensor& t, const char* name, ScalarType type) {
                name_of(t.scalar_type()));
 }
 
+// Rows of a tensor that is written must not share memory.
+void check_no_overlap(const Tensor& t, const char* name) {
+  for (int64_t dim = 0; dim < t.dim(); ++dim) {
+    INT8KV_CHECK(t.size(dim) <= 1 || t.stride(dim) != 0, name,
+                 " is written and must not be expanded, got stride 0 in dimension ", dim);
+  }
+}
+
 void check_device(const Tensor& t, const char* name, const Tensor& cache) {
   INT8KV_CHECK(t.is_cuda() == cache.is_cuda() && t.get_device_index() == cache.get_device_index(),
                name, " must be on the device of kv_cache");
@@ -153,6 +161,7 @@ ReshapeAndCacheParams cache_params(const Tensor& key, const Tensor& value, const
                                    const std::optional<Tensor>& key_equalizer) {
   ReshapeAndCacheParams p{};
   p.cache = view_cache(kv_cache);
+  check_no_overlap(kv_cache, "kv_cache");
   check_heads(key, "key", p.cache);
   check_heads(value, "value", p.cache);
   INT8KV_CHECK(key.size(1) == p.cache.num_kv_heads, "key has ", key.size(1),
@@ -193,6 +202,7 @@ PagedAttentionParams attention_params(
   p.cache = view_cache(kv_cache);
   check_heads(query, "query", p.cache);
   check_heads(out, "out", p.cache);
+  check_no_overlap(out, "out");
   p.dtype = float_type(query, "query");
   check_type(out, "out", query.scalar_type());
   INT8KV_CHECK(same_shape(out, query), "out must have the shape of query, ", shape_of(query),
@@ -232,9 +242,12 @@ PagedAttentionParams attention_params(
                  shape_of(*lse));
     p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
-  INT8KV_CHECK(std::isfinite(softmax_scale), "softmax_scale must be finite, got ", softmax_scale);
-  INT8KV_CHECK(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or positive, got ",
-               softcap);
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  p.softcap = static_cast<float>(softcap);
+  INT8KV_CHECK(std::isfinite(p.softmax_scale), "softmax_scale must be finite in fp32, got ",
+               softmax_scale);
+  INT8KV_CHECK(std::isfinite(p.softcap) && softcap >= 0 && (p.softcap > 0 || softcap == 0),
+               "softcap must be 0 (none) or positive in fp32, got ", softcap);
   INT8KV_CHECK(sliding_window >= 0 && sliding_window <= INT32_MAX,
                "sliding_window must be 0 (none) or positive, got ", sliding_window);
   p.query = query.const_data_ptr();
@@ -251,8 +264,6 @@ PagedAttentionParams attention_params(
   p.sinks = optional_floats(sinks, "sinks", kv_cache, {p.num_heads});
   p.key_equalizer = optional_floats(key_equalizer, "key_equalizer", kv_cache,
                                     {p.cache.num_kv_heads, p.cache.head_size});
-  p.softmax_scale = static_cast<float>(softmax_scale);
-  p.softcap = static_cast<float>(softcap);
   p.sliding_window = static_cast<int32_t>(sliding_window);
   p.causal = causal;
   p.rotate_keys = rotate_keys;

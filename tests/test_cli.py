@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from io import StringIO
 from pathlib import Path
 
@@ -96,6 +97,48 @@ def test_serve_help(args, exit_code):
     result = runner.invoke(cli.app, args)
     assert result.exit_code == exit_code
     assert "vllm-int8kv serve --help=all" in " ".join(result.stdout.split())
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[Namespace]:
+    """The options with which a server would have started."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    options: list[Namespace] = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(options.append))
+    return options
+
+
+def test_serve_sets_the_dtype_and_passes_options_on(served):
+    assert (
+        runner.invoke(cli.app, ["serve", "some/model", "--port", "1234", "--max_model_len=99", "-tp", "2"]).exit_code
+        == 0
+    )
+    (options,) = served
+    assert (options.model_tag, options.served_model_name) == ("some/model", None)
+    assert (options.port, options.max_model_len, options.tensor_parallel_size) == (1234, 99, 2)
+    assert options.kv_cache_dtype == "int8_custom"
+
+
+def test_serve_of_the_embedded_model(served):
+    assert runner.invoke(cli.app, ["serve", "smollm2"]).exit_code == 0
+    assert runner.invoke(cli.app, ["serve", "smollm2", "--served-model-name", "small"]).exit_code == 0
+    assert [options.model_tag for options in served] == [str(models.smollm2())] * 2
+    assert [options.served_model_name for options in served] == [["smollm2"], ["small"]]
+
+
+@pytest.mark.parametrize("where", ["option", "config"])
+def test_serve_leaves_a_given_dtype_alone(served, tmp_path, where):
+    config = tmp_path / "config.yaml"
+    config.write_text("kv-cache-dtype: fp8\n")
+    args = {"option": ["--kv-cache-dtype", "fp8"], "config": ["--config", str(config)]}[where]
+    assert runner.invoke(cli.app, ["serve", "some/model", *args]).exit_code == 0
+    assert [options.kv_cache_dtype for options in served] == ["fp8"]
+
+
+def test_serve_refuses_an_unknown_option(served):
+    assert runner.invoke(cli.app, ["serve", "some/model", "--no-such-option"]).exit_code == 2
+    assert not served
 
 
 def test_serve_with_the_plugin_filtered_out(monkeypatch):

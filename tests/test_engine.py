@@ -50,6 +50,9 @@ def engine(model: Path, *, own_process: bool = False, **options) -> Iterator["LL
     defaults = dict(kv_cache_dtype="int8_custom", enforce_eager=True, max_num_seqs=8, max_model_len=640)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if own_process else "0")
+        # A worker pins its process to cores and replaces this function; the other tests need both as they were.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
         llm = LLM(str(model), kv_cache_memory_bytes=KV_CACHE_MEMORY, **(defaults | options))
         try:
             yield llm
@@ -294,7 +297,6 @@ def test_compiled_in_a_spawned_worker(model_folder, auto_run):
 def test_tensor_parallel(model_folder, auto_run, monkeypatch):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("tensor parallelism on CPU needs a core per rank")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected, _ = auto_run(tiny_models.llama)
     with tiny_engine(model_folder(tiny_models.llama), own_process=True, tensor_parallel_size=2) as llm:

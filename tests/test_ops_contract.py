@@ -113,7 +113,7 @@ def test_any_integers_are_attended_or_refused(block_table, seq_lens, query_start
             ops.paged_attention(**args, causal=causal, sliding_window=window)
 
 
-@settings(wild, max_examples=150)
+@settings(wild, max_examples=120)
 @given(
     lens=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), min_size=1, max_size=4),
     num_kv_heads=st.integers(1, 3),

@@ -95,12 +95,14 @@ READ_ERRORS = [
     ("alibi_slopes", zeros(4, 1), r"alibi_slopes must be contiguous \[4\], got \[4, 1\]"),
     ("sinks", zeros(5), r"sinks must be contiguous \[4\], got \[5\]"),
     ("sinks", zeros(4, dtype=torch.bfloat16), "sinks must be Float, got BFloat16"),
-    ("softmax_scale", lambda _: float("nan"), "softmax_scale must be finite, got nan"),
-    ("softmax_scale", lambda _: float("inf"), "softmax_scale must be finite, got inf"),
-    ("softcap", lambda _: -1.0, r"softcap must be 0 \(none\) or positive, got -1"),
-    ("softcap", lambda _: float("nan"), r"softcap must be 0 \(none\) or positive, got -?nan"),
-    ("softcap", lambda _: float("inf"), r"softcap must be 0 \(none\) or positive, got inf"),
-    ("sliding_window", lambda _: -1, r"sliding_window must be 0 \(none\) or positive, got -1"),
+    ("softmax_scale", lambda _: float("nan"), "softmax_scale must be finite in fp32, got -?nan"),
+    ("softmax_scale", lambda _: float("inf"), "softmax_scale must be finite in fp32, got inf"),
+    ("softmax_scale", lambda _: 1e300, r"softmax_scale must be finite in fp32, got 1e\+300"),
+    ("softcap", lambda _: -1.0, r"softcap must be 0 \(none\) or positive in fp32, got -1"),
+    ("softcap", lambda _: float("nan"), r"softcap must be 0 \(none\) or positive in fp32, got -?nan"),
+    ("softcap", lambda _: float("inf"), r"softcap must be 0 \(none\) or positive in fp32, got inf"),
+    ("softcap", lambda _: 1e-50, r"softcap must be 0 \(none\) or positive in fp32, got 1e-50"),
+    ("out", lambda args: torch.zeros(1, 4, 64).expand(4, 4, 64), "out is written and must not be expanded"),
     ("sliding_window", lambda _: 2**31, r"sliding_window must be 0 \(none\) or positive, got 2147483648"),
 ]
 # What a kernel on a GPU cannot look at without waiting for it; there the caller vouches.
@@ -137,6 +139,12 @@ def test_paged_attention_refuses(device, name, bad_value, text):
     args = read_args(device)
     with pytest.raises(RuntimeError, match=text):
         ops.paged_attention(**{**args, name: bad_value(args)})
+
+
+@pytest.mark.parametrize("sliding_window", [0, -1])
+def test_paged_attention_refuses_an_empty_window(sliding_window):
+    with pytest.raises(ValueError, match=f"sliding_window must be None .* or at least 1, got {sliding_window}"):
+        ops.paged_attention(**{**read_args(), "sliding_window": sliding_window})
 
 
 @each_error(VALUE_ERRORS)

@@ -145,3 +145,15 @@ def test_rotation_and_equalizer_cancel(rotate_keys, equalize):
         want = sdpa(batch, seq, batch.keys[seq], batch.values[seq], causal=True)
         error = (out[batch.rows(seq)] - want).square().mean().sqrt()
         assert error < 0.02
+
+
+def test_masks_against_xformers():
+    attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="needs xformers, of the bench extra")
+    query_lens, seq_lens = [1, 7, 16, 5], [33, 7, 48, 9]
+    bias = attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(query_lens, seq_lens)
+    wanted = bias.materialize((sum(query_lens), sum(seq_lens))) == 0
+    masks = []
+    for query_len, seq_len in zip(query_lens, seq_lens, strict=True):
+        positions = torch.arange(seq_len - query_len, seq_len)
+        masks.append(reference.visible_keys(positions, seq_len, causal=True, sliding_window=None))
+    assert torch.equal(torch.block_diag(*masks).bool(), wanted)

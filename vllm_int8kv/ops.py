@@ -61,7 +61,8 @@ def paged_attention(
     """Attention of this step's queries over the INT8 cache, which already holds this step's K and V.
 
     A batch may mix prefill, chunked prefill, decode and multi-token verification. The bits of a row do not
-    depend on what else is in the batch, on the number of threads, or on how its prompt was chunked.
+    depend on what else is in the batch, and on CPU neither on the number of threads nor on how its prompt was
+    chunked.
 
     Args:
         query: [num_tokens, num_heads, head_size], fp32, fp16 or bf16; any token and head stride.
@@ -82,6 +83,8 @@ def paged_attention(
         out, or (out, lse) with lse [num_heads, num_tokens] fp32, natural log. A row that sees no key is 0
         with lse -inf (the sink, if there is one).
     """
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be None (no window) or at least 1, got {sliding_window}")
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = None

@@ -143,7 +143,7 @@ def attention(
         lse = torch.logsumexp(torch.cat([scores, sink_column], dim=-1), dim=-1)
     else:
         lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None]).nan_to_num(nan=0.0)
+    weights = torch.where(torch.isneginf(lse)[..., None], 0.0, torch.exp(scores - lse[..., None]))
     return torch.einsum("hqk,khd->qhd", weights, value), lse
 
 
