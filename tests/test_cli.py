@@ -170,6 +170,13 @@ def test_compare_log_probs(tmp_path):
     assert (got["top1_agreement"], got["text_tokens"]) == (0.5, 2)
 
 
+def test_compare_log_probs_refuses_a_row_left_out(tmp_path):
+    np.save(tmp_path / "p.npy", np.log(np.full((3, 4), 0.25, np.float32)))
+    np.save(tmp_path / "q.npy", np.zeros((3, 4), np.float32))
+    with pytest.raises(demo.EngineError, match=r"tokens 0 to 2: probabilities sum up to 1 to 4, not 1"):
+        demo.compare_log_probs(str(tmp_path / "p.npy"), str(tmp_path / "q.npy"))
+
+
 @pytest.mark.engine
 def test_demo_on_a_tiny_scale(capsys, monkeypatch):
     """All four engines and the report, with a short text and context."""

@@ -13,7 +13,6 @@ Engines run inside the test process, where starting one takes seconds, unless pr
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ import pytest
 import tiny_models
 import torch
 
-from vllm_int8kv import cache_layout
-from vllm_int8kv.backend import Int8KVImpl
+from vllm_int8kv import backend, cache_layout
 
 pytestmark = pytest.mark.engine
 
@@ -32,12 +30,12 @@ MAX_KL = 4e-3
 KV_CACHE_MEMORY = 48 << 20
 PROMPT_LENS = (5, 33, 70, 120)
 
-LONG_QUESTION = "Here is a price list. " + " ".join(f"Item {i} costs {i * 7 % 50} coins." for i in range(24))
+PRICE_LIST = " ".join(f"Item {i} costs {i * 7 % 50} coins." for i in range(24))
 QUESTIONS = [
     "What is the capital of France?",
     "How many days does a week have?",
     "Name three colors of the rainbow.",
-    LONG_QUESTION + " What does item 3 cost?",
+    PRICE_LIST + " What does item 3 cost?",
 ]
 
 
@@ -57,8 +55,7 @@ def engine(model: Path, *, own_process: bool = False, **options) -> Iterator["LL
         try:
             yield llm
         finally:
-            if own_process:
-                llm.llm_engine.engine_core.shutdown()
+            llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()
@@ -73,11 +70,11 @@ class Answer:
     num_prompt_tokens: int
 
 
-def ask(llm: "LLM", questions: list[str] = QUESTIONS) -> list[Answer]:  # noqa: F821
+def ask(llm: "LLM", questions: list[str] = QUESTIONS, **options) -> list[Answer]:  # noqa: F821
     """Greedy answers of a chat model, all questions in one batch."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=16, logprobs=10)
+    params = SamplingParams(**dict(temperature=0, max_tokens=16, logprobs=10) | options)
     outputs = llm.chat([[{"role": "user", "content": q}] for q in questions], params, use_tqdm=False)
     return [
         Answer(
@@ -119,10 +116,12 @@ def tiny_engine(model: Path, **options):
 
 def layers(llm: "LLM") -> dict[int, "Attention"]:  # noqa: F821
     """The attention layers of an engine in this process, by index."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
 
-    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    return {extract_layer_index(name): layer for name, layer in context.items()}
+    found = get_layers_from_vllm_config(llm.llm_engine.vllm_config, Attention)
+    return {extract_layer_index(name): layer for name, layer in found.items()}
 
 
 def num_cache_tokens(llm: "LLM") -> int:  # noqa: F821
@@ -184,27 +183,21 @@ def test_chunked_prefill_without_prefix_cache_does_not_change_answers(smollm2, i
 
 
 def test_preemption_does_not_change_answers(smollm2, int8_answers):
-    long_prompt = int8_answers[0][-1].num_prompt_tokens
-    blocks_per_prompt = -(-long_prompt // 16)  # three equal prompts fit, their answers do not
-    options = dict(
-        dtype="float32",
-        block_size=16,
-        max_model_len=long_prompt + 32,
-        num_gpu_blocks_override=3 * blocks_per_prompt + 2,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-    )
-    with engine(smollm2, **options) as llm:
-        answers = ask(llm, 3 * [QUESTIONS[-1]])
+    # Three equal prompts fit beside vLLM's null block, two blocks of answer to each do not.
+    num_blocks = 3 * -(-int8_answers[0][-1].num_prompt_tokens // 16) + 2
+    options = dict(block_size=16, num_gpu_blocks_override=num_blocks, enable_prefix_caching=False)
+    with engine(smollm2, dtype="float32", disable_log_stats=False, **options) as llm:
+        alone = ask(llm, QUESTIONS[-1:], max_tokens=24, ignore_eos=True)
+        together = ask(llm, 3 * QUESTIONS[-1:], max_tokens=24, ignore_eos=True)
         (preemptions,) = (m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     assert preemptions > 0
-    assert [a.tokens for a in answers] == 3 * [int8_answers[0][-1].tokens]
+    assert [a.tokens for a in together] == 3 * [alone[0].tokens]
 
 
 # Tiny random models.
 
 MODELS = [tiny_models.llama, tiny_models.multi_head, tiny_models.multi_query]
-MODELS += [tiny_models.mistral, tiny_models.gemma2, tiny_models.gemma3]
+MODELS += [tiny_models.mistral, tiny_models.gemma2, tiny_models.gemma3, tiny_models.gpt_oss]
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +243,7 @@ def test_random_model_is_close_to_auto(model, model_folder, auto_run):
 
 def test_comparison_notices_a_wrong_window(model_folder, auto_run, monkeypatch):
     expected, _ = auto_run(tiny_models.mistral)
-    original = Int8KVImpl.forward
+    original = backend.Int8KVImpl.forward
 
     def one_token_more(self, *args, **kwargs):
         window, self.sliding_window = self.sliding_window, self.sliding_window + 1
@@ -259,7 +252,7 @@ def test_comparison_notices_a_wrong_window(model_folder, auto_run, monkeypatch):
         finally:
             self.sliding_window = window
 
-    monkeypatch.setattr(Int8KVImpl, "forward", one_token_more)
+    monkeypatch.setattr(backend.Int8KVImpl, "forward", one_token_more)
     with tiny_engine(model_folder(tiny_models.mistral)) as llm:
         assert kl_per_token(expected, prompt_logprobs(llm)) > 2 * MAX_KL
 
@@ -279,11 +272,14 @@ def test_skipped_layers_keep_the_native_cache(model, skip, unquantized, model_fo
         assert kl_per_token(expected, prompt_logprobs(llm)) < MAX_KL
 
 
-def test_options_reach_the_worker(model_folder, auto_run):
+def test_options_reach_the_worker_which_logs_them(model_folder, auto_run, monkeypatch):
     expected, _ = auto_run(tiny_models.llama)
+    log: list[str] = []
+    monkeypatch.setattr(backend.logger, "info_once", lambda message, *args: log.append(message % args))
     options = {"int8_kv": {"rotate_keys": False, "cpu_isa": "scalar"}}
     with tiny_engine(model_folder(tiny_models.llama), additional_config=options) as llm:
         assert not any(layer.impl.rotate_keys for layer in layers(llm).values())
+        assert "keys not rotated, scalar kernels; 792 bytes per token instead of 1536 (bfloat16), 1.94x" in log[0]
         assert kl_per_token(expected, prompt_logprobs(llm)) < MAX_KL
 
 
@@ -295,8 +291,6 @@ def test_compiled_in_a_spawned_worker(model_folder, auto_run):
 
 
 def test_tensor_parallel(model_folder, auto_run, monkeypatch):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("tensor parallelism on CPU needs a core per rank")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected, _ = auto_run(tiny_models.llama)
     with tiny_engine(model_folder(tiny_models.llama), own_process=True, tensor_parallel_size=2) as llm:

@@ -119,7 +119,15 @@ def gpt_oss(folder: Path) -> Path:
         num_key_value_heads=2,
         head_dim=64,
         sliding_window=SLIDING_WINDOW,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
         num_local_experts=2,
         num_experts_per_tok=1,
     )

@@ -144,8 +144,7 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
         options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
         if device.type == "cpu" and options.cpu_isa is not None:
             ops.set_cpu_isa(options.cpu_isa)
-        _log_cache_format(vllm_config, options, device)
-        _warn_about_padding(kv_cache_spec)
+        _log_cache_format(kv_cache_spec, vllm_config, options, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -263,8 +262,11 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         return output
 
 
-def _log_cache_format(vllm_config: VllmConfig, options: Int8KVConfig, device: torch.device) -> None:
+def _log_cache_format(
+    spec: AttentionSpec, vllm_config: VllmConfig, options: Int8KVConfig, device: torch.device
+) -> None:
     """Say once per worker what was chosen and what it saves, over all layers that own a cache."""
+    padding = spec.page_size_bytes / spec.unpadded_page_size_bytes
     int8_bytes = native_bytes = skipped = 0
     for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
         if layer.kv_sharing_target_layer_name is not None or layer.attn_type != AttentionType.DECODER:
@@ -272,7 +274,7 @@ def _log_cache_format(vllm_config: VllmConfig, options: Int8KVConfig, device: to
         native = layer.num_kv_heads * 2 * layer.head_size * vllm_config.model_config.dtype.itemsize
         native_bytes += native
         if layer.kv_cache_dtype == KV_CACHE_DTYPE:
-            int8_bytes += layer.num_kv_heads * cache_layout.content_bytes(layer.head_size)
+            int8_bytes += padding * layer.num_kv_heads * cache_layout.content_bytes(layer.head_size)
         else:
             int8_bytes += native
             skipped += 1
@@ -287,14 +289,10 @@ def _log_cache_format(vllm_config: VllmConfig, options: Int8KVConfig, device: to
         native_bytes / int8_bytes,
         skipped,
     )
-
-
-def _warn_about_padding(spec: AttentionSpec) -> None:
-    """Layers of one block pool get blocks of one size; say so where that costs capacity."""
-    if spec.page_size_bytes > spec.unpadded_page_size_bytes:
+    if padding > 1:
         logger.warning_once(
-            "INT8 KV cache: blocks of %d bytes are padded to %d, to share a pool with the larger blocks of other "
-            "layers, so fewer tokens fit",
+            "INT8 KV cache: vLLM pads blocks from %d to %d bytes, the size of other layers' blocks, which costs "
+            "capacity; it does so where sliding-window and full-attention layers differ in their KV cache dtype",
             spec.unpadded_page_size_bytes,
             spec.page_size_bytes,
         )

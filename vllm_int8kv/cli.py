@@ -71,7 +71,8 @@ def print_demo(report: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"KL and top-1: {report['text_tokens']:,} tokens decoded one by one in fp32, over the whole vocabulary. "
-        f"Speed: median step, {report['num_threads']} threads.",
+        f"Speed: median step, {report['num_threads']} threads. Long answers may part where two words are about equally "
+        "likely, as they do between any two engines that round differently.",
         style="dim",
     )
 

@@ -25,8 +25,9 @@ from vllm_int8kv.config import KV_CACHE_DTYPE
 
 PROMPTS = (
     "What is the capital of France? Answer in one sentence.",
+    "How many days are in a week? Answer in one sentence.",
+    "Name the first four months of the year.",
     "Why is the sky blue?",
-    "Write one sentence about the sea.",
 )
 TEXT = Path(__file__).with_name("data") / "demo.txt"
 DTYPES = ("auto", KV_CACHE_DTYPE)
@@ -173,11 +174,18 @@ def compare_log_probs(reference_path: str, path: str) -> dict[str, Any]:
     Returns:
         kl_per_token: mean over the tokens of KL(reference || other) in nats, over the whole vocabulary, in fp64;
         top1_agreement: share of tokens for which both find the same token most likely; text_tokens: their number.
+
+    Raises:
+        EngineError: a row is no distribution, as when an engine left it out.
     """
     reference, other = np.load(reference_path, mmap_mode="r"), np.load(path, mmap_mode="r")
     kl, agreement = 0.0, 0
     for begin in range(0, len(reference), 64):
         p, q = (rows[begin : begin + 64].astype(np.float64) for rows in (reference, other))
+        sums = np.exp((p, q)).sum(axis=-1)
+        if not np.allclose(sums, 1, atol=1e-3):
+            rows = f"tokens {begin} to {begin + len(p) - 1}"
+            raise EngineError(f"{rows}: probabilities sum up to {sums.min():.3g} to {sums.max():.3g}, not 1")
         kl += float((np.exp(p) * (p - q)).sum())
         agreement += int((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
     count = len(reference)

@@ -70,7 +70,7 @@ def main() -> None:
         max_model_len=max_model_len,
         max_num_seqs=max(plan.num_seqs, len(plan.prompts)),
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-        # Compiling for two cores takes longer than it saves here.
+        # Compiling takes about a minute on two cores, more than it saves here.
         enforce_eager=True,
         logits_processors=["vllm_int8kv.demo_engine:ForcedDecoding"],
         disable_log_stats=True,
