@@ -140,56 +140,59 @@ void load_queries(Unit& u) {
   }
 }
 
-// Blocks of one tile, in order: `slots` of block_size from `first_slot` on.
+// The parts of a tile that lie in one block each, in order: f(first slot, relative to the tile;
+// first slot, relative to the block; number of slots; chunk).
 template <typename F>
 INT8KV_INLINE void for_each_block(const Unit& u, int32_t tile_begin, int32_t tile_end, const F& f) {
   for (int32_t slot = tile_begin; slot < tile_end;) {
     const int32_t offset = slot % u.block_size;
     int32_t count = u.block_size - offset;
     count = count < tile_end - slot ? count : tile_end - slot;
-    // What is needed kTileSlots later starts to load now; a tile inside one large block has its
-    // successor right behind it and the hardware prefetches that.
-    int64_t ahead = 0;
-    const int32_t later = slot + kTileSlots;
-    if (later < u.seq_len) ahead = u.chunk(later) + 0 - u.chunk(slot);
-    if (u.block_size > kTileSlots) ahead = 0;
-    f(slot - tile_begin, offset, count, u.chunk(slot), ahead);
+    f(slot - tile_begin, offset, count, u.chunk(slot));
     slot += count;
   }
+}
+
+// Bytes from a line of V codes in `chunk` to a line of the K codes kTileSlots later, 0 if there are
+// none. Blocks lie anywhere, so that no hardware finds the next one; one plane ahead fits the L1
+// cache.
+int64_t next_keys_ahead(const Unit& u, int32_t slot, const int8_t* chunk) {
+  const int32_t later = slot + kTileSlots;
+  return later < u.seq_len ? u.chunk(later) - chunk - u.p.cache.v_codes() : 0;
 }
 
 // products[term][row][slot] of the tile, and its scales.
 void score_tile(Unit& u, int32_t tile_begin, int32_t tile_end) {
   Scratch& s = u.s;
   const KVCache& cache = u.p.cache;
-  for_each_block(
-      u, tile_begin, tile_end,
-      [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk, int64_t ahead) {
-        DotPairs d;
-        d.a = s.queries;
-        d.a_stride = u.head_size;
-        d.b = chunk + cache.k_code(offset, 0);
-        d.group_stride = static_cast<int64_t>(kSlotGroup) * u.head_size;
-        d.prefetch_ahead = ahead;
-        d.c = s.products + at;
-        d.c_stride = kTileSlots;
-        d.num_rows = u.num_terms * u.num_rows;
-        d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
-        d.num_pairs = u.head_size / 2;
-        d.accumulate = false;
-        dot_pairs(d);
-        const int32_t padded = d.num_groups * kSlotGroup;
-        for (int32_t i = 0; i < padded; i += kLanes) {
-          const auto load_scales = [&](int64_t plane, float* to) {
-            const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
-            store(to + at + i,
-                  reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16));
-          };
-          load_scales(cache.k_scales(), s.k_scales);
-          load_scales(cache.v_scales(), s.v_scales);
-        }
-        for (int32_t i = count; i < padded; ++i) s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
-      });
+  for_each_block(u, tile_begin, tile_end,
+                 [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk) {
+                   DotPairs d;
+                   d.a = s.queries;
+                   d.a_stride = u.head_size;
+                   d.b = chunk + cache.k_code(offset, 0);
+                   d.group_stride = static_cast<int64_t>(kSlotGroup) * u.head_size;
+                   d.prefetch_ahead = cache.v_codes();  // the V codes of the same slots
+                   d.c = s.products + at;
+                   d.c_stride = kTileSlots;
+                   d.num_rows = u.num_terms * u.num_rows;
+                   d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
+                   d.num_pairs = u.head_size / 2;
+                   d.accumulate = false;
+                   dot_pairs(d);
+                   const int32_t padded = d.num_groups * kSlotGroup;
+                   for (int32_t i = 0; i < padded; i += kLanes) {
+                     const auto load_scales = [&](int64_t plane, float* to) {
+                       const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
+                       store(to + at + i,
+                             reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16));
+                     };
+                     load_scales(cache.k_scales(), s.k_scales);
+                     load_scales(cache.v_scales(), s.v_scales);
+                   }
+                   for (int32_t i = count; i < padded; ++i)
+                     s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
+                 });
 }
 
 // Turns one row's products into scores, masks them and updates the row's softmax; leaves the
@@ -280,23 +283,22 @@ void weigh_row(Unit& u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
 void add_values(Unit& u, int32_t tile_begin, int32_t tile_end) {
   Scratch& s = u.s;
   const KVCache& cache = u.p.cache;
-  for_each_block(
-      u, tile_begin, tile_end,
-      [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk, int64_t ahead) {
-        DotPairs d;
-        d.a = s.weights + at;
-        d.a_stride = kTileSlots;
-        d.b = chunk + cache.v_code(offset, 0);
-        d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
-        d.prefetch_ahead = ahead;
-        d.c = s.products;
-        d.c_stride = u.head_size;
-        d.num_rows = u.num_terms * u.num_rows;
-        d.num_groups = u.head_size / kDimGroup;
-        d.num_pairs = (count + 1) / 2;
-        d.accumulate = at > 0;
-        dot_pairs(d);
-      });
+  for_each_block(u, tile_begin, tile_end,
+                 [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk) {
+                   DotPairs d;
+                   d.a = s.weights + at;
+                   d.a_stride = kTileSlots;
+                   d.b = chunk + cache.v_code(offset, 0);
+                   d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
+                   d.prefetch_ahead = next_keys_ahead(u, tile_begin + at, chunk);
+                   d.c = s.products;
+                   d.c_stride = u.head_size;
+                   d.num_rows = u.num_terms * u.num_rows;
+                   d.num_groups = u.head_size / kDimGroup;
+                   d.num_pairs = (count + 1) / 2;
+                   d.accumulate = at > 0;
+                   dot_pairs(d);
+                 });
   for (int32_t row = 0; row < u.num_rows; ++row) {
     float* out = s.out + row * partial_size(u.head_size) + kPartialHeader;
     const int32_t* first = s.products + static_cast<int64_t>(row) * u.head_size;
