@@ -24,10 +24,8 @@ void parallel_for(const ParallelFor &pool, int64_t size, const F &f) {
   });
 }
 
-void reshape_and_cache(const ReshapeAndCacheParams &params,
-                       const ParallelFor &pool);
-void paged_attention(const PagedAttentionParams &params,
-                     const ParallelFor &pool);
+void reshape_and_cache(const ReshapeAndCacheParams &params, const ParallelFor &pool);
+void paged_attention(const PagedAttentionParams &params, const ParallelFor &pool);
 
 // Query rows of one sequence that are attended together: the same rows of one
 // or several KV heads, which lie side by side in a block. Row r of a head is
@@ -35,55 +33,50 @@ void paged_attention(const PagedAttentionParams &params,
 // r % num_queries_per_kv.
 struct AttentionUnit {
   int32_t seq;
-  int32_t head_begin; // the KV heads [head_begin, head_begin + num_unit_heads)
+  int32_t head_begin;  // the KV heads [head_begin, head_begin + num_unit_heads)
   int32_t num_unit_heads;
   int32_t row_begin;
-  int32_t num_rows;    // per KV head; at most kMaxRows for all of them together
-  int32_t query_len;   // of the sequence
-  int32_t seq_len;     // of the sequence
-  int64_t first_token; // of the sequence, in `query`
+  int32_t num_rows;     // per KV head; at most kMaxRows for all of them together
+  int32_t query_len;    // of the sequence
+  int32_t seq_len;      // of the sequence
+  int64_t first_token;  // of the sequence, in `query`
 
   INT8KV_HD int32_t total_rows() const { return num_unit_heads * num_rows; }
 };
 
 constexpr int32_t kMaxRows = 32;
-constexpr int32_t kTileSlots = 128; // scores held at once, per row
+constexpr int32_t kTileSlots = 128;  // scores held at once, per row
 constexpr int32_t kSplitSlots =
-    512; // keys per split; fixed, so that no result depends on the batch
+    512;  // keys per split; fixed, so that no result depends on the batch
 
 // Floats per row of a split's partial result: the softmax state, padded, then
 // head_size values.
 constexpr int32_t kPartialHeader = 16;
-INT8KV_HD int64_t partial_size(int32_t head_size) {
-  return kPartialHeader + head_size;
-}
+INT8KV_HD int64_t partial_size(int32_t head_size) { return kPartialHeader + head_size; }
 
 // The functions below exist once per instruction set; `cpu_kernels()` gives
 // those in use.
 struct Kernels {
   // Quantizes and stores tokens [token_begin, token_end) of KV heads
   // [head_begin, head_end).
-  void (*quantize_tokens)(const ReshapeAndCacheParams &, int64_t token_begin,
-                          int64_t token_end, int32_t head_begin,
-                          int32_t head_end);
+  void (*quantize_tokens)(const ReshapeAndCacheParams &, int64_t token_begin, int64_t token_end,
+                          int32_t head_begin, int32_t head_end);
   // Attends a unit over splits [split_begin, split_end). With `partials`
   // [split_end - split_begin, total_rows, partial_size] it leaves one partial
   // result per split there, else it merges them in order and writes out and
   // lse.
-  void (*attend)(const PagedAttentionParams &, const AttentionUnit &,
-                 int32_t split_begin, int32_t split_end, float *partials,
-                 char *scratch);
+  void (*attend)(const PagedAttentionParams &, const AttentionUnit &, int32_t split_begin,
+                 int32_t split_end, float *partials, char *scratch);
   // Merges `num_splits` partial results in order and writes out and lse.
-  void (*combine)(const PagedAttentionParams &, const AttentionUnit &,
-                  int32_t num_splits, const float *partials, char *scratch);
-  size_t (*scratch_bytes)(); // of one thread, 64-byte aligned
+  void (*combine)(const PagedAttentionParams &, const AttentionUnit &, int32_t num_splits,
+                  const float *partials, char *scratch);
+  size_t (*scratch_bytes)();  // of one thread, 64-byte aligned
 };
 
 const Kernels &cpu_kernels();
 
-const char *available_isas(); // comma-separated, slowest first
+const char *available_isas();  // comma-separated, slowest first
 const char *current_isa();
-bool set_isa(
-    const char *name); // false: the CPU does not have it, or nobody does
+bool set_isa(const char *name);  // false: the CPU does not have it, or nobody does
 
-} // namespace int8kv::cpu
+}  // namespace int8kv::cpu

@@ -18,15 +18,14 @@ struct WorkItem {
   int32_t unit;
   int32_t split_begin;
   int32_t split_end;
-  int64_t
-      partials; // offset into the workspace in floats, or -1: the unit is whole
+  int64_t partials;  // offset into the workspace in floats, or -1: the unit is whole
 };
 
 struct PlannedUnit : AttentionUnit {
   int32_t split_begin;
   int32_t split_end;
-  int64_t cost;     // rows times keys
-  int64_t partials; // as in WorkItem
+  int64_t cost;      // rows times keys
+  int64_t partials;  // as in WorkItem
 };
 
 struct Plan {
@@ -46,33 +45,27 @@ void find_splits(const PagedAttentionParams &p, PlannedUnit &unit) {
     begin = first - p.sliding_window + 1;
     end = last + p.sliding_window < end ? last + p.sliding_window : end;
   }
-  if (p.causal)
-    end = last + 1 < end ? last + 1 : end;
-  if (begin < 0)
-    begin = 0;
-  if (end < begin)
-    end = begin;
+  if (p.causal) end = last + 1 < end ? last + 1 : end;
+  if (begin < 0) begin = 0;
+  if (end < begin) end = begin;
   unit.split_begin = static_cast<int32_t>(begin / kSplitSlots);
   unit.split_end = static_cast<int32_t>((end + kSplitSlots - 1) / kSplitSlots);
   // A row costs its share of the products, a unit the reading of its keys:
   // about 8 rows' worth.
-  unit.cost =
-      (end - begin + kTileSlots) * (unit.num_rows + 8) * unit.num_unit_heads;
+  unit.cost = (end - begin + kTileSlots) * (unit.num_rows + 8) * unit.num_unit_heads;
 }
 
 // How many KV heads a unit of `num_rows` rows per head takes. The chunks of a
 // block's heads are neighbours in memory, and reading them in order is 1.1
 // to 1.3 times as fast as jumping from block to block; but every thread needs
 // something to do.
-int32_t heads_per_unit(const PagedAttentionParams &p, int64_t num_rows,
-                       int32_t num_threads) {
+int32_t heads_per_unit(const PagedAttentionParams &p, int64_t num_rows, int32_t num_threads) {
   int64_t num_splits = 0;
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
     num_splits += (p.seq_lens[seq] + kSplitSlots - 1) / kSplitSlots;
   }
   int64_t heads = kMaxRows / num_rows;
-  if (heads > p.cache.num_kv_heads)
-    heads = p.cache.num_kv_heads;
+  if (heads > p.cache.num_kv_heads) heads = p.cache.num_kv_heads;
   while (heads > 1 && num_threads > 1 &&
          num_splits * p.cache.num_kv_heads / heads < 4 * num_threads) {
     heads = (heads + 1) / 2;
@@ -85,24 +78,19 @@ Plan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
   const int32_t group = p.num_heads / p.cache.num_kv_heads;
   int64_t total_cost = 0;
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
-    const int32_t query_len =
-        p.query_start_loc[seq + 1] - p.query_start_loc[seq];
+    const int32_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
     const int64_t num_rows = static_cast<int64_t>(query_len) * group;
-    if (num_rows == 0)
-      continue;
+    if (num_rows == 0) continue;
     const int32_t heads = heads_per_unit(p, num_rows, num_threads);
-    for (int32_t kv_head = 0; kv_head < p.cache.num_kv_heads;
-         kv_head += heads) {
+    for (int32_t kv_head = 0; kv_head < p.cache.num_kv_heads; kv_head += heads) {
       for (int64_t row = 0; row < num_rows; row += kMaxRows) {
         PlannedUnit unit{};
         unit.seq = seq;
         unit.head_begin = kv_head;
-        unit.num_unit_heads = kv_head + heads < p.cache.num_kv_heads
-                                  ? heads
-                                  : p.cache.num_kv_heads - kv_head;
+        unit.num_unit_heads =
+            kv_head + heads < p.cache.num_kv_heads ? heads : p.cache.num_kv_heads - kv_head;
         unit.row_begin = static_cast<int32_t>(row);
-        unit.num_rows = static_cast<int32_t>(
-            num_rows - row < kMaxRows ? num_rows - row : kMaxRows);
+        unit.num_rows = static_cast<int32_t>(num_rows - row < kMaxRows ? num_rows - row : kMaxRows);
         unit.query_len = query_len;
         unit.seq_len = p.seq_lens[seq];
         unit.first_token = p.query_start_loc[seq];
@@ -118,24 +106,19 @@ Plan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
   for (size_t i = 0; i < plan.units.size(); ++i) {
     PlannedUnit &unit = plan.units[i];
     const int32_t num_splits = unit.split_end - unit.split_begin;
-    int64_t num_items =
-        num_threads == 1 ? 1 : (unit.cost + target - 1) / target;
-    if (num_items > num_splits)
-      num_items = num_splits;
+    int64_t num_items = num_threads == 1 ? 1 : (unit.cost + target - 1) / target;
+    if (num_items > num_splits) num_items = num_splits;
     const int32_t index = static_cast<int32_t>(i);
     if (num_items <= 1) {
       plan.items.push_back({index, unit.split_begin, unit.split_end, -1});
       continue;
     }
-    const int64_t split_floats =
-        unit.total_rows() * partial_size(p.cache.head_size);
+    const int64_t split_floats = unit.total_rows() * partial_size(p.cache.head_size);
     unit.partials = plan.workspace_floats;
     for (int64_t item = 0; item < num_items; ++item) {
       const int32_t begin = static_cast<int32_t>(num_splits * item / num_items);
-      const int32_t end =
-          static_cast<int32_t>(num_splits * (item + 1) / num_items);
-      plan.items.push_back({index, unit.split_begin + begin,
-                            unit.split_begin + end,
+      const int32_t end = static_cast<int32_t>(num_splits * (item + 1) / num_items);
+      plan.items.push_back({index, unit.split_begin + begin, unit.split_begin + end,
                             unit.partials + begin * split_floats});
     }
     plan.workspace_floats += num_splits * split_floats;
@@ -151,14 +134,13 @@ char *thread_scratch(size_t size) {
   thread_local size_t capacity = 0;
   if (capacity < size) {
     memory.reset(std::aligned_alloc(64, (size + 63) / 64 * 64));
-    if (!memory)
-      throw std::bad_alloc();
+    if (!memory) throw std::bad_alloc();
     capacity = size;
   }
   return static_cast<char *>(memory.get());
 }
 
-} // namespace
+}  // namespace
 
 void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
   const Kernels &kernels = cpu_kernels();
@@ -169,33 +151,27 @@ void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
     std::atomic<size_t> next{0};
     parallel_for(pool, pool.num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) {
-        for (size_t i = next++; i < count; i = next++)
-          body(i);
+        for (size_t i = next++; i < count; i = next++) body(i);
       }
     });
   };
   const size_t scratch_bytes = kernels.scratch_bytes();
   for_each(plan.items.size(), [&](size_t i) {
     const WorkItem &item = plan.items[i];
-    float *partials =
-        item.partials < 0 ? nullptr : workspace.get() + item.partials;
-    kernels.attend(p, plan.units[item.unit], item.split_begin, item.split_end,
-                   partials, thread_scratch(scratch_bytes));
+    float *partials = item.partials < 0 ? nullptr : workspace.get() + item.partials;
+    kernels.attend(p, plan.units[item.unit], item.split_begin, item.split_end, partials,
+                   thread_scratch(scratch_bytes));
   });
-  if (plan.workspace_floats == 0)
-    return;
+  if (plan.workspace_floats == 0) return;
   for_each(plan.units.size(), [&](size_t i) {
     const PlannedUnit &unit = plan.units[i];
-    if (unit.partials < 0)
-      return;
-    kernels.combine(p, unit, unit.split_end - unit.split_begin,
-                    workspace.get() + unit.partials,
+    if (unit.partials < 0) return;
+    kernels.combine(p, unit, unit.split_end - unit.split_begin, workspace.get() + unit.partials,
                     thread_scratch(scratch_bytes));
   });
 }
 
-void reshape_and_cache(const ReshapeAndCacheParams &p,
-                       const ParallelFor &pool) {
+void reshape_and_cache(const ReshapeAndCacheParams &p, const ParallelFor &pool) {
   const Kernels &kernels = cpu_kernels();
   const int32_t num_heads = p.cache.num_kv_heads;
   // Few tokens: lanes run over the heads too, on one thread; a pool start costs
@@ -210,12 +186,11 @@ void reshape_and_cache(const ReshapeAndCacheParams &p,
     for (int64_t task = begin; task < end; ++task) {
       const int32_t head = static_cast<int32_t>(task / chunks);
       const int64_t token = task % chunks * kTokensPerTask;
-      const int64_t token_end = token + kTokensPerTask < p.num_tokens
-                                    ? token + kTokensPerTask
-                                    : p.num_tokens;
+      const int64_t token_end =
+          token + kTokensPerTask < p.num_tokens ? token + kTokensPerTask : p.num_tokens;
       kernels.quantize_tokens(p, token, token_end, head, head + 1);
     }
   });
 }
 
-} // namespace int8kv::cpu
+}  // namespace int8kv::cpu

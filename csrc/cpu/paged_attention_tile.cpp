@@ -22,31 +22,25 @@ namespace int8kv::cpu::INT8KV_ISA {
 namespace {
 
 constexpr float kMaxTerm = 32767.0f;
-constexpr float kSecondTerm =
-    65534.0f; // the first term is off by at most half a unit
+constexpr float kSecondTerm = 65534.0f;  // the first term is off by at most half a unit
 constexpr int kMaxTerms = 2;
 
 // Working memory of one thread. Strides are those of the head size in hand, so
 // that only the part in use is touched.
 struct Scratch {
-  alignas(64) int16_t
-      queries[kMaxTerms * kMaxRows * kMaxHeadSize]; // see Unit::query_terms
-  alignas(64) int16_t
-      weights[kMaxTerms * kMaxRows * kTileSlots]; // [term][row][kTileSlots]
+  alignas(64) int16_t queries[kMaxTerms * kMaxRows * kMaxHeadSize];  // see Unit::query_terms
+  alignas(64) int16_t weights[kMaxTerms * kMaxRows * kTileSlots];    // [term][row][kTileSlots]
   alignas(64) int32_t products[kMaxTerms * kMaxRows * kMaxHeadSize];
-  alignas(64) float out[kMaxRows * (kPartialHeader +
-                                    kMaxHeadSize)]; // of the split in hand
-  alignas(64) float total[kMaxRows * (kPartialHeader +
-                                      kMaxHeadSize)]; // of the splits before it
-  alignas(64) float k_scales[kTileSlots]; // 0 past the end of the sequence
-  alignas(64) float v_scales[kTileSlots]; // same
+  alignas(64) float out[kMaxRows * (kPartialHeader + kMaxHeadSize)];    // of the split in hand
+  alignas(64) float total[kMaxRows * (kPartialHeader + kMaxHeadSize)];  // of the splits before it
+  alignas(64) float k_scales[kTileSlots];  // 0 past the end of the sequence
+  alignas(64) float v_scales[kTileSlots];  // same
   SoftmaxState states[kMaxRows];
-  float row_scales[kMaxRows]; // of the first term of the queries, softmax_scale
-                              // included
-  float weight_scales[kMaxRows]; // of the first term of the weights
-  float
-      rescales[kMaxRows]; // what `out` is multiplied by before a tile is added
-  bool is_finite[kMaxRows]; // whether the query is
+  float row_scales[kMaxRows];     // of the first term of the queries, softmax_scale
+                                  // included
+  float weight_scales[kMaxRows];  // of the first term of the weights
+  float rescales[kMaxRows];       // what `out` is multiplied by before a tile is added
+  bool is_finite[kMaxRows];       // whether the query is
   LaneBlock lane_block;
 };
 
@@ -59,34 +53,29 @@ struct Unit : AttentionUnit {
   int32_t head_size;
   int32_t block_size;
 
-  Unit(const PagedAttentionParams &params, const AttentionUnit &unit,
-       char *scratch)
-      : AttentionUnit(unit), p(params),
+  Unit(const PagedAttentionParams &params, const AttentionUnit &unit, char *scratch)
+      : AttentionUnit(unit),
+        p(params),
         s(*reinterpret_cast<Scratch *>(scratch)),
         num_terms(params.dtype == DType::kFloat32 ? 2 : 1),
         num_queries_per_kv(params.num_heads / params.cache.num_kv_heads),
-        head_size(params.cache.head_size), block_size(params.cache.block_size) {
-  }
+        head_size(params.cache.head_size),
+        block_size(params.cache.block_size) {}
 
   // Rows are numbered through all heads of the unit, head after head.
   int32_t kv_head(int32_t row) const { return head_begin + row / num_rows; }
   int32_t row_of_head(int32_t row) const { return row_begin + row % num_rows; }
-  int64_t token(int32_t row) const {
-    return first_token + row_of_head(row) / num_queries_per_kv;
-  }
+  int64_t token(int32_t row) const { return first_token + row_of_head(row) / num_queries_per_kv; }
   int32_t head(int32_t row) const {
-    return kv_head(row) * num_queries_per_kv +
-           row_of_head(row) % num_queries_per_kv;
+    return kv_head(row) * num_queries_per_kv + row_of_head(row) % num_queries_per_kv;
   }
   int32_t position(int32_t row) const {
     return seq_len - query_len + row_of_head(row) / num_queries_per_kv;
   }
   // The keys [begin, end) that a row sees.
   int32_t key_begin(int32_t row) const {
-    if (p.sliding_window == 0)
-      return 0;
-    const int64_t begin =
-        static_cast<int64_t>(position(row)) - p.sliding_window + 1;
+    if (p.sliding_window == 0) return 0;
+    const int64_t begin = static_cast<int64_t>(position(row)) - p.sliding_window + 1;
     return begin > 0 ? static_cast<int32_t>(begin) : 0;
   }
   int32_t key_end(int32_t row) const {
@@ -99,9 +88,8 @@ struct Unit : AttentionUnit {
     return end < 0 ? 0 : end < seq_len ? static_cast<int32_t>(end) : seq_len;
   }
   const int8_t *chunk(int32_t slot, int32_t unit_head) const {
-    return p.cache.chunk(
-        p.block_table[seq * p.block_table_stride + slot / block_size],
-        head_begin + unit_head);
+    return p.cache.chunk(p.block_table[seq * p.block_table_stride + slot / block_size],
+                         head_begin + unit_head);
   }
   // The terms of the queries of one head lie together.
   int16_t *query_terms(int32_t unit_head, int32_t term) const {
@@ -120,23 +108,21 @@ void load_queries(Unit &u) {
     LaneBlock &block = s.lane_block;
     const void *vectors[kLanes];
     for (int32_t lane = 0; lane < lanes; ++lane) {
-      const int64_t offset = u.token(first + lane) * p.query_token_stride +
-                             u.head(first + lane) * p.query_head_stride;
+      const int64_t offset =
+          u.token(first + lane) * p.query_token_stride + u.head(first + lane) * p.query_head_stride;
       vectors[lane] = static_cast<const char *>(p.query) + offset * bytes;
     }
     load_lanes(block, vectors, lanes, p.dtype, u.head_size);
     if (p.key_equalizer) {
       for (int32_t lane = 0; lane < lanes; ++lane) {
         const float *equalizer =
-            p.key_equalizer +
-            static_cast<int64_t>(u.kv_head(first + lane)) * u.head_size;
+            p.key_equalizer + static_cast<int64_t>(u.kv_head(first + lane)) * u.head_size;
         for (int32_t dim = 0; dim < u.head_size; ++dim) {
           block.x[dim * kLanes + lane] *= equalizer[dim];
         }
       }
     }
-    if (p.rotate_keys)
-      hadamard_rotate(block, u.head_size);
+    if (p.rotate_keys) hadamard_rotate(block, u.head_size);
     // NaN survives in the sum, where it would get lost in the maximum.
     f32x16 amax = {}, sum = {};
     for (int32_t dim = 0; dim < u.head_size; ++dim) {
@@ -147,8 +133,7 @@ void load_queries(Unit &u) {
     const f32x16 has_signal = amax > 0.0f ? splat(1.0f) : f32x16{};
     const f32x16 to_term = amax > 0.0f ? kMaxTerm / amax : f32x16{};
     for (int32_t lane = 0; lane < lanes; ++lane) {
-      s.row_scales[first + lane] =
-          has_signal[lane] * amax[lane] / kMaxTerm * p.softmax_scale;
+      s.row_scales[first + lane] = has_signal[lane] * amax[lane] / kMaxTerm * p.softmax_scale;
       s.is_finite[first + lane] = sum[lane] - sum[lane] == 0.0f;
     }
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
@@ -157,15 +142,13 @@ void load_queries(Unit &u) {
         const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes) * to_term;
         const f32x16 term = round_even(x);
         terms[0][d] = __builtin_convertvector(term, i32x16);
-        terms[1][d] = __builtin_convertvector(
-            round_even((x - term) * kSecondTerm), i32x16);
+        terms[1][d] = __builtin_convertvector(round_even((x - term) * kSecondTerm), i32x16);
       }
       for (int32_t t = 0; t < u.num_terms; ++t) {
         transpose(terms[t]);
         for (int32_t lane = 0; lane < lanes; ++lane) {
           const int32_t row = first + lane;
-          int16_t *to = u.query_terms(row / u.num_rows, t) +
-                        row % u.num_rows * u.head_size + dim;
+          int16_t *to = u.query_terms(row / u.num_rows, t) + row % u.num_rows * u.head_size + dim;
           store(to, __builtin_convertvector(terms[t][lane], i16x16));
         }
       }
@@ -177,9 +160,8 @@ void load_queries(Unit &u) {
 // relative to the tile; first slot, relative to the block; number of slots;
 // chunk).
 template <typename F>
-INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head,
-                                  int32_t tile_begin, int32_t tile_end,
-                                  const F &f) {
+INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head, int32_t tile_begin,
+                                  int32_t tile_end, const F &f) {
   for (int32_t slot = tile_begin; slot < tile_end;) {
     const int32_t offset = slot % u.block_size;
     int32_t count = u.block_size - offset;
@@ -193,8 +175,7 @@ INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head,
 // one plane later: that of the unit's next head, or of its first head
 // kTileSlots on; 0 if there is none. Blocks lie anywhere, so that no hardware
 // finds the next one; one plane ahead fits the L1 cache.
-int64_t next_keys_ahead(const Unit &u, int32_t unit_head, int32_t slot,
-                        const int8_t *chunk) {
+int64_t next_keys_ahead(const Unit &u, int32_t unit_head, int32_t slot, const int8_t *chunk) {
   const int8_t *next = nullptr;
   if (unit_head + 1 < u.num_unit_heads) {
     next = u.chunk(slot, unit_head + 1);
@@ -205,40 +186,37 @@ int64_t next_keys_ahead(const Unit &u, int32_t unit_head, int32_t slot,
 }
 
 // products[term][row][slot] of one head's rows in the tile, and its scales.
-void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin,
-                int32_t tile_end) {
+void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
   Scratch &s = u.s;
   const KVCache &cache = u.p.cache;
-  for_each_block(
-      u, unit_head, tile_begin, tile_end,
-      [&](int32_t at, int32_t offset, int32_t count, const int8_t *chunk) {
-        DotPairs d;
-        d.a = u.query_terms(unit_head, 0);
-        d.a_stride = u.head_size;
-        d.b = chunk + cache.k_code(offset, 0);
-        d.group_stride = static_cast<int64_t>(kSlotGroup) * u.head_size;
-        d.prefetch_ahead = cache.v_codes(); // the V codes of the same slots
-        d.c = s.products + at;
-        d.c_stride = kTileSlots;
-        d.num_rows = u.num_terms * u.num_rows;
-        d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
-        d.num_pairs = u.head_size / 2;
-        d.accumulate = false;
-        dot_pairs(d);
-        const int32_t padded = d.num_groups * kSlotGroup;
-        for (int32_t i = 0; i < padded; i += kLanes) {
-          const auto load_scales = [&](int64_t plane, float *to) {
-            const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
-            store(to + at + i,
-                  reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16)
-                                           << 16));
-          };
-          load_scales(cache.k_scales(), s.k_scales);
-          load_scales(cache.v_scales(), s.v_scales);
-        }
-        for (int32_t i = count; i < padded; ++i)
-          s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
-      });
+  for_each_block(u, unit_head, tile_begin, tile_end,
+                 [&](int32_t at, int32_t offset, int32_t count, const int8_t *chunk) {
+                   DotPairs d;
+                   d.a = u.query_terms(unit_head, 0);
+                   d.a_stride = u.head_size;
+                   d.b = chunk + cache.k_code(offset, 0);
+                   d.group_stride = static_cast<int64_t>(kSlotGroup) * u.head_size;
+                   d.prefetch_ahead = cache.v_codes();  // the V codes of the same slots
+                   d.c = s.products + at;
+                   d.c_stride = kTileSlots;
+                   d.num_rows = u.num_terms * u.num_rows;
+                   d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
+                   d.num_pairs = u.head_size / 2;
+                   d.accumulate = false;
+                   dot_pairs(d);
+                   const int32_t padded = d.num_groups * kSlotGroup;
+                   for (int32_t i = 0; i < padded; i += kLanes) {
+                     const auto load_scales = [&](int64_t plane, float *to) {
+                       const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
+                       store(to + at + i,
+                             reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16));
+                     };
+                     load_scales(cache.k_scales(), s.k_scales);
+                     load_scales(cache.v_scales(), s.v_scales);
+                   }
+                   for (int32_t i = count; i < padded; ++i)
+                     s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
+                 });
 }
 
 // Turns one row's products into scores, masks them and updates the row's
@@ -254,8 +232,7 @@ void weigh_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
     weights[t] = s.weights + term_row * kTileSlots;
     products[t] = s.products + term_row * kTileSlots;
   }
-  const int32_t begin = u.key_begin(row) - tile_begin,
-                end = u.key_end(row) - tile_begin;
+  const int32_t begin = u.key_begin(row) - tile_begin, end = u.key_end(row) - tile_begin;
   s.rescales[row] = 1.0f;
   s.weight_scales[row] = 0.0f;
   if (begin >= tile_slots || end <= 0 || begin >= end) {
@@ -271,8 +248,7 @@ void weigh_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
   for (int32_t i = 0; i < groups * kLanes; i += kLanes) {
     f32x16 x = __builtin_convertvector(load<i32x16>(products[0] + i), f32x16);
     if (u.num_terms == 2) {
-      x += __builtin_convertvector(load<i32x16>(products[1] + i), f32x16) *
-           (1.0f / kSecondTerm);
+      x += __builtin_convertvector(load<i32x16>(products[1] + i), f32x16) * (1.0f / kSecondTerm);
     }
     x = x * row_scale * load<f32x16>(s.k_scales + i);
     if (p.softcap > 0.0f) {
@@ -280,8 +256,7 @@ void weigh_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
     }
     if (p.alibi_slopes) {
       const i32x16 distance = lane + (tile_begin + i - u.position(row));
-      x += __builtin_convertvector(distance, f32x16) *
-           p.alibi_slopes[u.head(row)];
+      x += __builtin_convertvector(distance, f32x16) * p.alibi_slopes[u.head(row)];
     }
     if (i < begin || i + kLanes > end) {
       const i32x16 slot = lane + i;
@@ -293,24 +268,22 @@ void weigh_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
   SoftmaxState &state = s.states[row];
   const float tile_max = reduce_max(max_score);
   const float new_max = tile_max > state.max ? tile_max : state.max;
-  if (new_max == kMinusInfinity) { // only a query that is not finite gets here
+  if (new_max == kMinusInfinity) {  // only a query that is not finite gets here
     for (int32_t t = 0; t < u.num_terms; ++t) {
       std::memset(weights[t], 0, sizeof(int16_t) * groups * kLanes);
     }
     return;
   }
-  const float rescale = state.max == kMinusInfinity
-                            ? 0.0f
-                            : exp_negative(splat(state.max - new_max))[0];
+  const float rescale =
+      state.max == kMinusInfinity ? 0.0f : exp_negative(splat(state.max - new_max))[0];
   f32x16 sum = {}, max_weight = {};
   for (int32_t i = 0; i < groups * kLanes; i += kLanes) {
     const f32x16 probability = exp_negative(load<f32x16>(scores + i) - new_max);
     sum += probability;
     // By select, not by the product: keys out of sight may lie in a block that
     // was given back, and their scales may be NaN.
-    const f32x16 weight = probability > 0.0f
-                              ? probability * load<f32x16>(s.v_scales + i)
-                              : f32x16{};
+    const f32x16 weight =
+        probability > 0.0f ? probability * load<f32x16>(s.v_scales + i) : f32x16{};
     max_weight = max(max_weight, weight);
     store(scores + i, weight);
   }
@@ -324,50 +297,43 @@ void weigh_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
     const f32x16 x = load<f32x16>(scores + i) * to_term;
     const f32x16 term = round_even(x);
     const auto narrow = [](f32x16 v) {
-      return __builtin_convertvector(__builtin_convertvector(v, i32x16),
-                                     i16x16);
+      return __builtin_convertvector(__builtin_convertvector(v, i32x16), i16x16);
     };
     store(weights[0] + i, narrow(term));
-    if (u.num_terms == 2)
-      store(weights[1] + i, narrow(round_even((x - term) * kSecondTerm)));
+    if (u.num_terms == 2) store(weights[1] + i, narrow(round_even((x - term) * kSecondTerm)));
   }
 }
 
 // out = out * rescale + weights * V for the rows of one head.
-void add_values(Unit &u, int32_t unit_head, int32_t tile_begin,
-                int32_t tile_end) {
+void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
   Scratch &s = u.s;
   const KVCache &cache = u.p.cache;
-  for_each_block(
-      u, unit_head, tile_begin, tile_end,
-      [&](int32_t at, int32_t offset, int32_t count, const int8_t *chunk) {
-        DotPairs d;
-        d.a = s.weights + at;
-        d.a_stride = kTileSlots;
-        d.b = chunk + cache.v_code(offset, 0);
-        d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
-        d.prefetch_ahead =
-            next_keys_ahead(u, unit_head, tile_begin + at, chunk);
-        d.c = s.products;
-        d.c_stride = u.head_size;
-        d.num_rows = u.num_terms * u.num_rows;
-        d.num_groups = u.head_size / kDimGroup;
-        d.num_pairs = (count + 1) / 2;
-        d.accumulate = at > 0;
-        dot_pairs(d);
-      });
+  for_each_block(u, unit_head, tile_begin, tile_end,
+                 [&](int32_t at, int32_t offset, int32_t count, const int8_t *chunk) {
+                   DotPairs d;
+                   d.a = s.weights + at;
+                   d.a_stride = kTileSlots;
+                   d.b = chunk + cache.v_code(offset, 0);
+                   d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
+                   d.prefetch_ahead = next_keys_ahead(u, unit_head, tile_begin + at, chunk);
+                   d.c = s.products;
+                   d.c_stride = u.head_size;
+                   d.num_rows = u.num_terms * u.num_rows;
+                   d.num_groups = u.head_size / kDimGroup;
+                   d.num_pairs = (count + 1) / 2;
+                   d.accumulate = at > 0;
+                   dot_pairs(d);
+                 });
   for (int32_t i = 0; i < u.num_rows; ++i) {
     const int32_t row = unit_head * u.num_rows + i;
     float *out = s.out + row * partial_size(u.head_size) + kPartialHeader;
     const int32_t *first = s.products + static_cast<int64_t>(i) * u.head_size;
-    const int32_t *second =
-        first + static_cast<int64_t>(u.num_rows) * u.head_size;
+    const int32_t *second = first + static_cast<int64_t>(u.num_rows) * u.head_size;
     const float rescale = s.rescales[row], scale = s.weight_scales[row];
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
       f32x16 x = __builtin_convertvector(load<i32x16>(first + dim), f32x16);
       if (u.num_terms == 2) {
-        x += __builtin_convertvector(load<i32x16>(second + dim), f32x16) *
-             (1.0f / kSecondTerm);
+        x += __builtin_convertvector(load<i32x16>(second + dim), f32x16) * (1.0f / kSecondTerm);
       }
       store(out + dim, load<f32x16>(out + dim) * rescale + x * scale);
     }
@@ -378,20 +344,15 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin,
 // values.
 void attend_split(Unit &u, int32_t split) {
   Scratch &s = u.s;
-  std::memset(s.out, 0,
-              sizeof(float) * u.total_rows() * partial_size(u.head_size));
-  for (int32_t row = 0; row < u.total_rows(); ++row)
-    s.states[row] = SoftmaxState{};
+  std::memset(s.out, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
+  for (int32_t row = 0; row < u.total_rows(); ++row) s.states[row] = SoftmaxState{};
   // A head's rows are ordered by position: the first one's window and the last
   // one's end bound all.
   const int32_t split_begin = split * kSplitSlots;
   const int32_t key_begin = u.key_begin(0), key_end = u.key_end(u.num_rows - 1);
-  for (int32_t tile = split_begin; tile < split_begin + kSplitSlots;
-       tile += kTileSlots) {
-    const int32_t tile_end =
-        tile + kTileSlots < key_end ? tile + kTileSlots : key_end;
-    if (tile >= tile_end || tile + kTileSlots <= key_begin)
-      continue;
+  for (int32_t tile = split_begin; tile < split_begin + kSplitSlots; tile += kTileSlots) {
+    const int32_t tile_end = tile + kTileSlots < key_end ? tile + kTileSlots : key_end;
+    if (tile >= tile_end || tile + kTileSlots <= key_begin) continue;
     for (int32_t unit_head = 0; unit_head < u.num_unit_heads; ++unit_head) {
       score_tile(u, unit_head, tile, tile_end);
       for (int32_t i = 0; i < u.num_rows; ++i) {
@@ -413,16 +374,14 @@ void merge_row(float *total, const float *part, int32_t head_size) {
   const MergeFactors factors = merge(state, SoftmaxState{part[0], part[1]});
   total[0] = state.max;
   total[1] = state.sum;
-  for (int32_t dim = kPartialHeader; dim < kPartialHeader + head_size;
-       dim += kLanes) {
-    store(total + dim, load<f32x16>(total + dim) * factors.left +
-                           load<f32x16>(part + dim) * factors.right);
+  for (int32_t dim = kPartialHeader; dim < kPartialHeader + head_size; dim += kLanes) {
+    store(total + dim,
+          load<f32x16>(total + dim) * factors.left + load<f32x16>(part + dim) * factors.right);
   }
 }
 
 void clear_total(Unit &u) {
-  std::memset(u.s.total, 0,
-              sizeof(float) * u.total_rows() * partial_size(u.head_size));
+  std::memset(u.s.total, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
   for (int32_t row = 0; row < u.total_rows(); ++row) {
     u.s.total[row * partial_size(u.head_size)] = kMinusInfinity;
   }
@@ -442,17 +401,14 @@ void write_out(Unit &u) {
     const float *total = u.s.total + row * partial_size(u.head_size);
     SoftmaxState state{total[0], total[1]};
     float factor = 1.0f;
-    if (p.sinks)
-      factor = merge_sink(state, p.sinks[u.head(row)]);
+    if (p.sinks) factor = merge_sink(state, p.sinks[u.head(row)]);
     factor = state.sum > 0.0f ? factor / state.sum : 0.0f;
-    const int64_t offset =
-        u.token(row) * p.out_token_stride + u.head(row) * p.out_head_stride;
+    const int64_t offset = u.token(row) * p.out_token_stride + u.head(row) * p.out_head_stride;
     char *out = static_cast<char *>(p.out) + offset * element_size(p.dtype);
     const bool is_finite = u.s.is_finite[row];
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
       const f32x16 x = load<f32x16>(total + kPartialHeader + dim) * factor;
-      store_floats(out, p.dtype, dim,
-                   is_finite ? x : splat(__builtin_nanf("")));
+      store_floats(out, p.dtype, dim, is_finite ? x : splat(__builtin_nanf("")));
     }
     if (p.lse) {
       p.lse[u.head(row) * p.num_tokens + u.token(row)] =
@@ -461,49 +417,42 @@ void write_out(Unit &u) {
   }
 }
 
-void attend(const PagedAttentionParams &params, const AttentionUnit &unit,
-            int32_t split_begin, int32_t split_end, float *partials,
-            char *scratch) {
+void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t split_begin,
+            int32_t split_end, float *partials, char *scratch) {
   Unit u(params, unit, scratch);
   load_queries(u);
   const int64_t size = u.total_rows() * partial_size(u.head_size);
-  if (!partials)
-    clear_total(u);
+  if (!partials) clear_total(u);
   for (int32_t split = split_begin; split < split_end; ++split) {
     attend_split(u, split);
     if (partials) {
-      std::memcpy(partials + (split - split_begin) * size, u.s.out,
-                  sizeof(float) * size);
+      std::memcpy(partials + (split - split_begin) * size, u.s.out, sizeof(float) * size);
     } else {
       merge_split(u, u.s.out);
     }
   }
-  if (!partials)
-    write_out(u);
+  if (!partials) write_out(u);
 }
 
-void combine(const PagedAttentionParams &params, const AttentionUnit &unit,
-             int32_t num_splits, const float *partials, char *scratch) {
+void combine(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t num_splits,
+             const float *partials, char *scratch) {
   Unit u(params, unit, scratch);
-  load_queries(u); // for is_finite
+  load_queries(u);  // for is_finite
   clear_total(u);
   const int64_t size = u.total_rows() * partial_size(u.head_size);
-  for (int32_t split = 0; split < num_splits; ++split)
-    merge_split(u, partials + split * size);
+  for (int32_t split = 0; split < num_splits; ++split) merge_split(u, partials + split * size);
   write_out(u);
 }
 
 size_t scratch_bytes() { return sizeof(Scratch); }
 
-} // namespace
+}  // namespace
 
-void quantize_tokens(const ReshapeAndCacheParams &, int64_t, int64_t, int32_t,
-                     int32_t);
+void quantize_tokens(const ReshapeAndCacheParams &, int64_t, int64_t, int32_t, int32_t);
 
 const Kernels &attention_kernels() {
-  static constexpr Kernels kernels{quantize_tokens, attend, combine,
-                                   scratch_bytes};
+  static constexpr Kernels kernels{quantize_tokens, attend, combine, scratch_bytes};
   return kernels;
 }
 
-} // namespace int8kv::cpu::INT8KV_ISA
+}  // namespace int8kv::cpu::INT8KV_ISA
