@@ -83,7 +83,12 @@ INT8KV_HD int8_t quantize_value(float x, float scale) {
 #endif
 }
 
-// The largest power of two that divides head_size, at most 256: keys are rotated in blocks of it.
+// The rotation multiplies a vector by the orthonormal Hadamard matrix (Sylvester order), in blocks
+// of rotation_block(head_size). Each device has its own loop for it; the order of the operations is
+// part of the cache format: for half = 1, 2, 4, ...: (a, b) -> (a + b, a - b), then one
+// multiplication by rotation_norm().
+
+// The largest power of two that divides head_size, at most 256.
 INT8KV_HD int32_t rotation_block(int32_t head_size) {
   const int32_t block = head_size & -head_size;
   return block < 256 ? block : 256;
@@ -96,23 +101,6 @@ INT8KV_HD float rotation_norm(int32_t block) {
   int32_t log2_block = 0;
   for (int32_t b = block; b > 1; b /= 2) ++log2_block;
   return log2_block % 2 == 0 ? norm : norm * 0.70710678118654752440f;
-}
-
-// Rotates x[head_size] in place by the orthonormal Hadamard matrix (Sylvester order), block by
-// block: for half = 1, 2, 4, ...: (a, b) -> (a + b, a - b), then one multiplication.
-INT8KV_HD void hadamard_rotate(float* x, int32_t head_size) {
-  const int32_t block = rotation_block(head_size);
-  const float norm = rotation_norm(block);
-  for (int32_t half = 1; half < block; half *= 2) {
-    for (int32_t i = 0; i < head_size; i += 2 * half) {
-      for (int32_t j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
-    }
-  }
-  for (int32_t i = 0; i < head_size; ++i) x[i] *= norm;
 }
 
 }  // namespace int8kv

@@ -206,7 +206,7 @@ INT8KV_INLINE void load_lanes(LaneBlock& block, const void* const* vectors, int3
   }
 }
 
-// hadamard_rotate() of int8_quant.h on all lanes: the same additions in the same order.
+// The rotation of int8_quant.h on all lanes.
 INT8KV_INLINE void hadamard_rotate(LaneBlock& block, int32_t head_size) {
   const int32_t width = rotation_block(head_size);
   for (int32_t half = 1; half < width; half *= 2) {

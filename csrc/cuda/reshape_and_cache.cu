@@ -7,7 +7,7 @@
 // meet in shared memory and leave as 16-byte stores of full lines. The block whose window holds the
 // first token of such a group takes all of it; every other token is stored by itself.
 //
-// The bytes equal reference.py's: additions in the order of hadamard_rotate(), no multiplication
+// The bytes equal reference.py's: additions in the order of int8_quant.h, no multiplication
 // feeds an addition (so nothing can contract into an FMA), IEEE division and rintf.
 #include "../int8_quant.h"
 #include "index_maps.h"

@@ -80,7 +80,7 @@ INT8KV_DEVICE void butterfly(float& low, float& high) {
   high = a - b;
 }
 
-// hadamard_rotate() of int8_quant.h, bit for bit: the same additions, and a + b == b + a.
+// The rotation of int8_quant.h, bit for bit: the same additions, and a + b == b + a.
 template <int kPairs>
 INT8KV_DEVICE void warp_hadamard_rotate(Row<kPairs>& row, int head_size, int lane) {
   const int block = rotation_block(head_size);
