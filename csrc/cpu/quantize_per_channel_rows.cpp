@@ -177,22 +177,17 @@ void quantize_as(const QuantizePerChannelParams& p, CpuVariant variant, int64_t 
   }
 }
 
-// One row, or kRows at a time, into amax. A NaN compares false and is left out.
-template <DType kDType, int kRows>
-INT8KV_INLINE void amax_rows(const QuantizePerChannelParams& p, int64_t token, float* amax) {
-  const char* rows[kRows];
-  for (int r = 0; r < kRows; ++r) rows[r] = row_of<kDType>(p, token + r);
+// One row into amax. A NaN compares false and is left out.
+template <DType kDType>
+INT8KV_INLINE void amax_row(const QuantizePerChannelParams& p, int64_t token, float* amax) {
+  const char* x = row_of<kDType>(p, token);
   int64_t c = 0;
   for (; c + kLanes <= p.num_channels; c += kLanes) {
-    f32x16 largest = load<f32x16>(amax + c);
-    for (int r = 0; r < kRows; ++r) largest = max(abs(load_floats(rows[r], kDType, c)), largest);
-    store(amax + c, largest);
+    store(amax + c, max(abs(load_floats(x, kDType, c)), load<f32x16>(amax + c)));
   }
   for (; c < p.num_channels; ++c) {
-    for (int r = 0; r < kRows; ++r) {
-      const float magnitude = __builtin_fabsf(load_float<kDType>(rows[r], c));
-      amax[c] = magnitude > amax[c] ? magnitude : amax[c];
-    }
+    const float magnitude = __builtin_fabsf(load_float<kDType>(x, c));
+    amax[c] = magnitude > amax[c] ? magnitude : amax[c];
   }
 }
 
@@ -219,9 +214,7 @@ void channel_amax_as(const QuantizePerChannelParams& p, CpuVariant variant, int6
       }
     }
   } else {
-    int64_t token = begin;
-    for (; token + 4 <= end; token += 4) amax_rows<kDType, 4>(p, token, amax);
-    for (; token < end; ++token) amax_rows<kDType, 1>(p, token, amax);
+    for (int64_t token = begin; token < end; ++token) amax_row<kDType>(p, token, amax);
   }
   for (int64_t c = 0; c < p.num_channels; ++c) {
     amax[c] = amax[c] > kMaxMagnitude ? kMaxMagnitude : amax[c];
