@@ -11,7 +11,7 @@ from benchmarks import timing
 from benchmarks.timing import Budget, CallOnce, Timing
 from vllm_int8kv import ops, reference
 
-ROWS_AT_A_TIME = 1 << 24
+PART_ELEMENTS = 1 << 24
 """Elements per part where the reference or the metrics work on a matrix piece by piece."""
 
 OPERATIONS = ("quantize", "quantize_with_scales", "dequantize")
@@ -63,16 +63,22 @@ def bytes_moved(shape: LadderShape, dtype: torch.dtype) -> int:
     return shape.num_elements * (dtype.itemsize + 1) + 4 * shape.num_channels
 
 
+def require_memory(shape: LadderShape, bytes_per_element: int, device: str) -> None:
+    """Raise MemoryError if so much, and what the reference or the metrics need for a part, is not free."""
+    need = shape.num_elements * bytes_per_element + 40 * PART_ELEMENTS
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if need > 0.9 * free:
+        raise MemoryError(f"{shape} needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+
+
 class Operands:
     """U(-1, 1) as in the paper, in as many copies as it takes to find each of them cold."""
 
     def __init__(self, shape: LadderShape, dtype: torch.dtype, device: str, seed: int) -> None:
         self.shape, self.dtype, self.device, self.seed = shape, dtype, device, seed
         num_copies = timing.cold_copies(shape.num_elements * dtype.itemsize)
-        need = self.bytes_needed(shape, dtype, num_copies)
-        free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-        if need > 0.9 * free:
-            raise MemoryError(f"{shape} needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+        # Matrix, codes and result of every copy, and the expected codes.
+        require_memory(shape, num_copies * (2 * dtype.itemsize + 1) + 1, device)
         generator = torch.Generator(device).manual_seed(seed)
         x = torch.empty(shape.num_tokens, shape.num_channels, dtype=dtype, device=device)
         self.x = [x.uniform_(-1, 1, generator=generator), *(x.clone() for _ in range(num_copies - 1))]
@@ -81,14 +87,9 @@ class Operands:
         self.scales = self._reference_scales()
         self._turn = itertools.count()
 
-    @staticmethod
-    def bytes_needed(shape: LadderShape, dtype: torch.dtype, num_copies: int) -> int:
-        """Matrix, codes and result of every copy, the expected codes, and what the reference needs for a part."""
-        return shape.num_elements * (num_copies * (2 * dtype.itemsize + 1) + 1) + 40 * ROWS_AT_A_TIME
-
     def parts(self) -> Iterator[slice]:
         """Rows that are looked at together."""
-        step = max(1, ROWS_AT_A_TIME // self.shape.num_channels)
+        step = max(1, PART_ELEMENTS // self.shape.num_channels)
         for begin in range(0, self.shape.num_tokens, step):
             yield slice(begin, begin + step)
 

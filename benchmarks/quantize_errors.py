@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import capture, record, timing
 from benchmarks.capture import Captured
-from benchmarks.ladder import CheckError, LadderShape
+from benchmarks.ladder import CheckError, LadderShape, require_memory
 from vllm_int8kv import metrics, ops, reference
 
 NUM_QUERIES = 16
@@ -42,7 +42,8 @@ def round_trip(x: torch.Tensor, scales: torch.Tensor | None = None) -> tuple[tor
 
 
 def uniform(shape: LadderShape, device: str, seed: int, environment: dict) -> list[record.Record]:
-    """Errors of U(-1, 1), beside what they must be by theory."""
+    """Errors of U(-1, 1), beside what they must be by theory. Raises MemoryError if it does not fit."""
+    require_memory(shape, 4 + 1 + 4, device)
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.empty(shape.num_tokens, shape.num_channels, device=device).uniform_(-1, 1, generator=generator)
     query = torch.empty(NUM_QUERIES, shape.num_channels, device=device).uniform_(-1, 1, generator=generator)
@@ -60,6 +61,7 @@ def uniform(shape: LadderShape, device: str, seed: int, environment: dict) -> li
         "theory_score_error_plain": score,
         "theory_score_error_scaled": score / math.sqrt(shape.num_channels),
     }
+    del approximation  # of the largest shape there is room for one
     case = asdict(shape) | {"data": "uniform(-1, 1)", "seed": seed, "num_queries": NUM_QUERIES, "dtype": "float32"}
     return [_record(case | {"device": device}, "per_channel", found, x, environment)]
 
