@@ -70,8 +70,7 @@ INT8KV_HD float bf16_bits_to_float(uint16_t bits) {
   return bits_to_float(static_cast<uint32_t>(bits) << 16);
 }
 
-// The scale of values whose largest magnitude is `amax`, as a channel of quantize_per_channel has
-// it.
+// The scale of values whose largest magnitude is `amax`; quantize_per_channel keeps it in fp32.
 INT8KV_HD float scale_from_amax(float amax) {
   return amax >= kMinMagnitude ? amax / kInt8Max : 1.0f;
 }

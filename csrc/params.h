@@ -71,8 +71,7 @@ struct ReshapeAndCacheParams {
   bool rotate_keys;
 };
 
-// The rungs of the ladder from plain to fast, each device its own (quantize_per_channel.cpp and
-// .cu).
+// The rungs of the ladder from plain to fast: quantize_per_channel.cpp and quantize_per_channel.cu.
 enum class CpuVariant : int32_t { kColumnStrided, kRowMajor, kTiled, kSimd, kVectorized };
 enum class CudaVariant : int32_t { kNaive, kTiled, kCoarsened, kVectorized, kFused };
 

@@ -367,8 +367,7 @@ void copy_async_wait() {
   }
 }
 
-// Blocks run one after another, so what a block waits for must have been done by the ones before
-// it.
+// Blocks run one after another: what one waits for must have been done by those before it.
 inline uint32_t atomic_max(uint32_t* to, uint32_t x) {
   const uint32_t before = *to;
   *to = std::max(before, x);

@@ -4,20 +4,20 @@
 //   scales[c]   = max_t |x[t][c]| / 127
 //   codes[t][c] = round_half_even(x[t][c] / scales[c]), saturated at +-127; NaN becomes 0
 //
-//   naive       one thread per element in blocks of 16 x 16: a warp touches two rows, and stores
+//   naive       one thread per element, blocks of 16 x 16: a warp touches two rows and stores
 //               single bytes
-//   tiled       the same through shared memory. No element is used twice, so all it adds is a
-//   barrier coarsened   one thread per 4 elements of a row, 16 apart, so that a warp's accesses
-//   stay together:
+//   tiled       the same through shared memory: no element is used twice, so this adds a barrier
+//               and nothing else
+//   coarsened   4 elements of a row per thread, 16 apart so that a warp's accesses stay together:
 //               fewer threads, the same bytes per instruction
-//   vectorized  16 bytes of x and 4 or 8 codes per access, and the channels of a thread stay the
-//               same from token to token, so that their scales are read once. Needs rows that start
-//               on whole vectors, as every head size gives; other matrices take `coarsened`
-//   fused       finds the scales, too, in one launch. Strips of channels small enough for the L2
-//               cache are read twice, from memory once (quantize_queue.h)
+//   vectorized  16 bytes of x and 4 or 8 codes per access; a thread keeps its channels from token
+//               to token and so reads their scales once. Needs rows that start on whole vectors, as
+//               every head size gives; any other matrix takes `coarsened`
+//   fused       finds the scales, too, in one launch: strips of channels that fit into the L2 cache
+//               are read twice, and from memory once (quantize_queue.h)
 //
-// No rung has been timed: these kernels have never run on a GPU. Bytes that must move per element,
-// 5 for fp32 and 3 for 16 bits, are what to compare with.
+// What a rung gains is not stated: these kernels have never run on a GPU. To compare with: 5 bytes
+// must move per element of fp32, 3 per element of 16 bits.
 #include "../int8_quant.h"
 #include "launch.h"
 #include "primitives.cuh"
