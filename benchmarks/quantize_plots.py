@@ -11,7 +11,7 @@ def draw_rates(found: list[Group], path: Path) -> None:
     """GB/s against the number of elements per variant; dashed lines are what a copy reaches."""
     import matplotlib.pyplot as plt  # only the plots need it, and it is slow to import
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     names = sorted({name for group in found for name in group}, key=lambda name: -_rate(found[-1], name))
     for name in names:
         variant, threads = name.split(", ")
@@ -26,7 +26,7 @@ def draw_rates(found: list[Group], path: Path) -> None:
     axes.set_xlabel("elements, fp32")
     axes.set_ylabel("bytes that must move, GB/s")
     axes.set_title("Per-channel quantization, scales given, operands cold")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, found, path, f"{newest.device.split(',')[0]}, {newest.utc[:10]}")
 
 
@@ -34,7 +34,7 @@ def draw_errors(found: list[Group], path: Path) -> None:
     """Errors of U(-1, 1) against the number of channels; dashed lines are the closed forms."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     lines = [group["uniform"] for group in found]
     widths = [line.case["num_channels"] for line in lines]
     for name, label in (
@@ -51,7 +51,7 @@ def draw_errors(found: list[Group], path: Path) -> None:
     axes.set_xlabel("channels")
     axes.set_ylabel("error")
     axes.set_title("Errors of uniform data: measured, and by their closed forms (dashed)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, found, path, f"U(-1, 1), one scale per channel, {lines[-1].utc[:10]}")
 
 

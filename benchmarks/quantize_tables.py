@@ -38,7 +38,7 @@ def shapes(results: Path, device: str = "cpu") -> dict[Shape, Measured]:
         if line.device == records[-1].device and line.case["dtype"] == "float32":
             shape = (line.case["num_tokens"], line.case["num_channels"])
             found.setdefault(shape, {})[line.impl, line.num_threads, line.case["operation"]] = line
-    return dict(sorted(found.items(), key=lambda item: (item[0][0] * item[0][1], item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] * item[0][1], item[0][1])))
 
 
 def threads_of(measured: Measured) -> int:
@@ -75,7 +75,8 @@ def ladder_table(results: Path) -> str:
             ]
         )
     head = ["tokens x channels", "paper: CPU loop", "paper: best GPU kernel", "paper's speed-up", "its loop here"]
-    head += ["plain loop", "`simd`, 1 thread", "`vectorized`", "`simd` vs its loop", "`simd` vs plain loop"]
+    head += ["plain loop", "`simd`, 1 thread", f"`vectorized`, {most} threads", "`simd` vs its loop"]
+    head += ["`simd` vs plain loop"]
     lines = [line for measured in found.values() for line in measured.values()]
     return (
         "Quantization and the way back together, in ms, scales given:\n\n"
@@ -165,14 +166,15 @@ TABLES = {"quantize": ladder_table, "quantize_error": errors_table}
 
 
 def rate_plot_data(results: Path) -> list[Group]:
-    """Per shape the rate of every variant, and of the copies, by `variant, threads`."""
+    """Per size the rate of every variant, and of the copies, by `variant, threads`; the widest shape of a size."""
+    by_size = {num_tokens * num_channels: measured for (num_tokens, num_channels), measured in shapes(results).items()}
     return [
         {
             f"{variant}, {threads}": line
             for (variant, threads, operation), line in measured.items()
             if operation in (OPERATIONS[0], COPY)
         }
-        for measured in shapes(results).values()
+        for measured in by_size.values()
     ]
 
 
