@@ -7,6 +7,7 @@ from benchmarks import record
 from benchmarks.ladder import COPY, OPERATIONS
 from benchmarks.record import Record
 from benchmarks.tables import Group, markdown, source, times
+from vllm_int8kv import ops
 
 SCRIPT = "_Not measured yet: `python benchmarks/quantize.py`._"
 
@@ -80,8 +81,29 @@ def ladder_table(results: Path) -> str:
     lines = [line for measured in found.values() for line in measured.values()]
     return (
         "Quantization and the way back together, in ms, scales given:\n\n"
-        f"{markdown(head, rows)}\n\n{rungs(found)}\n\n{source(as_groups(lines))}"
+        f"{markdown(head, rows)}\n\n{rungs(found)}\n\n{source(as_groups(lines))}\n\n{gpu_table(results)}"
     )
+
+
+def gpu_table(results: Path) -> str:
+    """The CUDA rungs beside the paper's fastest, where a GPU was there."""
+    found = shapes(results, "cuda")
+    if not found:
+        return "_No GPU time yet: `python benchmarks/quantize.py --device cuda`._"
+    rows = []
+    for shape, measured in found.items():
+        threads = threads_of(measured)
+        paper = milliseconds(PAPER[shape][1]) if shape in PAPER else "-"
+        row = [f"{shape[0]} x {shape[1]}", paper]
+        row += [milliseconds(both_ways(measured, v, threads)) for v in ops.CUDA_VARIANTS if v != "fused"]
+        fused, fastest = measured["fused", threads, OPERATIONS[1]], measured["vectorized", threads, OPERATIONS[0]]
+        row += [milliseconds(fused.median_us / 1e3)]
+        row += [f"{(line.metrics or {})['frac_of_copy']:.0%}" for line in (fastest, fused)]
+        rows.append(row)
+    head = ["tokens x channels", "paper: best GPU kernel", *(f"`{v}`" for v in ops.CUDA_VARIANTS[:-1])]
+    head += ["`fused`, quantization only", "`vectorized` quantization, of copy bandwidth", "`fused`, of copy bandwidth"]
+    lines = [line for measured in found.values() for line in measured.values()]
+    return f"On a GPU, in ms:\n\n{markdown(head, rows)}\n\n{source(as_groups(lines))}"
 
 
 def rungs(found: dict[Shape, Measured]) -> str:

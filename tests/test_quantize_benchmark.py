@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,33 @@ def test_it_measures_and_records(monkeypatch, tmp_path, set_num_threads):
     (errors,) = record.read("quantize_error", tmp_path)
     assert errors.metrics["max_abs_error"] <= errors.metrics["half_step"] * (1 + 2**-16)
     assert errors.metrics["l2_error"] == pytest.approx(errors.metrics["theory_l2_error"], rel=0.1)
+
+
+def test_tables_beside_the_paper(monkeypatch, tmp_path, set_num_threads):
+    """From a run of a small shape, renamed to one of the paper's, and from a made-up one on a GPU."""
+    set_num_threads(1)
+    record, tables, plots = load("record"), load("quantize_tables"), load("quantize_plots")
+    monkeypatch.setitem(tables.PAPER, (40, 70), (2.0, 4.0, 1.5, 0.25))
+    run(monkeypatch, tmp_path / "cpu")
+    lines = record.read("quantize", tmp_path / "cpu")
+    table = tables.ladder_table(tmp_path / "cpu")
+    assert "| 40 x 70 | 2,000 | 4 | 500.0x |" in table and "No GPU time yet" in table
+    assert "| `simd`, quantize with scales | 1 |" in table
+
+    on_gpu = replace(lines[0], device="a GPU", resolved_backend="int8kv cuda", num_threads=1)
+    for variant in tables.ops.CUDA_VARIANTS:
+        for operation in ("quantize_with_scales",) if variant == "fused" else tables.OPERATIONS:
+            case = on_gpu.case | {"device": "cuda", "operation": operation}
+            metrics = {"copy_gb_per_s": 1.0, "frac_of_copy": 0.875}
+            timed = {"p10_us": 1.0, "median_us": 250.0, "p90_us": 1e6}
+            record.append(replace(on_gpu, impl=variant, case=case, metrics=metrics, **timed), tmp_path / "cpu")
+    table = tables.ladder_table(tmp_path / "cpu")
+    assert "| 40 x 70 | 4 | 0.5 | 0.5 | 0.5 | 0.5 | 0.25 | 88% | 88% |" in table
+    assert "| 40 x 70 | 2,000 | 4 | 500.0x |" in table  # the CPU's stays
+
+    for name, (data, draw) in plots.PLOTS.items():
+        draw(data(tmp_path / "cpu"), tmp_path / f"{name}.png")
+        assert 1000 < (tmp_path / f"{name}.png").stat().st_size < 150_000
 
 
 def test_a_wrong_variant_is_not_timed(monkeypatch, tmp_path):
