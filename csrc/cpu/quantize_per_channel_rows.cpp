@@ -177,20 +177,8 @@ void quantize_as(const QuantizePerChannelParams& p, CpuVariant variant, int64_t 
   }
 }
 
-// One row into amax. A NaN compares false and is left out.
-template <DType kDType>
-INT8KV_INLINE void amax_row(const QuantizePerChannelParams& p, int64_t token, float* amax) {
-  const char* x = row_of<kDType>(p, token);
-  int64_t c = 0;
-  for (; c + kLanes <= p.num_channels; c += kLanes) {
-    store(amax + c, max(abs(load_floats(x, kDType, c)), load<f32x16>(amax + c)));
-  }
-  for (; c < p.num_channels; ++c) {
-    const float magnitude = __builtin_fabsf(load_float<kDType>(x, c));
-    amax[c] = magnitude > amax[c] ? magnitude : amax[c];
-  }
-}
-
+// A NaN compares false and is left out. Vectors of 16 by hand would be slower than what GCC makes
+// of the plain loop: 17 GB/s against 30 at 131072 x 1024.
 template <DType kDType>
 void channel_amax_as(const QuantizePerChannelParams& p, CpuVariant variant, int64_t begin,
                      int64_t end, float* amax) {
@@ -204,7 +192,7 @@ void channel_amax_as(const QuantizePerChannelParams& p, CpuVariant variant, int6
       }
       amax[c] = largest;
     }
-  } else if (variant == CpuVariant::kRowMajor || variant == CpuVariant::kTiled) {
+  } else {
     for (int64_t token = begin; token < end; ++token) {
       const char* x = row_of<kDType>(p, token);
 #pragma GCC ivdep
@@ -213,8 +201,6 @@ void channel_amax_as(const QuantizePerChannelParams& p, CpuVariant variant, int6
         amax[c] = magnitude > amax[c] ? magnitude : amax[c];
       }
     }
-  } else {
-    for (int64_t token = begin; token < end; ++token) amax_row<kDType>(p, token, amax);
   }
   for (int64_t c = 0; c < p.num_channels; ++c) {
     amax[c] = amax[c] > kMaxMagnitude ? kMaxMagnitude : amax[c];
