@@ -94,6 +94,7 @@ wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/
 bench: setup  ## Measure everything this machine can and rewrite the tables of README.md
 	@$(BIN)/python benchmarks/kernels.py
 	@$(BIN)/python benchmarks/end_to_end.py
+	@$(BIN)/python benchmarks/quantize.py
 	@$(BIN)/python benchmarks/report.py
 
 .PHONY: lock

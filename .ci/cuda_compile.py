@@ -21,7 +21,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 RELEASE_ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
-HOT = ("reshape_and_cache", "decode")
+HOT = ("reshape_and_cache", "decode", "per_channel", "quantize")
 """A kernel whose name contains one of these must not spill."""
 
 FLAGS = [
@@ -50,13 +50,13 @@ class Kernel:
 
 
 def readable(symbol: str) -> str:
-    """`name<1, 2>` from a mangled name in a namespace, with integer template arguments; else the symbol."""
+    """`name<1, 2>` from a mangled name in a namespace, with the types and integers it is a template of."""
     name, rest = "", symbol.removeprefix("_ZN")
     while match := re.match(r"\d+", rest):
         begin, length = match.end(), int(match[0])
         name, rest = rest[begin : begin + length], rest[begin + length :]
-    arguments = re.findall(r"Li(\d+)E", rest) if rest.startswith("I") else []
-    return (name or symbol) + (f"<{', '.join(arguments)}>" if arguments else "")
+    arguments = re.findall(r"\d([A-Z]\w*?)(?=ILi)|Li(\d+)E", rest) if rest.startswith("I") else []
+    return (name or symbol) + (f"<{', '.join(a or b for a, b in arguments)}>" if arguments else "")
 
 
 def parse(report: str) -> list[Kernel]:

@@ -1,6 +1,7 @@
 """The plots of README.md, from the records."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -23,7 +24,11 @@ def decode_plot_data(results: Path) -> list[Group]:
 
 def digest(found: list[Group]) -> str:
     """Identifies the records that a plot was drawn from; kept in the PNG, since its pixels vary with matplotlib."""
-    lines = [f"{line.key}{line.utc}{line.gb_per_s}{line.read_gb_per_s}" for group in found for line in group.values()]
+    lines = [
+        f"{line.key}{line.utc}{line.gb_per_s}{line.read_gb_per_s}{line.metrics or ''}"
+        for group in found
+        for line in group.values()
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -54,6 +59,12 @@ def draw_decode(found: list[Group], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
     plt.close(figure)
+
+
+PLOTS: dict[str, tuple[Callable[[Path], list[Group]], Callable[[list[Group], Path], None]]] = {
+    "decode": (decode_plot_data, draw_decode),
+}
+"""By file name: where the data comes from and who draws it."""
 
 
 def plot_problem(path: Path, found: list[Group]) -> str | None:

@@ -16,11 +16,14 @@ import typer
 if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import record
-from benchmarks.plots import decode_plot_data, draw_decode, plot_problem
-from benchmarks.tables import TABLES
+from benchmarks import quantize_plots, quantize_tables, record
+from benchmarks.plots import PLOTS as KERNEL_PLOTS
+from benchmarks.plots import plot_problem
+from benchmarks.tables import TABLES as KERNEL_TABLES
 
-PLOTS = record.ROOT / "benchmarks" / "plots"
+TABLES = KERNEL_TABLES | quantize_tables.TABLES
+PLOTS = KERNEL_PLOTS | quantize_plots.PLOTS
+PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
 README = record.ROOT / "README.md"
 
 
@@ -42,7 +45,7 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="change nothing, fail on differences")] = False,
     results: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
     readme: Annotated[Path, typer.Option(help="file with the markers")] = README,
-    plots: Annotated[Path, typer.Option(help="folder of the plots")] = PLOTS,
+    plots: Annotated[Path, typer.Option(help="folder of the plots")] = PLOT_FOLDER,
 ) -> None:
     """Generate README's tables and plots from the records."""
     text = readme.read_text()
@@ -50,14 +53,16 @@ def main(
         wanted = render(text, results)
     except ValueError as error:
         sys.exit(str(error))
-    found, plot = decode_plot_data(results), plots / "decode.png"
     if not check:
         readme.write_text(wanted)
-        if found:
-            draw_decode(found, plot)
     problems = [f"{readme.name} differs from the records"] if check and wanted != text else []
-    if found and (problem := plot_problem(plot, found)):
-        problems.append(problem)
+    for name, (data, draw) in PLOTS.items():
+        if found := data(results):
+            plot = plots / f"{name}.png"
+            if not check:
+                draw(found, plot)
+            if problem := plot_problem(plot, found):
+                problems.append(problem)
     if problems:
         sys.exit("; ".join(problems) + "; run `python benchmarks/report.py`")
 

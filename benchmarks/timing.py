@@ -15,6 +15,9 @@ import torch
 CallOnce = Callable[[int], object]
 """Runs an implementation once; the argument counts the calls, so that each can take other (cold) operands."""
 
+Clock = Callable[[CallOnce, int], tuple[int, int]]
+"""Runs a call with its turn; its time and its CPU time in ns."""
+
 MIN_READ_BYTES = 512 << 20
 
 READ_METHODS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -68,7 +71,26 @@ def cold_copies(nbytes: int) -> int:
     return math.ceil(4 * l3_bytes() / nbytes)
 
 
-def interleave(calls: dict[str, CallOnce], budget: Budget) -> dict[str, Timing]:
+def wall_clock(call: CallOnce, turn: int) -> tuple[int, int]:
+    """Run once; wall-clock time and CPU time of the process in ns."""
+    cpu_before = time.process_time_ns()
+    before = time.perf_counter_ns()
+    call(turn)
+    elapsed = time.perf_counter_ns() - before
+    return elapsed, time.process_time_ns() - cpu_before
+
+
+def gpu_clock(call: CallOnce, turn: int) -> tuple[int, int]:
+    """Run once on the current GPU stream; time between two events around it in ns, and no CPU time."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call(turn)
+    end.record()
+    end.synchronize()
+    return round(begin.elapsed_time(end) * 1e6), 0
+
+
+def interleave(calls: dict[str, CallOnce], budget: Budget, clock: Clock = wall_clock) -> dict[str, Timing]:
     """Time implementations in turn (A B C A B C ...), so that drift of the machine meets all of them alike."""
     samples: dict[str, list[int]] = {name: [] for name in calls}
     cpu_ns = dict.fromkeys(calls, 0)
@@ -78,13 +100,10 @@ def interleave(calls: dict[str, CallOnce], budget: Budget) -> dict[str, Timing]:
         if timed >= budget.min_samples and time.perf_counter() - started > budget.seconds:
             break
         for name, call in calls.items():
-            cpu_before = time.process_time_ns()
-            before = time.perf_counter_ns()
-            call(turn)
-            elapsed = time.perf_counter_ns() - before
+            elapsed, cpu = clock(call, turn)
             if timed >= 0:
                 samples[name].append(elapsed)
-                cpu_ns[name] += time.process_time_ns() - cpu_before
+                cpu_ns[name] += cpu
     return {name: summarize([ns / 1e3 for ns in samples[name]], cpu_ns[name] / 1e3) for name in calls}
 
 

@@ -70,17 +70,36 @@ INT8KV_HD float bf16_bits_to_float(uint16_t bits) {
   return bits_to_float(static_cast<uint32_t>(bits) << 16);
 }
 
+// The scale of values whose largest magnitude is `amax`; quantize_per_channel keeps it in fp32.
+INT8KV_HD float scale_from_amax(float amax) {
+  return amax >= kMinMagnitude ? amax / kInt8Max : 1.0f;
+}
+
 // The stored scale of a vector whose largest magnitude is `amax`.
 INT8KV_HD uint16_t scale_bits_from_amax(float amax) {
-  return float_to_bf16_bits(amax >= kMinMagnitude ? amax / kInt8Max : 1.0f);
+  return float_to_bf16_bits(scale_from_amax(amax));
+}
+
+INT8KV_HD float divide(float x, float scale) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(x, scale);
+#else
+  return x / scale;
+#endif
 }
 
 INT8KV_HD int8_t quantize_value(float x, float scale) {
-#if defined(__CUDA_ARCH__)
-  return static_cast<int8_t>(::rintf(__fdiv_rn(x, scale)));
-#else
-  return static_cast<int8_t>(::rintf(x / scale));
-#endif
+  return static_cast<int8_t>(::rintf(divide(x, scale)));
+}
+
+// For a scale that need not be that of these values: NaN becomes 0, magnitudes saturate at 127.
+// Under a scale taken from sanitized values it gives what quantize_value(sanitize(x), scale) does.
+INT8KV_HD int8_t quantize_saturated(float x, float scale) {
+  float steps = divide(x, scale);
+  steps = steps != steps ? 0.0f : steps;
+  steps = steps > kInt8Max ? kInt8Max : steps;
+  steps = steps < -kInt8Max ? -kInt8Max : steps;
+  return static_cast<int8_t>(::rintf(steps));
 }
 
 // The rotation multiplies a vector by the orthonormal Hadamard matrix (Sylvester order), in blocks

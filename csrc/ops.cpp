@@ -13,8 +13,10 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/quantize_per_channel.h"
 #include "params.h"
 
 #if defined(INT8KV_WITH_CUDA)
@@ -270,6 +272,75 @@ PagedAttentionParams attention_params(
   return p;
 }
 
+template <typename Variant, size_t kCount>
+Variant variant_named(const std::string& name,
+                      const std::pair<const char*, Variant> (&known)[kCount], const char* device) {
+  std::string names;
+  for (const auto& [known_name, variant] : known) {
+    if (name == known_name) return variant;
+    names += (names.empty() ? "" : ", ") + std::string(known_name);
+  }
+  fail("variant '", name, "' does not exist on ", device, "; supported: ", names);
+}
+
+constexpr std::pair<const char*, CpuVariant> kCpuVariants[] = {
+    {"column_strided", CpuVariant::kColumnStrided},
+    {"row_major", CpuVariant::kRowMajor},
+    {"tiled", CpuVariant::kTiled},
+    {"simd", CpuVariant::kSimd},
+    {"vectorized", CpuVariant::kVectorized}};
+
+// Checks codes and scales of a [num_tokens, num_channels] matrix on the device of x.
+void check_per_channel(const Tensor& x, const Tensor& codes, const Tensor& scales) {
+  check_dim(x, "x", 2, "[num_tokens, num_channels]");
+  check_type(codes, "codes", ScalarType::Char);
+  check_type(scales, "scales", ScalarType::Float);
+  INT8KV_CHECK(same_shape(codes, x), "codes must have the shape of x, ", shape_of(x), ", got ",
+               shape_of(codes));
+  INT8KV_CHECK(codes.is_contiguous(), "codes must be contiguous, got strides ", codes.stride(0),
+               ", ", codes.stride(1));
+  INT8KV_CHECK(scales.dim() == 1 && scales.size(0) == x.size(1) && scales.is_contiguous(),
+               "scales must be contiguous [num_channels] = [", x.size(1), "], got ",
+               shape_of(scales));
+  for (const auto& [tensor, name] : {std::pair{&codes, "codes"}, std::pair{&scales, "scales"}}) {
+    INT8KV_CHECK(
+        tensor->is_cuda() == x.is_cuda() && tensor->get_device_index() == x.get_device_index(),
+        name, " must be on the device of x");
+  }
+}
+
+QuantizePerChannelParams quantize_params(const Tensor& x, const Tensor& codes, const Tensor& scales,
+                                         bool compute_scales) {
+  QuantizePerChannelParams p{};
+  check_per_channel(x, codes, scales);
+  p.dtype = float_type(x, "x");
+  INT8KV_CHECK(x.size(1) <= 1 || x.stride(1) == 1,
+               "x must be contiguous along num_channels, got stride ", x.stride(1));
+  p.x = x.const_data_ptr();
+  p.x_token_stride = x.stride(0);
+  p.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
+  p.scales = static_cast<float*>(scales.mutable_data_ptr());
+  p.num_tokens = x.size(0);
+  p.num_channels = x.size(1);
+  p.compute_scales = compute_scales;
+  return p;
+}
+
+DequantizePerChannelParams dequantize_params(const Tensor& x, const Tensor& codes,
+                                             const Tensor& scales) {
+  DequantizePerChannelParams p{};
+  check_per_channel(x, codes, scales);
+  p.dtype = float_type(x, "x");
+  INT8KV_CHECK(x.is_contiguous(), "x must be contiguous, got strides ", x.stride(0), ", ",
+               x.stride(1));
+  p.codes = static_cast<const int8_t*>(codes.const_data_ptr());
+  p.scales = static_cast<const float*>(scales.const_data_ptr());
+  p.x = x.mutable_data_ptr();
+  p.num_tokens = x.size(0);
+  p.num_channels = x.size(1);
+  return p;
+}
+
 // PyTorch's own threads, so that the thread settings of the caller hold.
 cpu::ParallelFor torch_threads() {
   const auto run = [](int64_t size, const void* context, cpu::ParallelFor::Body body) {
@@ -329,6 +400,27 @@ void paged_attention_cpu(Tensor out, Tensor query, Tensor kv_cache, Tensor block
   cpu::paged_attention(p, torch_threads());
 }
 
+// On a GPU the caller vouches for the values, which the host cannot see without waiting.
+void check_scales(const float* scales, int64_t num_channels) {
+  for (int64_t c = 0; c < num_channels; ++c) {
+    INT8KV_CHECK(std::isnormal(scales[c]) && scales[c] > 0, "scales[", c,
+                 "] must be positive, finite and not subnormal, got ", scales[c]);
+  }
+}
+
+void quantize_per_channel_cpu(Tensor x, Tensor codes, Tensor scales, bool compute_scales,
+                              std::string variant) {
+  const QuantizePerChannelParams p = quantize_params(x, codes, scales, compute_scales);
+  if (!compute_scales) check_scales(p.scales, p.num_channels);
+  cpu::quantize_per_channel(p, variant_named(variant, kCpuVariants, "CPU"), torch_threads());
+}
+
+void dequantize_per_channel_cpu(Tensor x, Tensor codes, Tensor scales, std::string variant) {
+  const DequantizePerChannelParams p = dequantize_params(x, codes, scales);
+  check_scales(p.scales, p.num_channels);
+  cpu::dequantize_per_channel(p, variant_named(variant, kCpuVariants, "CPU"), torch_threads());
+}
+
 #if defined(INT8KV_WITH_CUDA)
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
@@ -367,6 +459,45 @@ void paged_attention_cuda(Tensor out, Tensor query, Tensor kv_cache, Tensor bloc
                                       current_stream(kv_cache)),
                "paged_attention", p.cache, p.num_tokens);
 }
+
+constexpr std::pair<const char*, CudaVariant> kCudaVariants[] = {
+    {"naive", CudaVariant::kNaive},
+    {"tiled", CudaVariant::kTiled},
+    {"coarsened", CudaVariant::kCoarsened},
+    {"vectorized", CudaVariant::kVectorized},
+    {"fused", CudaVariant::kFused}};
+
+void check_launch(cudaError_t error, const char* name, const std::string& variant,
+                  const Tensor& x) {
+  INT8KV_CHECK(error == cudaSuccess, name, " of ", shape_of(x), ", variant ", variant, ": ",
+               cudaGetErrorString(error));
+}
+
+void quantize_per_channel_cuda(Tensor x, Tensor codes, Tensor scales, bool compute_scales,
+                               std::string variant) {
+  const QuantizePerChannelParams p = quantize_params(x, codes, scales, compute_scales);
+  const CudaVariant known = variant_named(variant, kCudaVariants, "CUDA");
+  INT8KV_CHECK(compute_scales || known != CudaVariant::kFused,
+               "variant 'fused' computes the scales and takes none; use 'vectorized'");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const size_t bytes = quantize_per_channel_workspace_bytes(p);
+  const Tensor workspace =
+      torch::stable::new_empty(x, {static_cast<int64_t>(bytes)}, ScalarType::Char);
+  check_launch(
+      launch_quantize_per_channel(p, known, workspace.mutable_data_ptr(), bytes, current_stream(x)),
+      "quantize_per_channel", variant, x);
+}
+
+void dequantize_per_channel_cuda(Tensor x, Tensor codes, Tensor scales, std::string variant) {
+  const DequantizePerChannelParams p = dequantize_params(x, codes, scales);
+  const CudaVariant known = variant_named(variant, kCudaVariants, "CUDA");
+  INT8KV_CHECK(known != CudaVariant::kFused,
+               "variant 'fused' computes scales, dequantization has none to compute; use "
+               "'vectorized'");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_launch(launch_dequantize_per_channel(p, known, current_stream(x)), "dequantize_per_channel",
+               variant, x);
+}
 #endif
 
 std::string cpu_isas() { return cpu::available_isas(); }
@@ -396,6 +527,10 @@ STABLE_TORCH_LIBRARY(int8kv, m) {
       "Tensor seq_lens, Tensor query_start_loc, Tensor(b!)? lse, Tensor? alibi_slopes, "
       "Tensor? sinks, Tensor? key_equalizer, float softmax_scale, bool causal, "
       "int sliding_window, float softcap, bool rotate_keys) -> ()");
+  m.def(
+      "quantize_per_channel(Tensor x, Tensor(a!) codes, Tensor(b!) scales, bool compute_scales, "
+      "str variant) -> ()");
+  m.def("dequantize_per_channel(Tensor(a!) x, Tensor codes, Tensor scales, str variant) -> ()");
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str isa) -> ()");
@@ -405,12 +540,16 @@ STABLE_TORCH_LIBRARY(int8kv, m) {
 STABLE_TORCH_LIBRARY_IMPL(int8kv, CPU, m) {
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache_cpu));
   m.impl("paged_attention", TORCH_BOX(&paged_attention_cpu));
+  m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_cpu));
+  m.impl("dequantize_per_channel", TORCH_BOX(&dequantize_per_channel_cpu));
 }
 
 #if defined(INT8KV_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(int8kv, CUDA, m) {
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache_cuda));
   m.impl("paged_attention", TORCH_BOX(&paged_attention_cuda));
+  m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_cuda));
+  m.impl("dequantize_per_channel", TORCH_BOX(&dequantize_per_channel_cuda));
 }
 #endif
 

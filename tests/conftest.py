@@ -1,7 +1,10 @@
 """Fixtures of all tests: seeds, devices and CPU kernel paths."""
 
+import ctypes
+import shutil
 from collections.abc import Callable, Iterator
 
+import emulated_cuda
 import pytest
 import torch
 
@@ -62,6 +65,15 @@ def kernel(request: pytest.FixtureRequest, set_num_threads: Callable[[int], None
     assert ops.cpu_isa() == request.param
     yield "cpu"
     ops.set_cpu_isa(before)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels compiled for the host, see `emulated_cuda`."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulation needs g++ for its 16-bit floats")
+    return emulated_cuda.build(compiler, tmp_path_factory.mktemp("emulated_cuda"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,7 +1,8 @@
-// The CUDA operators on the host: both kernel files and a C interface for test_cuda_emulation.py.
+// The CUDA operators on the host: the kernel files and a C interface for test_cuda_emulation.py.
 #include "cuda_emulation.h"
 
 #include "../csrc/cuda/paged_attention.cu"
+#include "../csrc/cuda/quantize_per_channel.cu"
 #include "../csrc/cuda/reshape_and_cache.cu"
 
 using namespace int8kv;
@@ -13,6 +14,8 @@ void set_mode(int copies_are_late, int fibers_fall, int resident) {
   emulation::fibers_fall = fibers_fall != 0;
   emulation::resident = static_cast<unsigned>(resident);
 }
+
+void set_l2_bytes(int64_t bytes) { emulation::l2_cache_bytes = bytes; }
 
 int reshape_and_cache(const ReshapeAndCacheParams* params) {
   return launch_reshape_and_cache(*params, nullptr);
@@ -26,6 +29,33 @@ int paged_attention(const PagedAttentionParams* params, int max_partials, void* 
                     int64_t bytes) {
   return launch_paged_attention(*params, max_partials, workspace, static_cast<size_t>(bytes),
                                 nullptr);
+}
+
+int64_t quantize_workspace_bytes(const QuantizePerChannelParams* params) {
+  return static_cast<int64_t>(quantize_per_channel_workspace_bytes(*params));
+}
+
+int quantize_per_channel(const QuantizePerChannelParams* params, int variant, void* workspace,
+                         int64_t bytes) {
+  return launch_quantize_per_channel(*params, static_cast<CudaVariant>(variant), workspace,
+                                     static_cast<size_t>(bytes), nullptr);
+}
+
+int dequantize_per_channel(const DequantizePerChannelParams* params, int variant) {
+  return launch_dequantize_per_channel(*params, static_cast<CudaVariant>(variant), nullptr);
+}
+
+// What the ticket does: {strip, first token, whether it is an amax item}, and the number of
+// tickets.
+int64_t queue_ticket(int64_t num_tokens, int64_t num_channels, int element_bytes,
+                     int64_t strip_bytes, int64_t lag, int64_t ticket, int64_t* item) {
+  const QuantizeQueue queue =
+      make_quantize_queue(num_tokens, num_channels, element_bytes, strip_bytes, lag);
+  const QueueItem found = queue_item(queue, ticket);
+  item[0] = found.strip;
+  item[1] = found.first_token;
+  item[2] = found.is_amax;
+  return 2 * queue.num_items();
 }
 
 }  // extern "C"

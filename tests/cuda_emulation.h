@@ -60,6 +60,7 @@ namespace emulation {
 inline bool copies_are_late = false;
 inline bool fibers_fall = false;
 inline unsigned resident = 3;
+inline int64_t l2_cache_bytes = 4 << 20;
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kSharedBytes = 64 * 1024;  // what the smallest supported GPU has
@@ -364,6 +365,35 @@ void copy_async_wait() {
     emulation::land(fiber.groups.front());
     fiber.groups.pop_front();
   }
+}
+
+// Blocks run one after another: what one waits for must have been done by those before it.
+inline uint32_t atomic_max(uint32_t* to, uint32_t x) {
+  const uint32_t before = *to;
+  *to = std::max(before, x);
+  return before;
+}
+inline uint32_t atomic_add(uint32_t* to, uint32_t x) {
+  const uint32_t before = *to;
+  *to += x;
+  return before;
+}
+inline void fence() {}
+inline uint32_t load_acquire(const uint32_t* from) { return *from; }
+inline void store_release(uint32_t* to, uint32_t x) { *to = x; }
+inline void wait_until_set(const uint32_t* flag) {
+  if (*flag == 0) emulation::fail("waits for work that a later ticket would do");
+}
+inline float load_from_l2(const float* from) { return *from; }
+inline uint4 load_last_use(const uint4* from) { return *from; }
+
+inline cudaError_t zero_async(void* to, size_t bytes, cudaStream_t) {
+  std::memset(to, 0, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t l2_bytes(int64_t* bytes) {
+  *bytes = emulation::l2_cache_bytes;
+  return cudaSuccess;
 }
 
 template <typename... Params>

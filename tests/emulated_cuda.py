@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from hostile import Batch
 
-from vllm_int8kv import cache_layout
+from vllm_int8kv import cache_layout, ops
 
 HERE = Path(__file__).parent
 FLAGS = [
@@ -70,6 +70,30 @@ class PagedAttentionParams(ctypes.Structure):
     ]
 
 
+class QuantizePerChannelParams(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("x", ctypes.c_void_p),
+        ("x_token_stride", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("num_channels", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("compute_scales", ctypes.c_bool),
+    ]
+
+
+class DequantizePerChannelParams(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("num_channels", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
 def build(compiler: str, folder: Path) -> ctypes.CDLL:
     """Compile the kernels into `folder` and load them."""
     (folder / "cuda_runtime_api.h").write_text('#include "cuda_emulation.h"\n')
@@ -77,7 +101,8 @@ def build(compiler: str, folder: Path) -> ctypes.CDLL:
     command = [compiler, *FLAGS, f"-I{HERE}", f"-I{folder}", HERE / "cuda_emulation.cpp", "-o", library]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.workspace_bytes.restype = ctypes.c_int64
+    for name in ("workspace_bytes", "quantize_workspace_bytes", "queue_ticket"):
+        getattr(loaded, name).restype = ctypes.c_int64
     return loaded
 
 
@@ -166,3 +191,39 @@ def paged_attention(
     error = kernels.paged_attention(ctypes.byref(params), max_partials, ctypes.c_void_p(address), ctypes.c_int64(size))
     assert error == 0
     return out, lse
+
+
+def quantize_per_channel(
+    kernels: ctypes.CDLL, x: torch.Tensor, *, variant: str, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.quantize_per_channel` by a CUDA kernel, from a poisoned workspace and poisoned results."""
+    codes = torch.full(x.shape, -128, dtype=torch.int8)
+    found = torch.full((x.shape[1],), torch.nan) if scales is None else scales
+    sizes = (codes.data_ptr(), found.data_ptr(), *x.shape, DTYPES[x.dtype])
+    params = QuantizePerChannelParams(x.data_ptr(), x.stride(0), *sizes, scales is None)
+    workspace = torch.full((kernels.quantize_workspace_bytes(ctypes.byref(params)),), -1, dtype=torch.int8)
+    place = ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(len(workspace))
+    assert kernels.quantize_per_channel(ctypes.byref(params), ops.CUDA_VARIANTS.index(variant), *place) == 0
+    return codes, found
+
+
+def dequantize_per_channel(
+    kernels: ctypes.CDLL, codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype, variant: str
+) -> torch.Tensor:
+    """`ops.dequantize_per_channel` by a CUDA kernel."""
+    x = torch.full(codes.shape, torch.nan, dtype=dtype)
+    params = DequantizePerChannelParams(codes.data_ptr(), scales.data_ptr(), x.data_ptr(), *codes.shape, DTYPES[dtype])
+    assert kernels.dequantize_per_channel(ctypes.byref(params), ops.CUDA_VARIANTS.index(variant)) == 0
+    return x
+
+
+def queue_tickets(kernels: ctypes.CDLL, *sizes: int) -> list[tuple[int, int, bool]]:
+    """(strip, first token, is amax) of every ticket, for sizes as `make_quantize_queue` takes them."""
+    item = (ctypes.c_int64 * 3)()
+
+    def ticket(number: int) -> int:
+        tokens, channels, element_bytes, *rest = sizes
+        wide = [ctypes.c_int64(size) for size in (*rest, number)]
+        return kernels.queue_ticket(ctypes.c_int64(tokens), ctypes.c_int64(channels), element_bytes, *wide, item)
+
+    return [(item[0], item[1], bool(item[2])) for number in range(ticket(0)) if ticket(number)]

@@ -6,7 +6,6 @@ must give equal bits.
 """
 
 import ctypes
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,14 +19,6 @@ from vllm_int8kv import reference
 
 MODES = [(0, 0, 3), (1, 1, 2)]
 """copies land late, threads run in falling order, resident blocks"""
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("the emulation needs g++ for its 16-bit floats")
-    return emulated_cuda.build(compiler, tmp_path_factory.mktemp("emulated_cuda"))
 
 
 def results(kernels: ctypes.CDLL, batch: hostile.Batch, **options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -52,6 +52,20 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.to(torch.int8), scales
 
 
+def quantize_per_channel(x: torch.Tensor, *, scales: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Meaning of `ops.quantize_per_channel`."""
+    if scales is None:
+        amax = sanitize(x).abs().amax(dim=0) if len(x) else torch.zeros(x.shape[1], device=x.device)
+        scales = torch.where(amax >= MIN_MAGNITUDE, amax / INT8_MAX, 1.0)
+    steps = torch.nan_to_num(x.float() / scales, nan=0.0)
+    return torch.round(steps.clamp(-INT8_MAX, INT8_MAX)).to(torch.int8), scales
+
+
+def dequantize_per_channel(codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Meaning of `ops.dequantize_per_channel`."""
+    return (codes.float() * scales).to(dtype)
+
+
 def transform_keys(key: torch.Tensor, rotate_keys: bool, key_equalizer: torch.Tensor | None) -> torch.Tensor:
     """Keys as they are quantized: fp32, equalized, rotated. `[..., num_kv_heads, head_size]`."""
     key = sanitize(key)

@@ -4,14 +4,16 @@
 #include <string>
 
 #include "kernels.h"
+#include "quantize_per_channel.h"
 
 #define INT8KV_FOR_EACH_ISA(F) F(scalar) F(avx2) F(avx512) F(avx512_vnni)
 
 namespace int8kv::cpu {
 
-#define DECLARE_ISA(isa)              \
-  namespace isa {                     \
-  const Kernels& attention_kernels(); \
+#define DECLARE_ISA(isa)                          \
+  namespace isa {                                 \
+  const Kernels& attention_kernels();             \
+  const PerChannelKernels& per_channel_kernels(); \
   }
 INT8KV_FOR_EACH_ISA(DECLARE_ISA)
 #undef DECLARE_ISA
@@ -22,6 +24,7 @@ struct Path {
   const char* name;
   bool available;
   const Kernels* kernels;
+  const PerChannelKernels* per_channel;
 };
 
 bool has_scalar() { return true; }
@@ -33,8 +36,9 @@ bool has_avx512() {
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 const Path* paths() {
-#define PATH_OF_ISA(isa) Path{#isa, has_##isa(), &isa::attention_kernels()},
-  static const Path table[] = {INT8KV_FOR_EACH_ISA(PATH_OF_ISA) Path{nullptr, false, nullptr}};
+#define PATH_OF_ISA(isa) \
+  Path{#isa, has_##isa(), &isa::attention_kernels(), &isa::per_channel_kernels()},
+  static const Path table[] = {INT8KV_FOR_EACH_ISA(PATH_OF_ISA) Path{}};
 #undef PATH_OF_ISA
   return table;
 }
@@ -55,6 +59,10 @@ std::atomic<const Path*>& chosen() {
 }  // namespace
 
 const Kernels& cpu_kernels() { return *chosen().load(std::memory_order_relaxed)->kernels; }
+
+const PerChannelKernels& per_channel_kernels() {
+  return *chosen().load(std::memory_order_relaxed)->per_channel;
+}
 
 const char* current_isa() { return chosen().load(std::memory_order_relaxed)->name; }
 

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "../int8_quant.h"
 
 #define INT8KV_INLINE static inline __attribute__((always_inline))
@@ -13,6 +17,7 @@
 namespace int8kv::cpu::INT8KV_ISA {
 
 constexpr int kLanes = 16;
+constexpr uint16_t kAllLanes = 0xffff;
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
@@ -155,6 +160,39 @@ INT8KV_INLINE f32x16 sanitize(f32x16 x) {
   x = x != x ? f32x16{} : x;
   x = x > kMaxMagnitude ? splat(kMaxMagnitude) : x;
   return x < -kMaxMagnitude ? splat(-kMaxMagnitude) : x;
+}
+
+// Codes as bytes; values outside [-128, 127] are not allowed. GCC takes __builtin_convertvector
+// between 8 and 32 bits apart lane by lane, hence the instructions by name. (Without a mask they
+// make GCC 12 warn.)
+INT8KV_INLINE i8x16 narrow(i32x16 codes) {
+#if defined(__AVX512F__)
+  const auto all = reinterpret_cast<__m512i>(codes);
+  return reinterpret_cast<i8x16>(_mm512_maskz_cvtepi32_epi8(kAllLanes, all));
+#else
+  __m128i part[4];
+  std::memcpy(part, &codes, sizeof(part));
+  const __m128i low = _mm_packs_epi32(part[0], part[1]), high = _mm_packs_epi32(part[2], part[3]);
+  return reinterpret_cast<i8x16>(_mm_packs_epi16(low, high));
+#endif
+}
+
+INT8KV_INLINE f32x16 to_floats(i8x16 codes) {
+  const auto bytes = reinterpret_cast<__m128i>(codes);
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_maskz_cvtepi8_epi32(kAllLanes, bytes);
+  return __builtin_convertvector(reinterpret_cast<i32x16>(wide), f32x16);
+#else
+  const __m128i sign = _mm_cmpgt_epi8(_mm_setzero_si128(), bytes);
+  const __m128i low = _mm_unpacklo_epi8(bytes, sign), high = _mm_unpackhi_epi8(bytes, sign);
+  const __m128i parts[4] = {
+      _mm_srai_epi32(_mm_unpacklo_epi16(low, low), 16),
+      _mm_srai_epi32(_mm_unpackhi_epi16(low, low), 16),
+      _mm_srai_epi32(_mm_unpacklo_epi16(high, high), 16),
+      _mm_srai_epi32(_mm_unpackhi_epi16(high, high), 16),
+  };
+  return __builtin_convertvector(load<i32x16>(parts), f32x16);
+#endif
 }
 
 // One step of a transposition: swaps the upper right and lower left quarters of the blocks of

@@ -39,4 +39,20 @@ size_t paged_attention_workspace_bytes(const PagedAttentionParams& params, int32
 cudaError_t launch_paged_attention(const PagedAttentionParams& params, int32_t max_partials,
                                    void* workspace, size_t workspace_bytes, cudaStream_t stream);
 
+// Bytes of device memory that launch_quantize_per_channel() needs: 4 per channel and a little more.
+size_t quantize_per_channel_workspace_bytes(const QuantizePerChannelParams& params);
+
+// Quantizes a matrix, every variant to the same bytes. With compute_scales the scales come from x,
+// for kFused in the same kernel, else in one before it; kFused takes no scales.
+//
+// Requires: workspace aligned to 4 bytes, contents arbitrary. Anything else returns
+// cudaErrorInvalidValue.
+cudaError_t launch_quantize_per_channel(const QuantizePerChannelParams& params, CudaVariant variant,
+                                        void* workspace, size_t workspace_bytes,
+                                        cudaStream_t stream);
+
+// The way back; there is no kFused.
+cudaError_t launch_dequantize_per_channel(const DequantizePerChannelParams& params,
+                                          CudaVariant variant, cudaStream_t stream);
+
 }  // namespace int8kv

@@ -113,12 +113,45 @@ INT8KV_DEVICE void copy_async_wait() {
 #endif
 }
 
+// Communication between the blocks of a launch, all of it through the L2 cache.
+INT8KV_DEVICE uint32_t atomic_max(uint32_t* to, uint32_t x) { return atomicMax(to, x); }
+INT8KV_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t x) { return atomicAdd(to, x); }
+INT8KV_DEVICE void fence() { __threadfence(); }
+INT8KV_DEVICE uint32_t load_acquire(const uint32_t* from) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+INT8KV_DEVICE void store_release(uint32_t* to, uint32_t x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+INT8KV_DEVICE void wait_until_set(const uint32_t* flag) {
+  while (load_acquire(flag) == 0) __nanosleep(64);
+}
+INT8KV_DEVICE float load_from_l2(const float* from) { return __ldcg(from); }
+
+// A value that nobody will read again: the first to leave the L2 cache.
+INT8KV_DEVICE uint4 load_last_use(const uint4* from) { return __ldcs(from); }
+
 template <typename... Params>
 cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                           cudaStream_t stream, std::common_type_t<Params>... args) {
   void* pointers[] = {&args...};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,
                           shared_bytes, stream);
+}
+
+inline cudaError_t zero_async(void* to, size_t bytes, cudaStream_t stream) {
+  return cudaMemsetAsync(to, 0, bytes, stream);
+}
+
+// Size of the L2 cache of the current device.
+inline cudaError_t l2_bytes(int64_t* bytes) {
+  int device = 0, size = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&size, cudaDevAttrL2CacheSize, device);
+  *bytes = size;
+  return error;
 }
 
 // Thread blocks of kKernel that the current device holds at once. Asked for once per device, since
