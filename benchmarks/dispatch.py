@@ -106,8 +106,8 @@ class Dispatch:
 
 
 def reason(error: Exception) -> str:
-    """The line of an error of Ray that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, ray.exceptions.RayTaskError):
+    """The line of an error of Ray that says what happened: the exception of our code, or how the process ended."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, ray.exceptions.RayTaskError) or "creation task" in lines[0]:
         return lines[-1]
-    return lines[0] if lines else type(error).__name__
+    return lines[0]

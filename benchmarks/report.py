@@ -17,10 +17,12 @@ if not __package__:  # run as a script: this folder has a `kernels`, which trans
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import record
-from benchmarks.plots import decode_plot_data, draw_decode, plot_problem
-from benchmarks.tables import TABLES
+from benchmarks.plots import PLOTS, plot_problem
+from benchmarks.tables import TABLES as KERNEL_TABLES
+from benchmarks.throughput_tables import online_table, throughput_table
 
-PLOTS = record.ROOT / "benchmarks" / "plots"
+TABLES = KERNEL_TABLES | {"throughput": throughput_table, "online": online_table}
+PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
 README = record.ROOT / "README.md"
 
 
@@ -42,7 +44,8 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="change nothing, fail on differences")] = False,
     results: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
     readme: Annotated[Path, typer.Option(help="file with the markers")] = README,
-    plots: Annotated[Path, typer.Option(help="folder of the plots")] = PLOTS,
+    plots: Annotated[Path, typer.Option(help="folder of the plots")] = PLOT_FOLDER,
+    html: Annotated[Path | None, typer.Option(help="also write a self-contained HTML report to this file")] = None,
 ) -> None:
     """Generate README's tables and plots from the records."""
     text = readme.read_text()
@@ -50,14 +53,20 @@ def main(
         wanted = render(text, results)
     except ValueError as error:
         sys.exit(str(error))
-    found, plot = decode_plot_data(results), plots / "decode.png"
     if not check:
         readme.write_text(wanted)
-        if found:
-            draw_decode(found, plot)
     problems = [f"{readme.name} differs from the records"] if check and wanted != text else []
-    if found and (problem := plot_problem(plot, found)):
-        problems.append(problem)
+    for name, (data, draw) in PLOTS.items():
+        if found := data(results):
+            plot = plots / f"{name}.png"
+            if not check:
+                draw(found, plot)
+            if problem := plot_problem(plot, found):
+                problems.append(problem)
+    if html is not None:
+        from benchmarks import html_report  # plotly is slow to import
+
+        html_report.write(results, html)
     if problems:
         sys.exit("; ".join(problems) + "; run `python benchmarks/report.py`")
 

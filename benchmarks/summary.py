@@ -114,6 +114,7 @@ def metrics(case: Case, runs: list[Run], sweep: Sweep) -> dict:
         "input_tokens": sum(row.input_tokens for row in runs[0].rows),
         "output_tokens": sum(row.output_tokens for row in runs[0].rows),
         "output_tok_per_s_by_round": [round(run.output_tok_per_s, 2) for run in runs],
+        "decode_tok_per_s": decode_rate(runs),
         "requests_per_s": round(median(len(run.rows) / run.duration_s for run in runs), 4),
         **percentiles("ttft_ms", [row.ttft_ms for row in rows]),
         **percentiles("itl_ms", [value for row in rows for value in row.itl_ms]),
@@ -127,6 +128,20 @@ def metrics(case: Case, runs: list[Run], sweep: Sweep) -> dict:
         goodput = [run.server["request_goodput"] for run in runs]
         found["goodput_requests_per_s"] = None if None in goodput else round(median(goodput), 4)
     return found
+
+
+def decode_rate(runs: list[Run]) -> float | None:
+    """Output tokens per second while all requests of a run decode; None where no such time is (or not all were sent
+    at once)."""
+    rates = []
+    for run in runs:
+        rows = run.rows
+        begin, end = max(row.ttft_ms for row in rows), min(row.e2e_ms for row in rows)
+        if run.case["max_concurrency"] is not None or run.case["request_rate"] is not None or end <= begin:
+            return None
+        arrivals = np.concatenate([row.ttft_ms + np.cumsum(row.itl_ms) for row in rows])
+        rates.append(((arrivals > begin) & (arrivals <= end)).sum() / (end - begin) * 1e3)
+    return round(float(median(rates)), 2)
 
 
 def percentiles(name: str, values: list[float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks import bench_config, cluster, online, record, summary, sweep, workload
+from benchmarks import bench_config, cluster, html_report, online, record, summary, sweep, workload
 from benchmarks.bench_config import BenchConfig, Case, Mode
 from benchmarks.dispatch import Dispatch, reason
 from benchmarks.replica import Replica
@@ -79,23 +79,24 @@ def started(config: BenchConfig, impl: str) -> Iterator[tuple[list[Any], list[di
                     args.append(ray.util.get_node_ip_address())
                 actor = ray.remote(Replica if config.mode == Mode.offline else online.Server)
                 actors.append(actor.options(**place.options(config)).remote(*args))
-            try:
-                yield actors, ray.get([actor.describe.remote() for actor in actors], timeout=config.start_timeout_s)
-            except ray.exceptions.GetTimeoutError:
-                limit = f"{config.start_timeout_s:g}"
-                raise StartError(f"a replica with {impl} did not start within start_timeout_s {limit}") from None
-            except ray.exceptions.RayError as error:
-                raise StartError(f"a replica with {impl} did not start: {reason(error)}") from error
+            yield actors, describe(config, impl, actors)
+            # In order, so that shared memory is freed; after an error they may be busy or gone.
+            stopping = [actor.stop.remote() for actor in actors]
+            ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
         finally:
-            stop(actors)
+            for actor in actors:
+                ray.kill(actor)
 
 
-def stop(actors: list[Any]) -> None:
-    """End engines in order, then whatever is left of them."""
-    stopping = [actor.stop.remote() for actor in actors]
-    ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
-    for actor in actors:
-        ray.kill(actor)
+def describe(config: BenchConfig, impl: str, actors: list[Any]) -> list[dict[str, Any]]:
+    """Wait until all have started. Raises StartError."""
+    try:
+        return ray.get([actor.describe.remote() for actor in actors], timeout=config.start_timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        limit = f"{config.start_timeout_s:g}"
+        raise StartError(f"a replica with {impl} did not start within start_timeout_s {limit}") from None
+    except ray.exceptions.RayError as error:
+        raise StartError(f"a replica with {impl} did not start: {reason(error)}") from error
 
 
 class Bench:
@@ -200,6 +201,8 @@ def main(
     for line in lines:
         record.append(line, out)
     Console().print(summary.table(config_file.stem, lines))
+    html_report.write(out, out / "report.html")
+    console.print(f"records, requests and report.html are in {out}")
     for problem in problems:
         console.print(f"not recorded: {problem}", style="red", markup=False)
     sys.exit(1 if problems else 0)
