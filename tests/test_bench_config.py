@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_requests_come_from_vllms_datasets(bench_config, tmp_path, dataset, chan
     (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n{"prompt": "one two three"}\n')
     turns = [[" a" * 8, " b" * 6], [" a" * 10, " b" * 4]]
     talks = [{"conversations": [{"value": text} for text in turn]} for turn in turns]
-    (tmp_path / "a.json").write_text(yaml.safe_dump(talks, default_flow_style=True, width=1000))
+    (tmp_path / "a.json").write_text(json.dumps(talks))
     config = load(bench_config, tmp_path, dataset=dataset, **changes)
     tokenizer = workload.load_tokenizer(str(models.smollm2()))
     requests = workload.sample(config, config.cases[0], tokenizer, seed=1)

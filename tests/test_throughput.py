@@ -60,6 +60,7 @@ class FakeReplica:
         for request in requests:
             time.sleep(self.delay_s)
             if request.request_id == self.fatal:
+                time.sleep(1.0)  # until what it has answered has arrived
                 if self.raises:
                     raise RuntimeError("the engine is broken")
                 os._exit(1)
