@@ -165,6 +165,7 @@ def table(title: str, lines: list[Record]) -> Table:
     """For the console."""
     head = ("case", "cache", "output tokens/s", "vs auto", "TTFT p50, ms", "ITL p50, ms", "requests", "failed")
     found = Table(*head, title=title, caption=lines[0].device if lines else None)
+    found.columns[1].no_wrap = True
     for column in found.columns[2:]:
         column.justify = "right"
     baselines = {case_text(line.case): line.tok_per_s for line in lines if line.impl == "auto"}

@@ -34,6 +34,10 @@ from benchmarks.sweep import Run, Sweep
 
 STOP_TIMEOUT_S = 30.0
 INTERRUPTED = 130
+MAX_STARTS = 2
+"""Of the engines of one cache in one round."""
+WARMUP_TOKENS = 8
+"""Output of a warm-up request: it is there for the first prefill and the first decode steps."""
 
 
 class StartError(RuntimeError):
@@ -106,44 +110,63 @@ class Bench:
         self.config, self.sweep, self.bars = config, sweep_, bars
         tokenizer = workload.load_tokenizer(config.model)
         self.requests = [workload.sample(config, case, tokenizer, config.seed) for case in config.cases]
-        warmup = replace(config.cases[0], num_requests=max(1, config.replicas * config.warmup_requests))
+        first = config.cases[0]
+        warmup = replace(
+            first,
+            num_requests=max(1, config.replicas * config.warmup_requests),
+            output_len=min(WARMUP_TOKENS, first.output_len or WARMUP_TOKENS),
+        )
         # Other prompts than any case has, so that no prefix is found in the cache later.
-        self.warmup = workload.sample(replace_prefixes(config), warmup, tokenizer, config.seed + 1)
+        self.warmup = workload.sample(replace(config, num_prefixes=1), warmup, tokenizer, config.seed + 1)
 
     def missing(self, impl: str, round_: int) -> list[int]:
         """Indices of the cases that still have to run."""
         return [i for i, case in enumerate(self.config.cases) if not self.sweep.is_done(impl, round_, case)]
 
     def run(self) -> None:
-        """All runs that are not done."""
+        """All runs that are not done. After a loss the engines start anew, once, and measure what is missing."""
         for round_ in range(self.config.rounds):
             for impl in self.config.kv_cache_dtypes:
-                if missing := self.missing(impl, round_):
-                    label = f"round {round_ + 1}/{self.config.rounds}, {impl}"
-                    self.bars.start(f"{label}: starting", [None] * self.config.replicas)
-                    with started(self.config, impl) as (actors, descriptions):
-                        self._run_cases(label, (impl, round_), actors, descriptions, missing)
+                for _ in range(MAX_STARTS):
+                    cases = self.missing(impl, round_)
+                    if not cases or self._run_cases((impl, round_), cases):
+                        break
 
-    def _run_cases(self, label: str, key: tuple[str, int], actors: list, descriptions: list, cases: list[int]) -> None:
-        dispatch = Dispatch(actors)
-        self.bars.start(f"{label}: warm-up", [None] * self.config.replicas)
+    def _run_cases(self, key: tuple[str, int], cases: list[int]) -> bool:
+        """Start the engines and run cases until a replica is lost; returns whether all were run."""
+        label = f"round {key[1] + 1}/{self.config.rounds}, {key[0]}"
+        self.bars.start(f"{label}: starting", [None] * self.config.replicas)
+        with started(self.config, key[0]) as (actors, descriptions):
+            dispatch = Dispatch(actors)
+            self.bars.start(f"{label}: warm-up", [None] * self.config.replicas)
+            self._warm_up(dispatch, descriptions)
+            for index in cases:
+                totals = [len(share) for share in workload.shares(self.requests[index], self.config.replicas)]
+                self.bars.start(f"{label}: case {index + 1}/{len(self.config.cases)}", totals)
+                run = self._measure(key, index, dispatch, descriptions)
+                self.sweep.append(run)
+                for problem in (
+                    *run.lost,
+                    *(f"request {row.request_id} failed: {row.error}" for row in run.failed[:3]),
+                ):
+                    self.bars.progress.console.print(f"{label}: {problem}", style="red", markup=False)
+                if run.lost:
+                    return False
+        return True
+
+    def _warm_up(self, dispatch: Dispatch, descriptions: list) -> None:
         if self.config.warmup_requests and self.config.mode == Mode.offline:
             dispatch.run(self.warmup, None, self.bars.advance)
         elif self.config.warmup_requests:
             online.load(self.config, self.config.cases[0], descriptions[0]["url"], self.warmup, float("inf"), int)
-        for index in cases:
-            case, requests = self.config.cases[index], self.requests[index]
-            totals = [len(share) for share in workload.shares(requests, self.config.replicas)]
-            self.bars.start(f"{label}: case {index + 1}/{len(self.config.cases)}", totals)
-            if self.config.mode == Mode.offline:
-                run = self._offline(key, case, dispatch, descriptions, requests)
-            else:
-                run = online.measure(
-                    self.config, case, key, descriptions[0], requests, lambda tokens: self.bars.advance(0, tokens, 1)
-                )
-            self.sweep.append(run)
-            for problem in (*run.lost, *(f"request {row.request_id} failed: {row.error}" for row in run.failed[:3])):
-                self.bars.progress.console.print(f"{label}: {problem}", style="red", markup=False)
+
+    def _measure(self, key: tuple[str, int], index: int, dispatch: Dispatch, descriptions: list) -> Run:
+        case, requests = self.config.cases[index], self.requests[index]
+        if self.config.mode == Mode.offline:
+            return self._offline(key, case, dispatch, descriptions, requests)
+        return online.measure(
+            self.config, case, key, descriptions[0], requests, lambda tokens: self.bars.advance(0, tokens, 1)
+        )
 
     def _offline(self, key: tuple[str, int], case: Case, dispatch: Dispatch, descriptions: list, requests: list) -> Run:
         outcome = dispatch.run(requests, case.max_concurrency, self.bars.advance)
@@ -157,11 +180,6 @@ class Bench:
             resubmitted=outcome.resubmitted,
             rows=[outcome.rows[request.request_id] for request in requests],
         )
-
-
-def replace_prefixes(config: BenchConfig) -> BenchConfig:
-    """For a handful of warm-up requests."""
-    return replace(config, num_prefixes=1)
 
 
 def main(
