@@ -156,7 +156,9 @@ class Bench:
 
     def _warm_up(self, dispatch: Dispatch, descriptions: list) -> None:
         if self.config.warmup_requests and self.config.mode == Mode.offline:
-            dispatch.run(self.warmup, None, self.bars.advance)
+            outcome = dispatch.run(self.warmup, None, self.bars.advance)
+            if problems := [*outcome.lost.values(), *(row.error for row in outcome.rows.values() if row.error)]:
+                raise StartError(f"a replica did not answer its warm-up requests: {problems[0]}")
         elif self.config.warmup_requests:
             online.load(self.config, self.config.cases[0], descriptions[0]["url"], self.warmup, float("inf"), int)
 
