@@ -55,7 +55,7 @@ def throughput_table(results: Path) -> str:
     if not any(found.values()):
         return "_Not measured yet: `python benchmarks/throughput.py configs/bench/cpu_long_context.yaml`._"
     head = ["requests", "cache", "output tokens/s", "least to largest round", "vs bf16", "TTFT p50, ms", "ITL p50, ms"]
-    head += ["sequences at a time", "KV memory, tokens"]
+    head += ["ITL vs bf16", "sequences at a time", "KV memory, tokens"]
     parts = []
     for config, cases in sorted(found.items()):
         rows = [
@@ -67,6 +67,7 @@ def throughput_table(results: Path) -> str:
                 times(speedup(group, impl)),
                 f"{line.metrics['ttft_ms_p50']:,.0f}",
                 f"{line.metrics['itl_ms_p50']:,.1f}",
+                times(group["auto"].metrics["itl_ms_p50"] / line.metrics["itl_ms_p50"]),
                 str(line.metrics["peak_running_seqs_per_replica"]),
                 f"{line.metrics['kv_cache_tokens_per_replica']:,}",
             ]
