@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks import record
 from benchmarks.record import Record
 from benchmarks.summary import case_text
-from benchmarks.tables import LABELS, Group, markdown, source, times
+from benchmarks.tables import LABELS, Group, markdown, source
 
 CAPTIONS = {
     "cpu_long_context": "Eight sequences of 4096 prompt tokens on one core:",
@@ -64,10 +64,10 @@ def throughput_table(results: Path) -> str:
                 label(impl),
                 f"{line.tok_per_s:,.1f}",
                 spread(line),
-                times(speedup(group, impl)),
+                f"{speedup(group, impl):.2f}x",
                 f"{line.metrics['ttft_ms_p50']:,.0f}",
                 f"{line.metrics['itl_ms_p50']:,.1f}",
-                times(group["auto"].metrics["itl_ms_p50"] / line.metrics["itl_ms_p50"]),
+                f"{group['auto'].metrics['itl_ms_p50'] / line.metrics['itl_ms_p50']:.2f}x",
                 str(line.metrics["peak_running_seqs_per_replica"]),
                 f"{line.metrics['kv_cache_tokens_per_replica']:,}",
             ]
