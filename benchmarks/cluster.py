@@ -30,7 +30,7 @@ class ClusterError(RuntimeError):
 def connect(address: str | None) -> Iterator[None]:
     """Connect to the cluster at `address`, or start one on this machine that ends with the block."""
     # Ray's own reports go to its log files: the console belongs to the progress bars.
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     # Other nodes get this folder's modules; vllm_int8kv must be installed there.
     package = {"py_modules": [str(record.ROOT / "benchmarks")], "excludes": ["results", "plots"]}
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}

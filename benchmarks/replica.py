@@ -58,6 +58,9 @@ class Replica:
     def __init__(self, config: BenchConfig, kv_cache_dtype: str, core_start: int) -> None:
         self.config = config
         bind_cores(config, core_start)
+        if config.world_size > 1:
+            # This actor owns no GPU, its workers do. Ray hides all GPUs from it, and vLLM would see no CUDA.
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         from vllm import LLM
 
         from vllm_int8kv.models import resolve

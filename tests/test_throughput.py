@@ -151,6 +151,24 @@ def test_replicas_on_one_host_have_their_own_cores(local_ray, config):
         assert sorted(place.core_start for place in places) == list(range(cores))
 
 
+def test_gpu_engines_use_vllms_ray_executor():
+    """As far as a machine without a GPU can tell: what is asked of Ray and what vLLM is told."""
+    load, cluster, replica = module("bench_config").load, module("cluster"), module("replica")
+    parallel = load(SMOKE.with_name("gpu_tensor_parallel.yaml"))
+    args = replica.engine_args(parallel, parallel.model)
+    assert args["distributed_executor_backend"] == "ray"
+    assert (args["tensor_parallel_size"], args["pipeline_parallel_size"]) == (4, 2)
+    assert cluster.bundles(parallel) == [{"GPU": 1, "CPU": 1}] * 8
+    options = cluster.Place(None, 0).options(parallel)
+    assert (options["num_gpus"], options["num_cpus"]) == (0, 0), "the GPUs are for its workers"
+    assert options["scheduling_strategy"].placement_group_capture_child_tasks
+    single = load(SMOKE.with_name("gpu_kvtuner.yaml"))
+    assert "distributed_executor_backend" not in replica.engine_args(single, single.model)
+    assert cluster.Place(None, 0).options(single)["num_gpus"] == 1
+    served = replace(load(SMOKE.with_name("gpu_online.yaml")), tensor_parallel_size=2)
+    assert cluster.bundles(served) == [{"GPU": 2, "CPU": 2}], "one process tree on one node"
+
+
 @pytest.fixture
 def two_nodes(monkeypatch):
     """Two raylets on this machine, a CPU each; yields the cluster. The second node's environment is `node_env`."""
