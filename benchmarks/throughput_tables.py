@@ -46,7 +46,7 @@ def label(impl: str) -> str:
 def spread(line: Record) -> str:
     """Least to largest round."""
     rounds = line.metrics["output_tok_per_s_by_round"]
-    return f"{min(rounds):,.1f} to {max(rounds):,.1f}"
+    return f"{min(rounds):,.1f} to {max(rounds):,.1f}" if len(rounds) > 1 else "one round"
 
 
 def throughput_table(results: Path) -> str:
