@@ -44,21 +44,25 @@ def flight_figure(cases: list[Group]) -> go.Figure:
     cases = sorted(cases, key=lambda group: group["auto"].case["max_concurrency"] or group["auto"].case["num_requests"])
     flights = [group["auto"].case["max_concurrency"] or group["auto"].case["num_requests"] for group in cases]
     figure = go.Figure()
+    highest = max(line.tok_per_s for group in cases for line in group.values())
     for impl in cases[-1]:
         figure.add_scatter(x=flights, y=[group[impl].tok_per_s for group in cases], name=label(impl))
         fits = capacity(cases[-1][impl])
-        figure.add_vline(x=fits, line=DASHED, annotation_text=f"{label(impl)}: {fits:.1f} fit")
-    return titled(figure, "requests in flight per replica", "output tokens/s", log_x=True)
+        name = f"{fits:.1f} fit: {label(impl)}"
+        figure.add_scatter(x=[fits, fits], y=[0, highest], name=name, mode="lines", line=DASHED)
+    figure.update_xaxes(tickvals=flights)
+    return titled(figure, "requests in flight per replica", "output tokens/s")
 
 
 def bar_figure(cases: list[Group]) -> go.Figure:
-    """Output tokens per second by case; the dashed line is twice the unquantized cache: half the bytes."""
+    """Output tokens per second by case; the mark is twice the unquantized cache: half the bytes."""
     names = [case_text(group["auto"].case) for group in cases]
     figure = go.Figure()
     for impl in cases[-1]:
         figure.add_bar(x=names, y=[group[impl].tok_per_s for group in cases], name=label(impl))
     bound = [2 * group["auto"].tok_per_s for group in cases]
-    figure.add_scatter(x=names, y=bound, name="2 x bf16: half the bytes", mode="lines+markers", line=DASHED)
+    mark = {"symbol": "line-ew", "size": 90, "line": {"width": 2, "color": "black"}}
+    figure.add_scatter(x=names, y=bound, name="2 x bf16: half the bytes", mode="markers", marker=mark)
     return titled(figure, "requests", "output tokens/s")
 
 

@@ -167,7 +167,8 @@ def as_vllm(request: Request) -> tuple:
 
 def engine_args(config: BenchConfig, model: str) -> dict[str, Any]:
     """The arguments of vLLM beside model and kv_cache_dtype, the same for every cache."""
-    args: dict[str, Any] = {"max_num_seqs": config.max_num_seqs, "disable_log_stats": True, "seed": config.seed}
+    args: dict[str, Any] = {"max_num_seqs": config.max_num_seqs, "seed": config.seed}
+    args["disable_log_stats"] = config.mode == Mode.offline  # a server's metrics say how large its cache is
     if config.longest is not None:
         args["max_model_len"] = config.longest
     if config.kv_cache_seqs is not None:
