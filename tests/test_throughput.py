@@ -233,6 +233,7 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     assert len(children) > 3, "raylet, workers"
     assert not psutil.wait_procs(children, timeout=60)[1], "processes left behind"
     assert not list(tmp_path.glob("*.jsonl")), "no record of half a sweep"
+    assert "interrupted; the same command goes on from here" in (tmp_path / "log.txt").read_text()
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
