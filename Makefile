@@ -95,7 +95,13 @@ bench: setup  ## Measure everything this machine can and rewrite the tables of R
 	@$(BIN)/python benchmarks/kernels.py
 	@$(BIN)/python benchmarks/end_to_end.py
 	@$(BIN)/python benchmarks/quantize.py
+	@$(BIN)/python benchmarks/throughput.py configs/bench/cpu_long_context.yaml
+	@$(BIN)/python benchmarks/throughput.py configs/bench/cpu_memory_pressure.yaml
 	@$(BIN)/python benchmarks/report.py
+
+.PHONY: report
+report: setup  ## Rewrite the tables and plots from the records; benchmarks/results/report.html has all of them
+	@$(BIN)/python benchmarks/report.py --html benchmarks/results/report.html
 
 .PHONY: lock
 lock: $(VENV)/.dependencies  ## Resolve requirements-cpu.lock anew from pyproject.toml

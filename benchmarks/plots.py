@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.tables import LABELS, Group, groups, sizes
+from benchmarks.throughput_tables import capacity, pressure_data
 
 MAX_PLOT_BYTES = 150_000
 
@@ -61,8 +62,38 @@ def draw_decode(found: list[Group], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_pressure(found: list[Group], path: Path) -> None:
+    """Output tokens per second against requests in flight; the dashed lines are what each cache holds."""
+    import matplotlib.pyplot as plt
+
+    flights = [group["auto"].case["max_concurrency"] for group in found]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    for impl in found[-1]:
+        rates = [group[impl].tok_per_s for group in found]
+        (line,) = axes.plot(flights, rates, marker="o")
+        axes.annotate(LABELS[impl], (flights[-1], rates[-1]), **beside, color=line.get_color())
+        fits = capacity(found[-1][impl])
+        axes.axvline(fits, linestyle="--", color=line.get_color())
+        axes.annotate(f" {fits:.1f} fit", (fits, 0), xytext=(2, 6), textcoords="offset points", color=line.get_color())
+    newest = found[-1]["int8_custom"]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(flights, [str(count) for count in flights])
+    axes.set_xlim(flights[0] * 0.8, flights[-1] * 3)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests in flight")
+    axes.set_ylabel("output tokens/s, prefill included")
+    case = newest.case
+    axes.set_title(f"{case['model']}, {case['input_len']} in, {case['output_len']} out, the same KV memory")
+    figure.supxlabel(f"{newest.device.split(',')[0]}, {newest.num_threads} core, {newest.utc[:10]}", fontsize=8)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
+    plt.close(figure)
+
+
 PLOTS: dict[str, tuple[Callable[[Path], list[Group]], Callable[[list[Group], Path], None]]] = {
     "decode": (decode_plot_data, draw_decode),
+    "memory_pressure": (pressure_data, draw_pressure),
 }
 """By file name: where the data comes from and who draws it."""
 

@@ -33,8 +33,8 @@ class Record:
 
     schema: int = SCHEMA
     what: str
-    """the file it belongs to: decode, verify, prefill, write, read_bandwidth, end_to_end, quantize,
-    quantize_error"""
+    """the file it belongs to: decode, verify, prefill, write, read_bandwidth, end_to_end, quantize, quantize_error,
+    throughput, online"""
     case: dict
     """all sizes, dtypes and seeds"""
     impl: str
@@ -54,7 +54,7 @@ class Record:
     frac_of_peak: float | None
     """gb_per_s / read_gb_per_s"""
     tok_per_s: float | None = None
-    """output tokens per second of the whole engine"""
+    """output tokens per second of the whole engine, or of all replicas together"""
     metrics: dict | None = None
     """what only this kind of measurement has, units in the names"""
     checked: bool

@@ -20,8 +20,9 @@ from benchmarks import quantize_plots, quantize_tables, record
 from benchmarks.plots import PLOTS as KERNEL_PLOTS
 from benchmarks.plots import plot_problem
 from benchmarks.tables import TABLES as KERNEL_TABLES
+from benchmarks.throughput_tables import online_table, throughput_table
 
-TABLES = KERNEL_TABLES | quantize_tables.TABLES
+TABLES = KERNEL_TABLES | quantize_tables.TABLES | {"throughput": throughput_table, "online": online_table}
 PLOTS = KERNEL_PLOTS | quantize_plots.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
 README = record.ROOT / "README.md"
@@ -46,6 +47,7 @@ def main(
     results: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
     readme: Annotated[Path, typer.Option(help="file with the markers")] = README,
     plots: Annotated[Path, typer.Option(help="folder of the plots")] = PLOT_FOLDER,
+    html: Annotated[Path | None, typer.Option(help="also write a self-contained HTML report to this file")] = None,
 ) -> None:
     """Generate README's tables and plots from the records."""
     text = readme.read_text()
@@ -63,6 +65,10 @@ def main(
                 draw(found, plot)
             if problem := plot_problem(plot, found):
                 problems.append(problem)
+    if html is not None:
+        from benchmarks import html_report  # plotly is slow to import
+
+        html_report.write(results, html)
     if problems:
         sys.exit("; ".join(problems) + "; run `python benchmarks/report.py`")
 

@@ -6,7 +6,9 @@ its own version under that name (`vllm/entrypoints/cli/main.py`, for `--version`
 sub-command is built here; everything from the options of `serve` on is vLLM's.
 """
 
+import argparse
 import os
+from typing import Any
 
 from vllm_int8kv.config import KV_CACHE_DTYPE
 
@@ -24,8 +26,8 @@ def serve(args: list[str]) -> None:
     """Serve until a signal comes.
 
     Args:
-        args: what follows `vllm serve`, the model first. `kv_cache_dtype` defaults to int8_custom; the model
-            "smollm2" is the embedded one and is served under that name.
+        args: what follows `vllm serve`: the model first, or `--config FILE` with the key `model`. `kv_cache_dtype`
+            defaults to int8_custom; the model "smollm2" is the embedded one and is served under that name.
 
     Raises:
         SystemExit: help was asked for, or an option is wrong.
@@ -36,19 +38,12 @@ def serve(args: list[str]) -> None:
         raise ValueError(
             f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']!r} leaves out this plugin: add {PLUGIN_NAME} to it, or unset it"
         )
-    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     # As `vllm` does: forked workers of a process with threads or CUDA would hang.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    command = ServeSubcommand()
-    parser = FlexibleArgumentParser(prog="vllm-int8kv")
-    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    serve_parser.usage = "vllm-int8kv serve MODEL [options]"
-    serve_parser.set_defaults(kv_cache_dtype=KV_CACHE_DTYPE)
-    options = parser.parse_args([command.name, *args])
-    if options.model_tag == "smollm2":
+    command, options = parse(args)
+    if (options.model_tag or options.model) == "smollm2":
         from vllm_int8kv.models import smollm2
 
         options.model_tag = str(smollm2())
@@ -56,3 +51,16 @@ def serve(args: list[str]) -> None:
     configure_logging_from_args(options)
     command.validate(options)
     command.cmd(options)
+
+
+def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
+    """vLLM's sub-command and the options that its own parser makes of `args`."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm-int8kv")
+    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser.usage = "vllm-int8kv serve MODEL [options]"
+    serve_parser.set_defaults(kv_cache_dtype=KV_CACHE_DTYPE)
+    return command, parser.parse_args([command.name, *args])
