@@ -18,6 +18,10 @@ class Int8KVConfig:
     rotate_keys: bool = True
     """Spread outlier channels of K over its head before quantization; exact for the scores."""
 
+    equalize_keys: bool = True
+    """Balance the channels of K against those of Q before quantization, by factors found when the model is loaded;
+    exact for the scores. See `equalization.py`."""
+
     cpu_isa: str | None = None
     """CPU kernel path, one of `ops.cpu_isas()`; None for the fastest this machine has."""
 
