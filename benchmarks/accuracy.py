@@ -3,7 +3,6 @@
     python benchmarks/accuracy.py engine                     # KV cache dtypes, through vLLM (vllm-int8kv eval)
     python benchmarks/accuracy.py engine --stress 128        # the same on a model whose keys carry outliers
     python benchmarks/accuracy.py schemes                    # quantization schemes, simulated in PyTorch
-    python benchmarks/accuracy.py report                     # the recorded numbers, as in README.md
 
 Four texts (`accuracy_texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
 """
@@ -16,6 +15,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -67,6 +67,46 @@ def engine(
         accuracy_record.append("engine", case, name, metrics, out)
         kl = metrics["paths"]["decode"]["kl_per_token"]
         console.print(f"{name}: KL {kl['value']:.2e} ({kl['low']:.2e} to {kl['high']:.2e})")
+
+
+@app.command()
+def schemes(
+    model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
+    tokens: Annotated[int, typer.Option(help="of each text")] = 1024,
+    stress: Annotated[str, typer.Option(help="factors of the outliers put into the keys; 1 for none")] = "1,128",
+    only: Annotated[str, typer.Option(help="names of schemes; empty for all")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
+) -> None:
+    """Score quantization schemes without an engine; one line per scheme and factor."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.schemes import SCHEMES
+    from benchmarks.simulator import Simulator
+
+    names = {scheme.name for scheme in SCHEMES}
+    if unknown := sorted(set(filter(None, only.split(","))) - names):
+        sys.exit(f"--only: no scheme {unknown[0]!r}; there are {', '.join(sorted(names))}")
+    folder, chosen = resolve(model), texts()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    simulator = Simulator(folder, [tokenizer.encode(text)[:tokens] for text in chosen.values()])
+    sizes = {name: ids.shape[1] for name, ids in zip(chosen, simulator.token_ids, strict=True)}
+    config = simulator.model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    todo = [
+        (scheme, int(s)) for scheme in SCHEMES for s in stress.split(",") if not only or scheme.name in only.split(",")
+    ]
+    for scheme, factor in track(todo, console=Console(stderr=True)):
+        kl = simulator.kl_per_token(scheme, factor)
+        weight_errors, output_errors = simulator.layer_errors(scheme, factor)
+        metrics = {
+            "kl_per_token": sum(kl) / len(kl),
+            "kl_by_text": dict(zip(chosen, kl, strict=True)),
+            "e_a": weight_errors,
+            "e_o": output_errors,
+            "bytes_per_token": scheme.bytes_per_token(head_size),
+        }
+        accuracy_record.append("schemes", {"model": model, "stress": factor, "texts": sizes}, scheme.name, metrics, out)
+        console.print(f"{scheme.name}, stress {factor}: KL {metrics['kl_per_token']:.2e}")
 
 
 if __name__ == "__main__":
