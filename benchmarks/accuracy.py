@@ -20,7 +20,7 @@ from rich.progress import track
 if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import accuracy_record
+from benchmarks import accuracy_record, record
 from benchmarks.accuracy_texts import texts
 from benchmarks.stress_model import make_stress_model
 from vllm_int8kv.models import resolve
@@ -47,6 +47,7 @@ def engine(
     """Score KV cache dtypes through vLLM; one line per cache."""
     from vllm_int8kv.evaluate import CacheSpec, evaluate, make_plan
 
+    record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     options = {"paths": paths, "needle_lengths": needle_lengths, "engine_options": "{}"}
     sizes = {"max_tokens": tokens, "generate_tokens": generate_tokens, "dtype": dtype}
     chosen = texts()
@@ -83,6 +84,7 @@ def schemes(
     from benchmarks.schemes import SCHEMES
     from benchmarks.simulator import Simulator
 
+    record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     names = {scheme.name for scheme in SCHEMES}
     if unknown := sorted(set(filter(None, only.split(","))) - names):
         sys.exit(f"--only: no scheme {unknown[0]!r}; there are {', '.join(sorted(names))}")
