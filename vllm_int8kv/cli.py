@@ -103,6 +103,13 @@ def evaluate(
         str, typer.Option(help="Of weights and arithmetic; auto: float32 on CPU, the model's own elsewhere.")
     ] = "auto",
     engine_options: Annotated[str, typer.Option(help="More arguments of vLLM's LLM, as JSON.")] = "{}",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Rank the layers by what they lose to INT8 instead.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="With --sensitivity: draw the layers into this PNG file.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="With --sensitivity: write the suggested layer policy to this YAML file.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the log of vLLM instead of progress bars.")] = False,
 ) -> None:
@@ -111,9 +118,13 @@ def evaluate(
     from vllm_int8kv.eval_report import print_report
     from vllm_int8kv.evaluate import CacheSpec, evaluate, make_plan
     from vllm_int8kv.models import resolve
+    from vllm_int8kv.sensitivity import draw_layers, measure_layers, print_layers, write_policy
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise fail(f"--json: the folder {json_file.absolute().parent} does not exist")
+    for option, path in (("--json", json_file), ("--plot", plot), ("--policy", policy)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise fail(f"{option}: the folder {path.absolute().parent} does not exist")
+        if path is not None and option != "--json" and not sensitivity:
+            raise fail(f"{option} needs --sensitivity")
     try:
         plan = make_plan(
             text or [],
@@ -130,10 +141,17 @@ def evaluate(
         )
         caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
         plan = replace(plan, model=resolve(model))
-        report = evaluate(plan, caches, error_console, name=model, verbose=verbose)
+        if sensitivity:
+            report = measure_layers(plan, error_console, name=model, verbose=verbose)
+            if plot is not None:
+                draw_layers(report, plot)
+        else:
+            report = evaluate(plan, caches, error_console, name=model, verbose=verbose)
     except (EngineError, ImportError, ValueError) as error:
         raise fail(str(error)) from None
-    print_report(report, console)
+    (print_layers if sensitivity else print_report)(report, console)
+    if policy is not None:
+        write_policy(report, policy)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
 
