@@ -21,6 +21,7 @@ if not __package__:  # run as a script: this folder has a `kernels`, which trans
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import accuracy_record, record
+from benchmarks.accuracy_tables import CACHES
 from benchmarks.accuracy_texts import texts
 from benchmarks.stress_model import make_stress_model
 from vllm_int8kv.models import resolve
@@ -28,14 +29,11 @@ from vllm_int8kv.models import resolve
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
-PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
-"""Plain INT8 per (token, KV head), the quantizer of vLLM's int8_per_token_head, which does not exist on CPU."""
-
 
 @app.command()
 def engine(
     model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
-    dtypes: Annotated[str, typer.Option(help="caches, as vllm-int8kv eval takes them")] = f"int8_custom,{PLAIN},fp8",
+    dtypes: Annotated[str, typer.Option(help="caches, as vllm-int8kv eval takes them")] = ",".join(CACHES),
     tokens: Annotated[int, typer.Option(help="of each text")] = 2048,
     dtype: Annotated[str, typer.Option(help="of weights and arithmetic")] = "float32",
     stress: Annotated[int, typer.Option(help="factor of the outliers put into the keys; 1 for none")] = 1,

@@ -88,9 +88,6 @@ def read_layer_policy(path: str | Path, num_layers: int) -> dict[int, str]:
         if layer_format not in LAYER_FORMATS:
             allowed = " or ".join(LAYER_FORMATS)
             raise ValueError(f"{what} gives layer {index} the format {layer_format!r}; use {allowed}")
-            raise ValueError(
-                f"{what} gives layer {index} the format {layer_format!r}; use {' or '.join(LAYER_FORMATS)}"
-            )
         found[index] = layer_format
     return found
 
