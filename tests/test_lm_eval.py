@@ -38,7 +38,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_a_task_through_the_server(server, tmp_path):
+def test_a_task_through_the_server(server, tmp_path):  # noqa: F811
     names = list(CAPITALS.values())
     lines = [{"country": c, "choices": names, "answer": names.index(city)} for c, city in CAPITALS.items()]
     data = tmp_path / "capitals.jsonl"
