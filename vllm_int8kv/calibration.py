@@ -112,8 +112,10 @@ def layer_is_loaded(impl: Any) -> None:
             problem = f"its pass over random tokens failed ({type(error).__name__}: {error})"
     for layer in layers:
         layer.impl.calibration_state = State.DONE
-        if problem is not None:
-            layer.impl.key_equalizer = None
+        factors = layer.impl.key_equalizer if problem is None else None
+        # A buffer, and no inference tensor, so that vLLM's sleep mode saves it and can write it back in place.
+        layer.impl.key_equalizer = None if factors is None else factors.clone()
+        layer.register_buffer("int8kv_key_equalizer", layer.impl.key_equalizer, persistent=False)
     _log(type(model).__name__, layers, problem)
 
 
