@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.accuracy_tables import engine_table, schemes_table
+from benchmarks.markdown import markdown
 from benchmarks.record import Record
 
 LABELS = {"int8_custom": "int8_custom", "auto": "vLLM bf16 (auto)", "fp8": "vLLM fp8"}
@@ -29,12 +31,6 @@ def faster(group: Group, impl: str) -> float:
 
 def times(ratio: float) -> str:
     return f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def source(found: list[Group]) -> str:
@@ -176,4 +172,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "prefill": prefill_table,
     "write": write_table,
     "end_to_end": end_to_end_table,
+    "accuracy": engine_table,
+    "schemes": schemes_table,
 }

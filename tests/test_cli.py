@@ -1,7 +1,6 @@
 """The command line: doctor, the messages for bad input, and the whole demo on a tiny scale."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from argparse import Namespace
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -159,22 +157,6 @@ def test_demo_shows_the_error_of_an_engine(tmp_path):
     assert result.exit_code == 1
     assert "Error: the engine with kv_cache_dtype='auto' and dtype='auto' ended with exit code 1" in result.stderr
     assert "no-model" in result.stderr.split("Its last lines:")[1]
-
-
-def test_compare_log_probs(tmp_path):
-    rows = {"p": [[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], "q": [[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]}
-    for name, probabilities in rows.items():
-        np.save(tmp_path / f"{name}.npy", np.log(np.array(probabilities, np.float32)))
-    got = demo.compare_log_probs(str(tmp_path / "p.npy"), str(tmp_path / "q.npy"))
-    assert got["kl_per_token"] == pytest.approx(0.25 * math.log(2) / 2, rel=1e-6)
-    assert (got["top1_agreement"], got["text_tokens"]) == (0.5, 2)
-
-
-def test_compare_log_probs_refuses_a_row_left_out(tmp_path):
-    np.save(tmp_path / "p.npy", np.log(np.full((3, 4), 0.25, np.float32)))
-    np.save(tmp_path / "q.npy", np.zeros((3, 4), np.float32))
-    with pytest.raises(demo.EngineError, match=r"tokens 0 to 2: probabilities sum up to 1 to 4, not 1"):
-        demo.compare_log_probs(str(tmp_path / "p.npy"), str(tmp_path / "q.npy"))
 
 
 @pytest.mark.engine

@@ -192,7 +192,8 @@ def test_unsupported_block_size_is_refused(registered, llama):
     [
         (
             {"rotate": True},
-            "additional_config[\"int8_kv\"] has no option 'rotate'; expected one of: cpu_isa, rotate_keys",
+            "additional_config[\"int8_kv\"] has no option 'rotate'; expected one of: cpu_isa, equalize_keys, "
+            "layer_policy, rotate_keys",
         ),
         ({"rotate_keys": 1}, 'additional_config["int8_kv"]["rotate_keys"] must be bool, got 1 (int)'),
         ({"cpu_isa": True}, 'additional_config["int8_kv"]["cpu_isa"] must be str | None, got True (bool)'),
@@ -205,6 +206,14 @@ def test_wrong_option_is_refused(options, message, registered, llama):
     with pytest.raises(ValueError) as caught:
         create_config(llama, additional_config={"int8_kv": options})
     assert message in str(caught.value)
+
+
+def test_layer_policy_becomes_skipped_layers(registered, llama, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("0: int8\n1: auto\n")
+    options = {"int8_kv": {"layer_policy": str(policy)}}
+    config = create_config(llama, additional_config=options, kv_cache_dtype_skip_layers=["0"])
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["0", "1"]
 
 
 def test_options_are_not_looked_at_for_other_dtypes(registered, llama):

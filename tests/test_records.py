@@ -70,6 +70,17 @@ def test_committed_records_fit_the_schema(record):
         assert {line.what for line in lines} == {path.stem}
 
 
+def test_committed_accuracy_records_fit_the_schema(record):
+    accuracy_record = importlib.import_module("benchmarks.accuracy_record")
+    files = sorted((RESULTS / "accuracy").glob("*.jsonl"))
+    assert {path.stem for path in files} >= {"engine", "schemes"}
+    for path in files:
+        lines = accuracy_record.read(path.stem)
+        assert lines and {line.what for line in lines} == {path.stem}
+    with pytest.raises(ValueError, match=r"unknown or missing fields \['speedup'\]"):
+        accuracy_record.parse(json.dumps(asdict(lines[0]) | {"speedup": 2.0}))
+
+
 def test_a_record_reads_back_as_written(record, measured, tmp_path):
     record.append(measured, tmp_path)
     later = replace(measured, median_us=21.0, utc="2026-01-02T00:00:00+00:00")
@@ -114,7 +125,10 @@ def test_a_wrong_line_is_named(record, measured, tmp_path):
         record.read("decode", tmp_path)
 
 
-NAMES = ("decode", "prefill", "write", "end_to_end", "quantize", "quantize_error", "throughput", "online")
+NAMES = (
+    *("decode", "prefill", "write", "end_to_end", "quantize", "quantize_error", "throughput", "online"),
+    *("accuracy", "schemes"),
+)
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -26,10 +25,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, SinkFullAttentionSpec
 
-from vllm_int8kv import cache_layout, ops
+from vllm_int8kv import cache_layout, calibration, ops
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
-
-logger = init_logger("vllm.int8kv")
+from vllm_int8kv.startup_log import log_cache_format
 
 MIN_COMPUTE_CAPABILITY = (7, 5)
 
@@ -144,7 +142,7 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
         options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
         if device.type == "cpu" and options.cpu_isa is not None:
             ops.set_cpu_isa(options.cpu_isa)
-        _log_cache_format(kv_cache_spec, vllm_config, options, device)
+        log_cache_format(kv_cache_spec, vllm_config, options, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -198,13 +196,28 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks_parameter = sinks
         self.sinks: torch.Tensor | None = None
-        options = Int8KVConfig.from_additional_config(get_current_vllm_config().additional_config)
+        self.vllm_config = get_current_vllm_config()
+        options = Int8KVConfig.from_additional_config(self.vllm_config.additional_config)
         self.rotate_keys = options.rotate_keys
+        self.key_equalizer: torch.Tensor | None = None
+        self.calibration_state = calibration.new_state(options.equalize_keys)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # Only now does the parameter hold the checkpoint's values, in the model dtype.
         if self.sinks_parameter is not None:
             self.sinks = self.sinks_parameter.detach().float()
+        calibration.layer_is_loaded(self)
+
+    @staticmethod
+    def metadata_of_one_sequence(num_tokens: int, num_blocks: int, device: torch.device) -> Int8KVMetadata:
+        """Metadata of a prompt that fills the first blocks of a cache."""
+        return Int8KVMetadata(
+            num_actual_tokens=num_tokens,
+            block_table=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+            query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+            causal=True,
+        )
 
     def do_kv_cache_update(
         self,
@@ -217,7 +230,12 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         """Quantize and store this step's K and V, `[num_tokens, num_kv_heads, head_size]`."""
         num_tokens = slot_mapping.shape[0]  # later rows are padding
         ops.reshape_and_cache(
-            key[:num_tokens], value[:num_tokens], kv_cache, slot_mapping, rotate_keys=self.rotate_keys
+            key[:num_tokens],
+            value[:num_tokens],
+            kv_cache,
+            slot_mapping,
+            rotate_keys=self.rotate_keys,
+            key_equalizer=self.key_equalizer,
         )
 
     def forward(
@@ -237,12 +255,17 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         Args:
             query, output: [num_tokens, num_heads, head_size]; rows beyond `num_actual_tokens` are left alone.
             key, value: unused, the cache has them.
-            attn_metadata: None while vLLM profiles memory; the output is then zero.
+            attn_metadata: None while vLLM profiles memory, the output is then zero, and during calibration.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("Int8KVImpl does not quantize its output; disable fuse_attn_quant")
         if attn_metadata is None:
-            return output.fill_(0)
+            return calibration.attend(layer, query, key, value, output)
+        key_equalizer = self.key_equalizer
+        if layer.kv_sharing_target_layer_name is not None:  # the cache was written by another layer
+            key_equalizer = (
+                get_forward_context().no_compile_layers[layer.kv_sharing_target_layer_name].impl.key_equalizer
+            )
         num_tokens = attn_metadata.num_actual_tokens
         ops.paged_attention(
             query[:num_tokens],
@@ -258,41 +281,6 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
             rotate_keys=self.rotate_keys,
+            key_equalizer=key_equalizer,
         )
         return output
-
-
-def _log_cache_format(
-    spec: AttentionSpec, vllm_config: VllmConfig, options: Int8KVConfig, device: torch.device
-) -> None:
-    """Say once per worker what was chosen and what it saves, over all layers that own a cache."""
-    padding = spec.page_size_bytes / spec.unpadded_page_size_bytes
-    int8_bytes = native_bytes = skipped = 0
-    for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
-        if layer.kv_sharing_target_layer_name is not None or layer.attn_type != AttentionType.DECODER:
-            continue
-        native = layer.num_kv_heads * 2 * layer.head_size * vllm_config.model_config.dtype.itemsize
-        native_bytes += native
-        if layer.kv_cache_dtype == KV_CACHE_DTYPE:
-            int8_bytes += padding * layer.num_kv_heads * cache_layout.content_bytes(layer.head_size)
-        else:
-            int8_bytes += native
-            skipped += 1
-    logger.info_once(
-        "INT8 KV cache: one scale per token and KV head, keys %s, %s kernels; %d bytes per token instead of %d "
-        "(%s), %.2fx the tokens in the same memory; %d layer(s) left unquantized",
-        "rotated" if options.rotate_keys else "not rotated",
-        ops.cpu_isa() if device.type == "cpu" else device.type,
-        int8_bytes,
-        native_bytes,
-        str(vllm_config.model_config.dtype).removeprefix("torch."),
-        native_bytes / int8_bytes,
-        skipped,
-    )
-    if padding > 1:
-        logger.warning_once(
-            "INT8 KV cache: vLLM pads blocks from %d to %d bytes, the size of other layers' blocks, which costs "
-            "capacity; it does so where sliding-window and full-attention layers differ in their KV cache dtype",
-            spec.unpadded_page_size_bytes,
-            spec.page_size_bytes,
-        )

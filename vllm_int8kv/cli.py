@@ -1,6 +1,7 @@
-"""The command `vllm-int8kv`: demo, doctor and serve."""
+"""The command `vllm-int8kv`: demo, eval, doctor and serve."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,8 @@ def demo(
     verbose: Annotated[bool, typer.Option(help="Show the log of vLLM instead of progress bars.")] = False,
 ) -> None:
     """Compare an unquantized KV cache with the INT8 one: answers, memory, accuracy, speed."""
-    from vllm_int8kv.demo import EngineError, Plan, run_demo
+    from vllm_int8kv.demo import Plan, run_demo
+    from vllm_int8kv.engine_process import EngineError
     from vllm_int8kv.models import resolve
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -75,6 +77,83 @@ def print_demo(report: dict[str, Any]) -> None:
         "likely, as they do between any two engines that round differently.",
         style="dim",
     )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Path or name as vLLM takes it, or smollm2.")] = "smollm2",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text to score; may be given again. Default: the model writes its own.")
+    ] = None,
+    dtypes: Annotated[
+        str, typer.Option(help="KV cache dtypes to compare with auto; int8_custom:rotate_keys=false sets an option.")
+    ] = f"auto,{KV_CACHE_DTYPE},fp8",
+    paths: Annotated[
+        str, typer.Option(help="How scored tokens read the cache: decode, prefill, chunked, prefix.")
+    ] = "decode,prefill,chunked,prefix",
+    tokens: Annotated[int, typer.Option(min=2, help="Longer texts are cut to this.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Texts that the model writes when none is given.")] = 3,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Chunk of the path chunked.")] = 256,
+    prefix_stride: Annotated[int, typer.Option(min=1, help="The path prefix scores every n-th token.")] = 16,
+    generate_tokens: Annotated[int, typer.Option(min=0, help="Length of the greedy answers compared; 0: none.")] = 128,
+    needle_lengths: Annotated[str, typer.Option(help="Contexts in which to hide a number; empty: none.")] = (
+        "512,1024,2048"
+    ),
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and arithmetic; auto: float32 on CPU, the model's own elsewhere.")
+    ] = "auto",
+    engine_options: Annotated[str, typer.Option(help="More arguments of vLLM's LLM, as JSON.")] = "{}",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Rank the layers by what they lose to INT8 instead.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="With --sensitivity: draw the layers into this PNG file.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="With --sensitivity: write the suggested layer policy to this YAML file.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    verbose: Annotated[bool, typer.Option(help="Show the log of vLLM instead of progress bars.")] = False,
+) -> None:
+    """Measure what each KV cache dtype costs in accuracy: KL divergence, perplexity, greedy answers, needles."""
+    from vllm_int8kv.engine_process import EngineError
+    from vllm_int8kv.eval_report import print_report
+    from vllm_int8kv.evaluate import CacheSpec, evaluate, make_plan
+    from vllm_int8kv.models import resolve
+    from vllm_int8kv.sensitivity import draw_layers, measure_layers, print_layers, write_policy
+
+    for option, path in (("--json", json_file), ("--plot", plot), ("--policy", policy)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise fail(f"{option}: the folder {path.absolute().parent} does not exist")
+        if path is not None and option != "--json" and not sensitivity:
+            raise fail(f"{option} needs --sensitivity")
+    try:
+        plan = make_plan(
+            text or [],
+            paths=paths,
+            needle_lengths=needle_lengths,
+            engine_options=engine_options,
+            model=model,
+            dtype=dtype,
+            num_samples=samples,
+            max_tokens=tokens,
+            chunk_tokens=chunk_tokens,
+            prefix_stride=prefix_stride,
+            generate_tokens=generate_tokens,
+        )
+        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
+        plan = replace(plan, model=resolve(model))
+        if sensitivity:
+            report = measure_layers(plan, error_console, name=model, verbose=verbose)
+            if plot is not None:
+                draw_layers(report, plot)
+        else:
+            report = evaluate(plan, caches, error_console, name=model, verbose=verbose)
+    except (EngineError, ImportError, ValueError) as error:
+        raise fail(str(error)) from None
+    (print_layers if sensitivity else print_report)(report, console)
+    if policy is not None:
+        write_policy(report, policy)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 @app.command()

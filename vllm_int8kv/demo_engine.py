@@ -1,63 +1,27 @@
-"""One engine of the demo, in a process of its own: `python -m vllm_int8kv.demo_engine PLAN`.
-
-PLAN is a `demo.Plan` as JSON. Lines on stdout that start with `demo.EVENT` go on with one JSON object for the
-parent; every other line is the log of vLLM. vLLM's workers import the module too and find `ForcedDecoding` here.
-"""
+"""One engine of the demo, run by `engine_process`; its plan is a `demo.Plan`."""
 
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import numpy as np
 import torch
-from vllm import LLM, RequestOutput, SamplingParams
-from vllm.config import ModelConfig
+from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from vllm_int8kv.demo import EVENT, Plan
+from vllm_int8kv.demo import Plan
+from vllm_int8kv.engine_process import emit
+from vllm_int8kv.forced_decoding import OPTIONS, kv_cache_memory_bytes, score_decode, steps
+from vllm_int8kv.scoring import TextFiles
 
 MAX_NUM_BATCHED_TOKENS = 2048
 WARM_UP_STEPS = 2
 MARGIN_TOKENS = 256
 
 
-class ForcedDecoding(AdapterLogitsProcessor):
-    """Makes a request say a given text and records what the model would rather have said.
-
-    For requests with `extra_args["forced_text"]`: `token_ids`, the text; `path`, a .npy file
-    [num_tokens, vocab_size] fp32 of log-probabilities; `first_row`, the row of the first token.
-    """
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def new_req_logits_processor(self, params: SamplingParams) -> Callable | None:
-        forced = (params.extra_args or {}).get("forced_text")
-        if forced is None:
-            return None
-        log_probs = np.load(forced["path"], mmap_mode="r+")
-
-        def record_and_force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            step = len(output_ids)
-            log_probs[forced["first_row"] + step] = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
-            forced_logits = torch.full_like(logits, -torch.inf)
-            forced_logits[forced["token_ids"][step]] = 0.0
-            return forced_logits
-
-        return record_and_force
-
-
-def emit(**event: object) -> None:
-    """Send one event to the parent."""
-    print(EVENT + json.dumps(event), flush=True)
-
-
 def main() -> None:
-    plan = Plan(**json.loads(sys.argv[1]))
+    plan = Plan(**json.load(sys.stdin))
     emit(stage="load", done=0.0)
     model_config = EngineArgs(model=plan.model, dtype=plan.dtype).create_model_config()
     # Beside the context: the tokens of the speed test and what prefill steps let the first sequences run ahead.
@@ -72,8 +36,8 @@ def main() -> None:
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         # Compiling takes about a minute on two cores, more than it saves here.
         enforce_eager=True,
-        logits_processors=["vllm_int8kv.demo_engine:ForcedDecoding"],
         disable_log_stats=True,
+        **OPTIONS,
     )
     emit(stage="load", done=1.0)
     cache_config = llm.llm_engine.vllm_config.cache_config
@@ -87,22 +51,10 @@ def main() -> None:
     if plan.prompts:
         result["answers"] = answer(llm, plan)
     if plan.text:
-        score_text(llm, plan, model_config.get_vocab_size())
+        result["text_tokens"] = score_text(llm, plan, model_config.get_vocab_size())
     if plan.decode_steps:
         result["decode_tok_per_s"] = measure_decode(llm, plan, result["context_len"], model_config.get_vocab_size())
     emit(result=result)
-
-
-def kv_cache_memory_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Memory in which `num_tokens` fit with `kv_cache_dtype="auto"`; both dtypes get the same."""
-    heads = config.get_total_num_kv_heads() * config.get_total_num_hidden_layers()
-    return 2 * heads * config.get_head_size() * config.dtype.itemsize * num_tokens
-
-
-def steps(llm: LLM) -> Iterator[list[RequestOutput]]:
-    """Run the engine until no request is left; yields the outputs of each step."""
-    while llm.llm_engine.has_unfinished_requests():
-        yield llm.llm_engine.step()
 
 
 def answer(llm: LLM, plan: Plan) -> list[str]:
@@ -113,30 +65,14 @@ def answer(llm: LLM, plan: Plan) -> list[str]:
     return [output.outputs[0].text.strip() for output in outputs]
 
 
-def score_text(llm: LLM, plan: Plan, vocab_size: int) -> None:
-    """Record the log-probabilities of every token of the text given all tokens before it.
-
-    The text is cut into `num_seqs` parts that are decoded side by side, each after the text before it, so that
-    every row but the first of a part comes from a decode step that reads the whole context from the cache.
-    """
-    token_ids = llm.get_tokenizer().encode(plan.text)[: llm.llm_engine.vllm_config.model_config.max_model_len]
-    num_rows = len(token_ids) - 1
-    np.lib.format.open_memmap(plan.log_probs_path, "w+", np.float32, (num_rows, vocab_size)).flush()
-    bounds = [1 + num_rows * part // plan.num_seqs for part in range(plan.num_seqs + 1)]
-    for begin, end in pairwise(bounds):
-        forced = {"path": plan.log_probs_path, "first_row": begin - 1, "token_ids": token_ids[begin:end]}
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=end - begin,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={"forced_text": forced},
-        )
-        llm.llm_engine.add_request(f"text-{begin}", {"prompt_token_ids": token_ids[:begin]}, params)
-    num_done = {}
-    for outputs in steps(llm):
-        num_done |= {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
-        emit(stage="text", done=sum(num_done.values()) / num_rows)
+def score_text(llm: LLM, plan: Plan, vocab_size: int) -> int:
+    """Score the text by decode steps; returns the number of scored tokens."""
+    max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
+    token_ids = llm.get_tokenizer().encode(plan.text)[:max_model_len]
+    files = TextFiles(token_ids, plan.scores_path, plan.reference_path, plan.is_reference)
+    files.create(vocab_size)
+    score_decode(llm, [files], plan.num_seqs, lambda done: emit(stage="text", done=done))
+    return files.num_rows
 
 
 def measure_decode(llm: LLM, plan: Plan, context_len: int, vocab_size: int) -> float:

@@ -11,7 +11,7 @@ import importlib
 import sys
 from typing import Any, Literal, get_args
 
-from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
+from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
 
 BACKEND_NAME = "INT8_KV"
 BACKEND_PATH = "vllm_int8kv.backend.Int8KVBackend"
@@ -206,7 +206,7 @@ def _wrap_platform() -> None:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Refuse in the user's process what would otherwise fail in a worker.
+    """Refuse in the user's process what would otherwise fail in a worker, and apply the layer policy.
 
     Raises:
         ValueError: an option is wrong, or the model or a feature is not supported; says what to do.
@@ -222,6 +222,11 @@ def check_engine(vllm_config: Any) -> None:
     model_config = vllm_config.model_config
     if model_config is None:
         return
+    if options.layer_policy is not None:
+        policy = read_layer_policy(options.layer_policy, model_config.get_total_num_hidden_layers())
+        skipped = {str(layer) for layer, layer_format in policy.items() if layer_format == "auto"}
+        cache_config = vllm_config.cache_config
+        cache_config.kv_cache_dtype_skip_layers = sorted({*cache_config.kv_cache_dtype_skip_layers, *skipped})
     parallel_config = vllm_config.parallel_config
     refuse_unsupported(
         dict(

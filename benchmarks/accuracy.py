@@ -1,0 +1,113 @@
+"""What KV cache formats cost in accuracy, recorded in `results/accuracy/`.
+
+    python benchmarks/accuracy.py engine                     # KV cache dtypes, through vLLM (vllm-int8kv eval)
+    python benchmarks/accuracy.py engine --stress 128        # the same on a model whose keys carry outliers
+    python benchmarks/accuracy.py schemes                    # quantization schemes, simulated in PyTorch
+
+Four texts (`accuracy_texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
+"""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import accuracy_record, record
+from benchmarks.accuracy_tables import CACHES
+from benchmarks.accuracy_texts import texts
+from benchmarks.stress_model import make_stress_model
+from vllm_int8kv.models import resolve
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.command()
+def engine(
+    model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
+    dtypes: Annotated[str, typer.Option(help="caches, as vllm-int8kv eval takes them")] = ",".join(CACHES),
+    tokens: Annotated[int, typer.Option(help="of each text")] = 2048,
+    dtype: Annotated[str, typer.Option(help="of weights and arithmetic")] = "float32",
+    stress: Annotated[int, typer.Option(help="factor of the outliers put into the keys; 1 for none")] = 1,
+    paths: Annotated[str, typer.Option(help="how scored tokens read the cache")] = "decode,prefill,chunked,prefix",
+    generate_tokens: Annotated[int, typer.Option(help="length of the greedy answers compared")] = 128,
+    needle_lengths: Annotated[str, typer.Option(help="contexts in which to hide a number")] = "512,1024,2048",
+    out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
+) -> None:
+    """Score KV cache dtypes through vLLM; one line per cache."""
+    from vllm_int8kv.evaluate import CacheSpec, evaluate, make_plan
+
+    record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
+    options = {"paths": paths, "needle_lengths": needle_lengths, "engine_options": "{}"}
+    sizes = {"max_tokens": tokens, "generate_tokens": generate_tokens, "dtype": dtype}
+    chosen = texts()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(resolve(model))
+        if stress > 1:
+            path = make_stress_model(path, Path(folder, "model"), stress)
+        plan = replace(make_plan([], model=str(path), **options, **sizes), texts=tuple(chosen.values()))
+        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
+        report = evaluate(plan, caches, Console(stderr=True), name=model)
+    case = {
+        "model": model,
+        "stress": stress,
+        "dtype": dtype,
+        "texts": dict(zip(chosen, report["text_tokens"].values(), strict=True)),
+    }
+    for name, metrics in report["caches"].items():
+        accuracy_record.append("engine", case, name, metrics, out)
+        kl = metrics["paths"]["decode"]["kl_per_token"]
+        console.print(f"{name}: KL {kl['value']:.2e} ({kl['low']:.2e} to {kl['high']:.2e})")
+
+
+@app.command()
+def schemes(
+    model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
+    tokens: Annotated[int, typer.Option(help="of each text")] = 1024,
+    stress: Annotated[str, typer.Option(help="factors of the outliers put into the keys; 1 for none")] = "1,128",
+    only: Annotated[str, typer.Option(help="names of schemes; empty for all")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
+) -> None:
+    """Score quantization schemes without an engine; one line per scheme and factor."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.schemes import SCHEMES
+    from benchmarks.simulator import Simulator
+
+    record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
+    names = {scheme.name for scheme in SCHEMES}
+    if unknown := sorted(set(filter(None, only.split(","))) - names):
+        sys.exit(f"--only: no scheme {unknown[0]!r}; there are {', '.join(sorted(names))}")
+    folder, chosen = resolve(model), texts()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    simulator = Simulator(folder, [tokenizer.encode(text)[:tokens] for text in chosen.values()])
+    sizes = {name: ids.shape[1] for name, ids in zip(chosen, simulator.token_ids, strict=True)}
+    config = simulator.model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    todo = [
+        (scheme, int(s)) for scheme in SCHEMES for s in stress.split(",") if not only or scheme.name in only.split(",")
+    ]
+    for scheme, factor in track(todo, console=Console(stderr=True)):
+        kl = simulator.kl_per_token(scheme, factor)
+        weight_errors, output_errors = simulator.layer_errors(scheme, factor)
+        metrics = {
+            "kl_per_token": sum(kl) / len(kl),
+            "kl_by_text": dict(zip(chosen, kl, strict=True)),
+            "e_a": weight_errors,
+            "e_o": output_errors,
+            "bytes_per_token": scheme.bytes_per_token(head_size),
+        }
+        accuracy_record.append("schemes", {"model": model, "stress": factor, "texts": sizes}, scheme.name, metrics, out)
+        console.print(f"{scheme.name}, stress {factor}: KL {metrics['kl_per_token']:.2e}")
+
+
+if __name__ == "__main__":
+    app()

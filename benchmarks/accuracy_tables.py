@@ -1,0 +1,102 @@
+"""The accuracy tables of README.md as Markdown, from the records in `results/accuracy/`."""
+
+from pathlib import Path
+
+from benchmarks import accuracy_record
+from benchmarks.accuracy_record import AccuracyRecord
+from benchmarks.markdown import markdown
+from benchmarks.schemes import SCHEMES
+
+PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
+"""Plain INT8 per (token, KV head), the quantizer of vLLM's int8_per_token_head, which does not exist on CPU."""
+CACHES = {
+    "int8_custom": "`int8_custom`",
+    PLAIN: "plain INT8 per (token, head)",
+    "fp8": "vLLM `fp8` (e4m3)",
+}
+
+
+def find(records: list[AccuracyRecord], impl: str, **case: object) -> AccuracyRecord | None:
+    """The newest record of a cache whose case has these values."""
+    found = [line for line in records if line.impl == impl and case.items() <= line.case.items()]
+    return max(found, key=lambda line: (sum(line.case["texts"].values()), line.utc), default=None)
+
+
+def divergence(line: AccuracyRecord | None) -> str:
+    """KL per token by decode steps, with half the width of its interval."""
+    if line is None:
+        return "-"
+    kl = line.metrics["paths"]["decode"]["kl_per_token"]
+    return f"{kl['value']:.1e} ± {(kl['high'] - kl['low']) / 2:.0e}"
+
+
+def engine_table(results: Path) -> str:
+    """KV cache dtypes through vLLM."""
+    records = accuracy_record.latest(accuracy_record.read("engine", results / "accuracy"))
+    clean = {impl: find(records, impl, stress=1, dtype="float32") for impl in CACHES}
+    if any(line is None for line in clean.values()):
+        return "_Not measured yet: `python benchmarks/accuracy.py engine`._"
+    head = ["KV cache", "KL per token", "perplexity", "same top token", "equal greedy tokens"]
+    columns = {"KL, bf16 arithmetic": ("bfloat16", 1), "KL, keys with 128x outliers": ("float32", 128)}
+    rows = []
+    for impl, label in CACHES.items():
+        line = clean[impl]
+        path, greedy = line.metrics["paths"]["decode"], line.metrics["first_divergence"]
+        change = path["perplexity_change"]
+        others = [find(records, impl, dtype=dtype, stress=stress) for dtype, stress in columns.values()]
+        rows.append(
+            [
+                label,
+                divergence(line),
+                f"{change['value']:+.2%} ± {(change['high'] - change['low']) / 2:.2%}",
+                f"{path['top1_agreement']['value']:.1%}",
+                f"{greedy['mean_tokens']:.0f} of {greedy['max_tokens']}",
+                *map(divergence, others),
+            ]
+        )
+    ours = clean["int8_custom"]
+    texts = ", ".join(f"{name} ({count:,})" for name, count in ours.case["texts"].items())
+    noise = find(records, "auto", dtype="bfloat16", stress=1)
+    note = f"Texts and their tokens: {texts}. ± is half a 95% bootstrap interval."
+    if noise is not None and "prefill" in noise.metrics["paths"]:
+        kl = noise.metrics["paths"]["prefill"]["kl_per_token"]["value"]
+        note += (
+            f" In bf16, `auto` by prefill differs from itself by decode steps by {kl:.1e}: there the arithmetic "
+            "hides the cache."
+        )
+    return f"{markdown([*head, *columns], rows)}\n\n{note}\n\n{source(ours)}"
+
+
+def schemes_table(results: Path) -> str:
+    """Quantization schemes in the simulator."""
+    records = accuracy_record.latest(accuracy_record.read("schemes", results / "accuracy"))
+    if not records:
+        return "_Not measured yet: `python benchmarks/accuracy.py schemes`._"
+    rows = []
+    for scheme in SCHEMES:
+        by_stress = {factor: find(records, scheme.name, stress=factor) for factor in (1, 128)}
+        if (line := by_stress[1]) is None:
+            continue
+        e_a, e_o = (sum(line.metrics[name]) / len(line.metrics[name]) for name in ("e_a", "e_o"))
+        stressed = by_stress[128]
+        rows.append(
+            [
+                scheme.meaning,
+                f"{line.metrics['bytes_per_token']:.0f}",
+                f"{line.metrics['kl_per_token']:.1e}",
+                "-" if stressed is None else f"{stressed.metrics['kl_per_token']:.1e}",
+                f"{e_a:.1e}",
+                f"{e_o:.1e}",
+            ]
+        )
+    head = ["scheme", "bytes per token and KV head", "KL per token", "with 128x outliers", "e_a", "e_o"]
+    return f"{markdown(head, rows)}\n\n{source(next(line for line in records if line.impl == 'int8_custom'))}"
+
+
+def source(line: AccuracyRecord) -> str:
+    """Where the numbers come from, for below a table."""
+    commit = line.commit + (" with local changes" if line.dirty else "")
+    return (
+        f"<sub>{line.case['model']}; {line.device.split(',')[0]}; {line.utc[:10]}; PyTorch {line.torch}, vLLM "
+        f"{line.vllm}; commit {commit}; `benchmarks/results/accuracy/{line.what}.jsonl`.</sub>"
+    )

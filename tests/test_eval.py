@@ -1,0 +1,143 @@
+"""`vllm-int8kv eval` on the real model, at a small scale, and its messages for bad input.
+
+Bounds are about twice what README's table has for more tokens: KL 1.9e-4 for int8_custom, 2.3e-2 for fp8.
+"""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_int8kv import cli, evaluate, models, sensitivity
+from vllm_int8kv.config import read_layer_policy
+from vllm_int8kv.demo import TEXT
+from vllm_int8kv.evaluate import CacheSpec, first_divergence
+
+runner = CliRunner()
+PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
+
+
+@pytest.mark.engine
+def test_eval_through_every_read_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of a pool wait for one another on a busy machine
+    report_file = tmp_path / "report.json"
+    sizes = ["--tokens", "192", "--chunk-tokens", "64", "--generate-tokens", "8", "--needle-lengths", "192"]
+    options = ["--text", str(TEXT), *sizes, "--dtypes", f"int8_custom,{PLAIN}", "--json", str(report_file)]
+    result = runner.invoke(cli.app, ["eval", "smollm2", *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads(report_file.read_text())
+    assert list(report["caches"]) == ["auto", "int8_custom", PLAIN]
+    assert report["dtype"] == "float32"
+    ours, plain, auto = (report["caches"][name]["paths"] for name in ("int8_custom", PLAIN, "auto"))
+    assert list(ours) == ["decode", "prefill", "chunked", "prefix"]
+    assert ours["decode"]["num_tokens"] == 191
+    assert 0 < ours["decode"]["kl_per_token"]["value"] < 4e-4
+    assert ours["decode"]["kl_per_token"]["value"] < 0.5 * plain["decode"]["kl_per_token"]["value"]
+    assert ours["decode"]["top1_agreement"]["value"] > 0.97
+    assert abs(ours["decode"]["perplexity_change"]["value"]) < 0.01
+    for path in ("prefill", "chunked", "prefix"):
+        # The arithmetic of another batch shape; what INT8 costs is a hundred times more.
+        assert auto[path]["kl_per_token"]["value"] < 1e-6
+        assert ours[path]["log_prob_difference_from_decode"]["mean_abs"] < 2e-3
+    assert report["caches"]["int8_custom"]["first_divergence"]["max_tokens"] == 8
+    assert [cell["length"] for cell in report["caches"]["int8_custom"]["needle"]] == [192] * 5
+    assert "decode steps" in result.output and "Greedy answers" in result.output
+
+
+@pytest.mark.engine
+def test_eval_scores_what_the_model_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    report_file = tmp_path / "report.json"
+    sizes = ["--samples", "2", "--tokens", "24", "--generate-tokens", "0", "--needle-lengths", "", "--paths", "decode"]
+    result = runner.invoke(cli.app, ["eval", "smollm2", *sizes, "--dtypes", "fp8", "--json", str(report_file)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(report_file.read_text())
+    assert report["text_source"] == "samples of the model"
+    assert list(report["text_tokens"].values()) == [24, 24]
+    assert 1e-3 < report["caches"]["fp8"]["paths"]["decode"]["kl_per_token"]["value"] < 0.1
+
+
+@pytest.mark.engine
+def test_sensitivity_ranks_layers_and_writes_a_policy(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    report_file, policy, plot = (tmp_path / name for name in ("report.json", "policy.yaml", "plot.png"))
+    options = ["--text", str(TEXT), "--tokens", "48", "--json", str(report_file), "--policy", str(policy)]
+    result = runner.invoke(cli.app, ["eval", "smollm2", "--sensitivity", *options, "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(report_file.read_text())
+    divergences = [layer["kl_per_token"] for layer in report["layers"]]
+    assert len(divergences) == 30 and divergences == sorted(divergences, reverse=True)
+    assert all(0 < value < report["kl_all_layers"] for value in divergences)
+    assert all(1e-3 < layer["e_o"] < 0.05 for layer in report["layers"])
+    assert report["capacity_ratio"] == pytest.approx(256 / 132)
+    assert set(read_layer_policy(policy, 30)) == set(range(30))
+    assert plot.stat().st_size > 0
+
+
+def test_suggested_policy_and_its_price():
+    shape = {"num_kv_heads": 2, "head_size": 64, "itemsize": 2}
+    layers = [{"layer": layer, "kl_per_token": kl, "shape": shape} for layer, kl in ((3, 9.0), (0, 1.0), (1, 1.0))]
+    found = sensitivity.suggest([*layers, {"layer": 2, "kl_per_token": 1.0, "shape": shape}])
+    assert found["policy"] == {3: "auto"}
+    assert found["kl_removed"] == pytest.approx(0.75)
+    assert found["capacity_ratio_with_policy"] == pytest.approx(4 * 256 / (3 * 132 + 256))
+
+
+def test_first_divergence():
+    found = first_divergence([[1, 2, 3, 4]] * 3, [[1, 2, 3, 4], [1, 9, 3, 4], [1, 2, 3, 9]])
+    assert found["positions"] == [None, 1, 3]
+    assert (found["same"], found["mean_tokens"], found["max_tokens"]) == (1 / 3, 8 / 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--dtypes", "int8_custom:rotate_keys"],
+            "--dtypes: expected OPTION=VALUE after int8_custom:, got 'rotate_keys'",
+        ),
+        (["--dtypes", "fp8:rotate_keys=true"], "--dtypes: only int8_custom takes options, got 'fp8:rotate_keys=true'"),
+        (["--dtypes", "int8_custom:rotate=true"], "has no option 'rotate'"),
+        (["--paths", "decode,verify"], "--paths must be some of decode, prefill, chunked, prefix, got 'verify'"),
+        (["--needle-lengths", "1k"], "--needle-lengths must be numbers of tokens like 512,1024, got '1k'"),
+        (["--engine-options", "[]"], "--engine-options must be a JSON object, got '[]'"),
+        (["--text", "/no/such/file"], "--text: cannot read /no/such/file"),
+        (["--json", "/no/such/folder/report.json"], "--json: the folder /no/such/folder does not exist"),
+        (["--plot", "plot.png"], "--plot needs --sensitivity"),
+    ],
+)
+def test_eval_refuses_bad_options(options, message, monkeypatch):
+    monkeypatch.setattr(models, "resolve", lambda model: model)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kwargs: pytest.fail("started"))
+    result = runner.invoke(cli.app, ["eval", "some/model", *options])
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_cache_spec():
+    spec = CacheSpec.parse(PLAIN)
+    assert (spec.kv_cache_dtype, spec.int8_kv) == ("int8_custom", {"rotate_keys": False, "equalize_keys": False})
+    assert CacheSpec.parse("fp8_e5m2") == CacheSpec("fp8_e5m2", "fp8_e5m2", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", r"must hold a mapping of layers to int8 or auto, got \[1\]"),
+        ("7: auto", "names layer 7; the model has layers 0 to 3"),
+        ("true: auto", "names layer True"),
+        ("1: fp8", "gives layer 1 the format 'fp8'; use int8 or auto"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_layer_policy_refuses(text, message, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_layer_policy(path, 4)
+
+
+def test_layer_policy_as_json(tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text('{"0": "auto", "2": "int8"}')
+    assert read_layer_policy(path, 4) == {0: "auto", 2: "int8"}

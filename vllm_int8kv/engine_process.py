@@ -1,0 +1,87 @@
+"""vLLM engines in processes of their own, for `vllm-int8kv demo` and `vllm-int8kv eval`.
+
+An engine is a module run with `python -m MODULE` that reads its plan as JSON from stdin. Lines on its stdout that
+start with `EVENT` go on with one JSON object for the parent; every other line is the log of vLLM.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+EVENT = "@vllm-int8kv "
+KEPT_LOG_LINES = 40
+
+
+class EngineError(RuntimeError):
+    """An engine failed; the message ends with its last words."""
+
+
+def emit(**event: object) -> None:
+    """Send one event to the parent."""
+    print(EVENT + json.dumps(event), flush=True)
+
+
+def run_engine(
+    module: str,
+    plan: Mapping[str, Any],
+    stages: Mapping[str, float],
+    on_progress: Callable[[float], None],
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Carry out a plan in a process of its own.
+
+    Args:
+        module: what to run; it emits `stage=NAME, done=FRACTION` as it goes and `result=MAPPING` in the end.
+        plan: anything JSON; its `kv_cache_dtype` and `dtype` name the engine in an error.
+        stages: the stages in order and their shares of a progress bar.
+        on_progress: called with what is done, in units of `stages`.
+        verbose: pass the log of vLLM on to stderr.
+
+    Raises:
+        EngineError: the process ended without a result.
+    """
+    environment = {
+        # The engine in the process itself: a third of the start-up time, and every core computes (vLLM's worker
+        # processes keep one core free for the scheduler, which is half of a machine with two).
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [sys.executable, "-m", module]
+    result, log = None, deque(maxlen=KEPT_LOG_LINES)
+    with subprocess.Popen(command, env=os.environ | environment, text=True, errors="replace", **pipes) as process:
+        try:
+            json.dump(plan, process.stdin)
+            process.stdin.close()
+            for line in process.stdout:
+                if line.startswith(EVENT):
+                    event = json.loads(line.removeprefix(EVENT))
+                    result = event.get("result")
+                    on_progress(_completed(stages, **event))
+                else:
+                    log.append(line)
+                    if verbose:
+                        sys.stderr.write(line)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0 or result is None:
+        raise EngineError(
+            f"the engine with kv_cache_dtype={plan['kv_cache_dtype']!r} and dtype={plan['dtype']!r} ended with exit "
+            f"code {process.returncode}. Its last lines:\n{''.join(log)}"
+        )
+    return result
+
+
+def _completed(
+    stages: Mapping[str, float], stage: str | None = None, done: float = 1.0, result: object = None
+) -> float:
+    """Progress in units of `stages` after an event of the engine."""
+    if stage is None:
+        return sum(stages.values())
+    before = list(stages)[: list(stages).index(stage)]
+    return sum(stages[name] for name in before) + done * stages[stage]
