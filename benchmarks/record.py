@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,7 @@ class Record:
 
     schema: int = SCHEMA
     what: str
-    """the file it belongs to: decode, verify, prefill, write, read_bandwidth, end_to_end"""
+    """the file it belongs to: decode, verify, prefill, write, read_bandwidth, end_to_end, throughput, online"""
     case: dict
     """all sizes, dtypes and seeds"""
     impl: str
@@ -53,7 +53,9 @@ class Record:
     frac_of_peak: float | None
     """gb_per_s / read_gb_per_s"""
     tok_per_s: float | None = None
-    """output tokens per second of the whole engine"""
+    """output tokens per second of the whole engine, or of all replicas together"""
+    metrics: dict | None = None
+    """what only this kind of measurement has, units in the names"""
     checked: bool
     """matched its reference in this run; a case that does not is not recorded"""
     rel_error: float | None
@@ -92,9 +94,10 @@ def parse(line: str) -> Record:
     """Read one line. Raises ValueError for an unknown or missing field or a wrong type."""
     data = json.loads(line)
     known = {field.name for field in fields(Record)}
+    required = {field.name for field in fields(Record) if field.default is MISSING}
     if unknown := sorted(data.keys() - known):
         raise ValueError(f"unknown fields {unknown}; known: {sorted(known)}")
-    if missing := sorted(known - data.keys()):
+    if missing := sorted(required - data.keys()):
         raise ValueError(f"missing fields {missing}")
     return Record(**data)
 
