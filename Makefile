@@ -55,6 +55,19 @@ test: setup  ## Run all tests
 test-vllm033: setup  ## Test the registration against the real vLLM 0.33.0 wheel (downloads it)
 	@$(BIN)/python -m pytest -m vllm033
 
+TEST_PYTHON ?= $(PYTHON)
+TEST_TORCH ?= 2.14.1
+TEST_VENV = build/test-torch-$(TEST_TORCH)
+OPERATOR_TESTS := $(addprefix tests/test_,cache_layout.py int8_quant.py reference.py reshape_and_cache.py paged_attention.py ops_contract.py ops_errors.py)
+
+.PHONY: test-torch
+test-torch: wheel  ## Test the wheel's operators under another PyTorch (TEST_TORCH=2.11.0, TEST_PYTHON=python3.12; downloads it)
+	@rm -rf $(TEST_VENV)
+	@$(TEST_PYTHON) -m venv $(TEST_VENV)
+	@$(TEST_VENV)/bin/pip install -q torch==$(TEST_TORCH) $$(grep -E '^(hypothesis|numpy|pytest|pytest-timeout|pyyaml|rich|typer)==' requirements-cpu.lock)
+	@$(TEST_VENV)/bin/pip install -q --no-deps dist/*.whl
+	@$(TEST_VENV)/bin/pytest -p no:cacheprovider $(OPERATOR_TESTS)
+
 .PHONY: lint
 lint: $(VENV)/.dependencies  ## Check the format and style of all sources
 	@$(BIN)/ruff check $(PYTHON_FILES)

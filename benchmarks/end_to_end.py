@@ -6,6 +6,7 @@
 Every engine is a process of its own, started in turn (A B C A B C ...). Its sequences get different prompts of
 real text and prefill first; then the steps in which all of them decode are timed at the client, from one output
 to the next. Before anything is recorded, the first token of at least 3 of 4 sequences must be the one `auto` gives.
+Every round ends with a record per format over the rounds so far, so that an interrupted run keeps what it measured.
 """
 
 import json
@@ -72,13 +73,13 @@ def agreement(answer: dict, baseline: dict) -> float:
 
 
 def to_record(plan: Plan, rounds: list[dict], num_threads: int) -> record.Record:
-    """The line of one format; step times of all rounds together."""
+    """The line of one format; step times of all rounds so far together."""
     times_us = [time_us for answer in rounds for time_us in answer["times_us"]]
     taken = asdict(summarize(times_us, cpu_us=0.0)) | {"cpu_per_wall": None}
     case = {name: value for name, value in asdict(plan).items() if name != "kv_cache_dtype"}
     return record.Record(
         what="end_to_end",
-        case=case | {"model": Path(plan.model).name, "dtype": "bfloat16", "rounds": len(rounds)},
+        case=case | {"model": Path(plan.model).name, "dtype": "bfloat16"},
         impl=plan.kv_cache_dtype,
         resolved_backend=BACKENDS[plan.kv_cache_dtype],
         bytes_moved=None,
@@ -113,21 +114,32 @@ def main(
         task = progress.add_task("", total=len(counts) * rounds * len(IMPLS))
         for count in counts:
             answers: dict[str, list[dict]] = {impl: [] for impl in IMPLS}
-            for _ in range(rounds):
+            for turn in range(1, rounds + 1):
                 for impl, plan in plans.items():
-                    progress.update(task, description=f"{impl}, {count} threads")
+                    progress.update(task, description=f"{impl}, {count} threads, round {turn} of {rounds}")
                     answers[impl].append(run_engine(plan, count))
                     progress.advance(task)
-            for impl, plan in plans.items():
-                share = min(agreement(ours, auto) for ours, auto in zip(answers[impl], answers["auto"], strict=True))
-                if share < MIN_AGREEMENT:
-                    console.print(f"[red]{impl}: {share:.0%} of the first tokens are those of auto; not recorded")
-                    failed = True
-                    continue
-                line = to_record(plan, answers[impl], count)
-                record.append(line, out)
-                console.print(f"{impl}, {count} threads: {line.tok_per_s} tokens/s, first tokens agree {share:.0%}")
+                failed |= not keep_round(plans, answers, count, out, console)
     sys.exit(1 if failed else 0)
+
+
+def keep_round(
+    plans: dict[str, Plan], answers: dict[str, list[dict]], num_threads: int, out: Path, console: Console
+) -> bool:
+    """Record every format whose answers agree with those of `auto`. Returns whether all do."""
+    all_agree = True
+    for impl, plan in plans.items():
+        share = min(agreement(ours, auto) for ours, auto in zip(answers[impl], answers["auto"], strict=True))
+        if share < MIN_AGREEMENT:
+            console.print(f"[red]{impl}: {share:.0%} of the first tokens are those of auto; not recorded")
+            all_agree = False
+            continue
+        line = to_record(plan, answers[impl], num_threads)
+        record.append(line, out)
+        console.print(
+            f"{impl}, {num_threads} threads, {line.n} steps: {line.tok_per_s} tokens/s, first tokens agree {share:.0%}"
+        )
+    return all_agree
 
 
 if __name__ == "__main__":

@@ -34,27 +34,39 @@ struct DotPairs {
 
 #if defined(__AVX512BW__)
 constexpr int kBlockRows = 8;
-// Groups per pass: about eight independent sums hide the latency of the multiply-add.
-constexpr int groups_per_pass(int rows) { return rows <= 2 ? 8 : rows <= 6 ? 4 : 2; }
+// About eight independent sums hide the latency of the multiply-add. They belong to several groups,
+// which then share a broadcast, where b is in the L1 cache. Where b comes from memory it is read
+// front to back, one group after the other, and the sums belong to several pairs: only then do the
+// hardware's prefetchers help ours (8 x 4096 tokens, GQA 4: 24 GB/s instead of 21 on one thread).
+// With more than four rows the broadcasts cost more than that gains.
+constexpr bool reads_in_order(int rows, bool streams) { return streams && rows <= 4; }
+constexpr int groups_per_pass(int rows, bool streams) {
+  return reads_in_order(rows, streams) ? 1 : rows <= 2 ? 8 : rows <= 6 ? 4 : 2;
+}
+constexpr int pairs_per_pass(int rows, bool streams) {
+  return !reads_in_order(rows, streams) ? 1 : rows <= 1 ? 8 : rows <= 2 ? 4 : 2;
+}
 
-template <int kRows, int kGroups>
+template <int kRows, int kGroups, bool kStreams>
 INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
+  constexpr int kPairs = pairs_per_pass(kRows, kStreams);
   const int16_t* a = d.a + row * d.a_stride;
   const int8_t* b = d.b + group * d.group_stride;
   int32_t* c = d.c + row * d.c_stride + group * kLanes;
-  __m512i sum[kRows][kGroups];
+  __m512i sum[kPairs][kRows][kGroups];
   for (int r = 0; r < kRows; ++r) {
     for (int g = 0; g < kGroups; ++g) {
-      sum[r][g] = d.accumulate ? _mm512_loadu_si512(c + r * d.c_stride + g * kLanes)
-                               : _mm512_setzero_si512();
+      sum[0][r][g] = d.accumulate ? _mm512_loadu_si512(c + r * d.c_stride + g * kLanes)
+                                  : _mm512_setzero_si512();
+      for (int i = 1; i < kPairs; ++i) sum[i][r][g] = _mm512_setzero_si512();
     }
   }
-  for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
+  const auto add_pair = [&](int32_t pair, auto& sums) __attribute__((always_inline)) {
     __m512i lines[kGroups];
     for (int g = 0; g < kGroups; ++g) {
       const int8_t* line = b + g * d.group_stride + pair * (2 * kLanes);
       lines[g] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
-      if (d.prefetch_ahead != 0 && pair % 2 == 0) {
+      if (kStreams && pair % 2 == 0) {
         _mm_prefetch(reinterpret_cast<const char*>(line) + d.prefetch_ahead, _MM_HINT_T0);
       }
     }
@@ -64,25 +76,33 @@ INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group
       const __m512i broadcast = _mm512_set1_epi32(bits);
       for (int g = 0; g < kGroups; ++g) {
 #if defined(__AVX512VNNI__)
-        sum[r][g] = _mm512_dpwssd_epi32(sum[r][g], lines[g], broadcast);
+        sums[r][g] = _mm512_dpwssd_epi32(sums[r][g], lines[g], broadcast);
 #else
-        sum[r][g] = _mm512_add_epi32(sum[r][g], _mm512_madd_epi16(lines[g], broadcast));
+        sums[r][g] = _mm512_add_epi32(sums[r][g], _mm512_madd_epi16(lines[g], broadcast));
 #endif
       }
     }
+  };
+  int32_t pair = 0;
+  for (; pair + kPairs <= d.num_pairs; pair += kPairs) {
+    for (int i = 0; i < kPairs; ++i) add_pair(pair + i, sum[i]);
   }
+  for (; kPairs > 1 && pair < d.num_pairs; ++pair) add_pair(pair, sum[0]);
   for (int r = 0; r < kRows; ++r) {
     for (int g = 0; g < kGroups; ++g) {
-      _mm512_storeu_si512(c + r * d.c_stride + g * kLanes, sum[r][g]);
+      for (int i = 1; i < kPairs; ++i) {
+        sum[0][r][g] = _mm512_add_epi32(sum[0][r][g], sum[i][r][g]);
+      }
+      _mm512_storeu_si512(c + r * d.c_stride + g * kLanes, sum[0][r][g]);
     }
   }
 }
 
 #elif defined(__AVX2__)
 constexpr int kBlockRows = 4;
-constexpr int groups_per_pass(int rows) { return rows <= 1 ? 4 : rows <= 2 ? 2 : 1; }
+constexpr int groups_per_pass(int rows, bool) { return rows <= 1 ? 4 : rows <= 2 ? 2 : 1; }
 
-template <int kRows, int kGroups>
+template <int kRows, int kGroups, bool kStreams>
 INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
   const int16_t* a = d.a + row * d.a_stride;
   const int8_t* b = d.b + group * d.group_stride;
@@ -101,7 +121,7 @@ INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group
     for (int h = 0; h < kHalves; ++h) {
       const int8_t* line = b + h / 2 * d.group_stride + pair * (2 * kLanes) + h % 2 * kLanes;
       lines[h] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line)));
-      if (d.prefetch_ahead != 0 && pair % 2 == 0 && h % 2 == 0) {
+      if (kStreams && pair % 2 == 0 && h % 2 == 0) {
         _mm_prefetch(reinterpret_cast<const char*>(line) + d.prefetch_ahead, _MM_HINT_T0);
       }
     }
@@ -124,9 +144,9 @@ INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group
 
 #else
 constexpr int kBlockRows = 4;
-constexpr int groups_per_pass(int) { return 1; }
+constexpr int groups_per_pass(int, bool) { return 1; }
 
-template <int kRows, int kGroups>
+template <int kRows, int kGroups, bool kStreams>
 INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
   static_assert(kGroups == 1);
   const int16_t* a = d.a + row * d.a_stride;
@@ -152,17 +172,21 @@ INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group
 }
 #endif
 
-template <int kRows, int kGroups>
+template <int kRows, int kGroups, bool kStreams>
 INT8KV_INLINE void dot_pairs_rows(const DotPairs& d, int32_t row, int32_t group) {
   for (; group + kGroups <= d.num_groups; group += kGroups) {
-    dot_pairs_block<kRows, kGroups>(d, row, group);
+    dot_pairs_block<kRows, kGroups, kStreams>(d, row, group);
   }
-  if constexpr (kGroups > 1) dot_pairs_rows<kRows, kGroups / 2>(d, row, group);
+  if constexpr (kGroups > 1) dot_pairs_rows<kRows, kGroups / 2, kStreams>(d, row, group);
 }
 
 template <int kRows>
 __attribute__((noinline)) static void dot_pairs_rows(const DotPairs& d, int32_t row) {
-  dot_pairs_rows<kRows, groups_per_pass(kRows)>(d, row, 0);
+  if (d.prefetch_ahead != 0) {
+    dot_pairs_rows<kRows, groups_per_pass(kRows, true), true>(d, row, 0);
+  } else {
+    dot_pairs_rows<kRows, groups_per_pass(kRows, false), false>(d, row, 0);
+  }
 }
 
 static void dot_pairs(const DotPairs& all) {

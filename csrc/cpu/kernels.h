@@ -49,8 +49,8 @@ constexpr int32_t kTileSlots = 128;  // scores held at once, per row
 constexpr int32_t kSplitSlots =
     512;  // keys per split; fixed, so that no result depends on the batch
 
-// Floats per row of a split's partial result: the softmax state, padded, then
-// head_size values.
+// Floats per row of a split's partial result: the softmax state and whether the query is finite,
+// padded, then head_size values.
 constexpr int32_t kPartialHeader = 16;
 INT8KV_HD int64_t partial_size(int32_t head_size) { return kPartialHeader + head_size; }
 

@@ -14,147 +14,12 @@
 // kSplitSlots, whatever the batch, and splits merge in order: the bits of a row
 // depend on nothing but the row and its keys.
 #include "../softmax_state.h"
+#include "attention_unit.h"
 #include "dot_pairs.h"
-#include "kernels.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
 
 namespace {
-
-constexpr float kMaxTerm = 32767.0f;
-constexpr float kSecondTerm = 65534.0f;  // the first term is off by at most half a unit
-constexpr int kMaxTerms = 2;
-
-// Working memory of one thread. Strides are those of the head size in hand, so
-// that only the part in use is touched.
-struct Scratch {
-  alignas(64) int16_t queries[kMaxTerms * kMaxRows * kMaxHeadSize];  // see Unit::query_terms
-  alignas(64) int16_t weights[kMaxTerms * kMaxRows * kTileSlots];    // [term][row][kTileSlots]
-  alignas(64) int32_t products[kMaxTerms * kMaxRows * kMaxHeadSize];
-  alignas(64) float out[kMaxRows * (kPartialHeader + kMaxHeadSize)];    // of the split in hand
-  alignas(64) float total[kMaxRows * (kPartialHeader + kMaxHeadSize)];  // of the splits before it
-  alignas(64) float k_scales[kTileSlots];  // 0 past the end of the sequence
-  alignas(64) float v_scales[kTileSlots];  // same
-  SoftmaxState states[kMaxRows];
-  float row_scales[kMaxRows];     // of the first term of the queries, softmax_scale
-                                  // included
-  float weight_scales[kMaxRows];  // of the first term of the weights
-  float rescales[kMaxRows];       // what `out` is multiplied by before a tile is added
-  bool is_finite[kMaxRows];       // whether the query is
-  LaneBlock lane_block;
-};
-
-// One unit at work: what does not change from tile to tile.
-struct Unit : AttentionUnit {
-  const PagedAttentionParams &p;
-  Scratch &s;
-  int32_t num_terms;
-  int32_t num_queries_per_kv;
-  int32_t head_size;
-  int32_t block_size;
-
-  Unit(const PagedAttentionParams &params, const AttentionUnit &unit, char *scratch)
-      : AttentionUnit(unit),
-        p(params),
-        s(*reinterpret_cast<Scratch *>(scratch)),
-        num_terms(params.dtype == DType::kFloat32 ? 2 : 1),
-        num_queries_per_kv(params.num_heads / params.cache.num_kv_heads),
-        head_size(params.cache.head_size),
-        block_size(params.cache.block_size) {}
-
-  // Rows are numbered through all heads of the unit, head after head.
-  int32_t kv_head(int32_t row) const { return head_begin + row / num_rows; }
-  int32_t row_of_head(int32_t row) const { return row_begin + row % num_rows; }
-  int64_t token(int32_t row) const { return first_token + row_of_head(row) / num_queries_per_kv; }
-  int32_t head(int32_t row) const {
-    return kv_head(row) * num_queries_per_kv + row_of_head(row) % num_queries_per_kv;
-  }
-  int32_t position(int32_t row) const {
-    return seq_len - query_len + row_of_head(row) / num_queries_per_kv;
-  }
-  // The keys [begin, end) that a row sees.
-  int32_t key_begin(int32_t row) const {
-    if (p.sliding_window == 0) return 0;
-    const int64_t begin = static_cast<int64_t>(position(row)) - p.sliding_window + 1;
-    return begin > 0 ? static_cast<int32_t>(begin) : 0;
-  }
-  int32_t key_end(int32_t row) const {
-    int64_t end = seq_len;
-    if (p.causal) {
-      end = static_cast<int64_t>(position(row)) + 1;
-    } else if (p.sliding_window != 0) {
-      end = static_cast<int64_t>(position(row)) + p.sliding_window;
-    }
-    return end < 0 ? 0 : end < seq_len ? static_cast<int32_t>(end) : seq_len;
-  }
-  const int8_t *chunk(int32_t slot, int32_t unit_head) const {
-    return p.cache.chunk(p.block_table[seq * p.block_table_stride + slot / block_size],
-                         head_begin + unit_head);
-  }
-  // The terms of the queries of one head lie together.
-  int16_t *query_terms(int32_t unit_head, int32_t term) const {
-    return s.queries + (unit_head * num_terms + term) * num_rows * head_size;
-  }
-};
-
-// Equalizes and rotates the queries and turns them into integer terms.
-void load_queries(Unit &u) {
-  const PagedAttentionParams &p = u.p;
-  Scratch &s = u.s;
-  const int64_t bytes = element_size(p.dtype);
-  const int32_t num_rows = u.total_rows();
-  for (int32_t first = 0; first < num_rows; first += kLanes) {
-    const int32_t lanes = num_rows - first < kLanes ? num_rows - first : kLanes;
-    LaneBlock &block = s.lane_block;
-    const void *vectors[kLanes];
-    for (int32_t lane = 0; lane < lanes; ++lane) {
-      const int64_t offset =
-          u.token(first + lane) * p.query_token_stride + u.head(first + lane) * p.query_head_stride;
-      vectors[lane] = static_cast<const char *>(p.query) + offset * bytes;
-    }
-    load_lanes(block, vectors, lanes, p.dtype, u.head_size);
-    if (p.key_equalizer) {
-      for (int32_t lane = 0; lane < lanes; ++lane) {
-        const float *equalizer =
-            p.key_equalizer + static_cast<int64_t>(u.kv_head(first + lane)) * u.head_size;
-        for (int32_t dim = 0; dim < u.head_size; ++dim) {
-          block.x[dim * kLanes + lane] *= equalizer[dim];
-        }
-      }
-    }
-    if (p.rotate_keys) hadamard_rotate(block, u.head_size);
-    // NaN survives in the sum, where it would get lost in the maximum.
-    f32x16 amax = {}, sum = {};
-    for (int32_t dim = 0; dim < u.head_size; ++dim) {
-      const f32x16 x = abs(load<f32x16>(block.x + dim * kLanes));
-      amax = max(amax, x);
-      sum += x;
-    }
-    const f32x16 has_signal = amax > 0.0f ? splat(1.0f) : f32x16{};
-    const f32x16 to_term = amax > 0.0f ? kMaxTerm / amax : f32x16{};
-    for (int32_t lane = 0; lane < lanes; ++lane) {
-      s.row_scales[first + lane] = has_signal[lane] * amax[lane] / kMaxTerm * p.softmax_scale;
-      s.is_finite[first + lane] = sum[lane] - sum[lane] == 0.0f;
-    }
-    for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
-      i32x16 terms[kMaxTerms][kLanes];
-      for (int32_t d = 0; d < kLanes; ++d) {
-        const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes) * to_term;
-        const f32x16 term = round_even(x);
-        terms[0][d] = __builtin_convertvector(term, i32x16);
-        terms[1][d] = __builtin_convertvector(round_even((x - term) * kSecondTerm), i32x16);
-      }
-      for (int32_t t = 0; t < u.num_terms; ++t) {
-        transpose(terms[t]);
-        for (int32_t lane = 0; lane < lanes; ++lane) {
-          const int32_t row = first + lane;
-          int16_t *to = u.query_terms(row / u.num_rows, t) + row % u.num_rows * u.head_size + dim;
-          store(to, __builtin_convertvector(terms[t][lane], i16x16));
-        }
-      }
-    }
-  }
-}
 
 // The parts of a tile that lie in one block each, in order: f(first slot,
 // relative to the tile; first slot, relative to the block; number of slots;
@@ -219,41 +84,24 @@ void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                  });
 }
 
-// Turns one row's products into scores, masks them and updates the row's
-// softmax; leaves the weights exp(s - max) * v_scale as integer terms.
-void weigh_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
+// Scores of one row in place of its products, -inf where it sees no key. Returns the maximum, lane
+// by lane.
+f32x16 score_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
   const PagedAttentionParams &p = u.p;
-  Scratch &s = u.s;
-  const int32_t groups = (tile_slots + kLanes - 1) / kLanes;
-  int16_t *weights[kMaxTerms];
-  const int32_t *products[kMaxTerms];
-  for (int32_t t = 0; t < u.num_terms; ++t) {
-    const int32_t term_row = t * u.num_rows + row % u.num_rows;
-    weights[t] = s.weights + term_row * kTileSlots;
-    products[t] = s.products + term_row * kTileSlots;
-  }
+  const Scratch &s = u.s;
+  int32_t *products = u.products(row, 0);
+  const int32_t *second = u.products(row, 1);
   const int32_t begin = u.key_begin(row) - tile_begin, end = u.key_end(row) - tile_begin;
-  s.rescales[row] = 1.0f;
-  s.weight_scales[row] = 0.0f;
-  if (begin >= tile_slots || end <= 0 || begin >= end) {
-    for (int32_t t = 0; t < u.num_terms; ++t) {
-      std::memset(weights[t], 0, sizeof(int16_t) * groups * kLanes);
-    }
-    return;
-  }
-  alignas(64) float scores[kTileSlots];
   const float row_scale = s.row_scales[row];
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   f32x16 max_score = splat(kMinusInfinity);
-  for (int32_t i = 0; i < groups * kLanes; i += kLanes) {
-    f32x16 x = __builtin_convertvector(load<i32x16>(products[0] + i), f32x16);
+  for (int32_t i = 0; i < tile_slots; i += kLanes) {
+    f32x16 x = __builtin_convertvector(load<i32x16>(products + i), f32x16);
     if (u.num_terms == 2) {
-      x += __builtin_convertvector(load<i32x16>(products[1] + i), f32x16) * (1.0f / kSecondTerm);
+      x += __builtin_convertvector(load<i32x16>(second + i), f32x16) * (1.0f / kSecondTerm);
     }
     x = x * row_scale * load<f32x16>(s.k_scales + i);
-    if (p.softcap > 0.0f) {
-      x = tanh(x / p.softcap) * p.softcap;
-    }
+    if (p.softcap > 0.0f) x = tanh(x / p.softcap) * p.softcap;
     if (p.alibi_slopes) {
       const i32x16 distance = lane + (tile_begin + i - u.position(row));
       x += __builtin_convertvector(distance, f32x16) * p.alibi_slopes[u.head(row)];
@@ -263,45 +111,77 @@ void weigh_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
       x = (slot >= begin) & (slot < end) ? x : splat(kMinusInfinity);
     }
     max_score = max(max_score, x);
-    store(scores + i, x);
+    store(products + i, x);
   }
-  SoftmaxState &state = s.states[row];
-  const float tile_max = reduce_max(max_score);
-  const float new_max = tile_max > state.max ? tile_max : state.max;
-  if (new_max == kMinusInfinity) {  // only a query that is not finite gets here
-    for (int32_t t = 0; t < u.num_terms; ++t) {
-      std::memset(weights[t], 0, sizeof(int16_t) * groups * kLanes);
-    }
-    return;
-  }
-  const float rescale =
-      state.max == kMinusInfinity ? 0.0f : exp_negative(splat(state.max - new_max))[0];
-  f32x16 sum = {}, max_weight = {};
-  for (int32_t i = 0; i < groups * kLanes; i += kLanes) {
-    const f32x16 probability = exp_negative(load<f32x16>(scores + i) - new_max);
+  return max_score;
+}
+
+// exp(score - shift) * v_scale of one row in place of its scores. Returns the sums of the
+// probabilities and leaves the largest weight, lane by lane.
+f32x16 weigh_row(Unit &u, int32_t row, float shift, int32_t tile_slots, f32x16 &max_weight) {
+  int32_t *scores = u.products(row, 0);
+  f32x16 sum = {};
+  max_weight = f32x16{};
+  for (int32_t i = 0; i < tile_slots; i += kLanes) {
+    const f32x16 probability = exp_negative(load<f32x16>(scores + i) - shift);
     sum += probability;
     // By select, not by the product: keys out of sight may lie in a block that
     // was given back, and their scales may be NaN.
     const f32x16 weight =
-        probability > 0.0f ? probability * load<f32x16>(s.v_scales + i) : f32x16{};
+        probability > 0.0f ? probability * load<f32x16>(u.s.v_scales + i) : f32x16{};
     max_weight = max(max_weight, weight);
     store(scores + i, weight);
   }
-  state.sum = state.sum * rescale + reduce_add(sum);
-  state.max = new_max;
-  s.rescales[row] = rescale;
-  const float weight_max = reduce_max(max_weight);
-  const float to_term = weight_max > 0.0f ? kMaxTerm / weight_max : 0.0f;
-  s.weight_scales[row] = weight_max / kMaxTerm;
-  for (int32_t i = 0; i < groups * kLanes; i += kLanes) {
-    const f32x16 x = load<f32x16>(scores + i) * to_term;
+  return sum;
+}
+
+// The weights of one row as integer terms relative to `to_term`.
+void quantize_weights(Unit &u, int32_t row, float to_term, int32_t tile_slots) {
+  const int32_t *weights = u.products(row, 0);
+  const auto narrow = [](f32x16 v) {
+    return __builtin_convertvector(__builtin_convertvector(v, i32x16), i16x16);
+  };
+  for (int32_t i = 0; i < tile_slots; i += kLanes) {
+    const f32x16 x = load<f32x16>(weights + i) * to_term;
     const f32x16 term = round_even(x);
-    const auto narrow = [](f32x16 v) {
-      return __builtin_convertvector(__builtin_convertvector(v, i32x16), i16x16);
-    };
-    store(weights[0] + i, narrow(term));
-    if (u.num_terms == 2) store(weights[1] + i, narrow(round_even((x - term) * kSecondTerm)));
+    store(u.weights(row, 0) + i, narrow(term));
+    if (u.num_terms == 2) {
+      store(u.weights(row, 1) + i, narrow(round_even((x - term) * kSecondTerm)));
+    }
   }
+}
+
+// Turns the products of one head's rows into scores, masks them and updates the
+// rows' softmax; leaves the weights exp(s - max) * v_scale as integer terms.
+// Every step goes over all rows before the next: a row is a chain of three
+// reductions, and only other rows can hide their latency.
+void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slots) {
+  Scratch &s = u.s;
+  const int32_t first = unit_head * u.num_rows, num_rows = u.num_rows;
+  float tile_max[kMaxRows + kLanes] = {}, shifts[kMaxRows + kLanes], to_terms[kMaxRows];
+  for (int32_t i = 0; i < num_rows; ++i) {
+    tile_max[i] = reduce_max(score_row(u, first + i, tile_begin, tile_slots));
+  }
+  for (int32_t i = 0; i < num_rows; i += kLanes) {
+    const f32x16 old_max = load<f32x16>(s.maxes + first + i);
+    const f32x16 new_max = max(load<f32x16>(tile_max + i), old_max);
+    // A row that has seen no key at all shifts by 0: exp(-inf) is 0, exp(-inf + inf) is not.
+    const f32x16 shift = new_max > kMinusInfinity ? new_max : f32x16{};
+    store(tile_max + i, new_max);
+    store(shifts + i, shift);
+    store(s.rescales + i, exp_negative(old_max - shift));
+  }
+  for (int32_t i = 0; i < num_rows; ++i) {
+    const int32_t row = first + i;
+    f32x16 max_weight;
+    const float sum = reduce_add(weigh_row(u, row, shifts[i], tile_slots, max_weight));
+    const float weight_max = reduce_max(max_weight);
+    s.maxes[row] = tile_max[i];
+    s.sums[row] = s.sums[row] * s.rescales[i] + sum;
+    s.weight_scales[i] = weight_max / kMaxTerm;
+    to_terms[i] = weight_max > 0.0f ? kMaxTerm / weight_max : 0.0f;
+  }
+  for (int32_t i = 0; i < num_rows; ++i) quantize_weights(u, first + i, to_terms[i], tile_slots);
 }
 
 // out = out * rescale + weights * V for the rows of one head.
@@ -329,7 +209,7 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
     float *out = s.out + row * partial_size(u.head_size) + kPartialHeader;
     const int32_t *first = s.products + static_cast<int64_t>(i) * u.head_size;
     const int32_t *second = first + static_cast<int64_t>(u.num_rows) * u.head_size;
-    const float rescale = s.rescales[row], scale = s.weight_scales[row];
+    const float rescale = s.rescales[i], scale = s.weight_scales[i];
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
       f32x16 x = __builtin_convertvector(load<i32x16>(first + dim), f32x16);
       if (u.num_terms == 2) {
@@ -340,12 +220,15 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
   }
 }
 
-// Leaves the partial result of one split in scratch.out: the state, then the
-// values.
+// Leaves the partial result of one split in scratch.out: the state, whether the query is finite,
+// then the values.
 void attend_split(Unit &u, int32_t split) {
   Scratch &s = u.s;
   std::memset(s.out, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
-  for (int32_t row = 0; row < u.total_rows(); ++row) s.states[row] = SoftmaxState{};
+  for (int32_t row = 0; row < u.total_rows(); ++row) {
+    s.maxes[row] = kMinusInfinity;
+    s.sums[row] = 0.0f;
+  }
   // A head's rows are ordered by position: the first one's window and the last
   // one's end bound all.
   const int32_t split_begin = split * kSplitSlots;
@@ -355,16 +238,15 @@ void attend_split(Unit &u, int32_t split) {
     if (tile >= tile_end || tile + kTileSlots <= key_begin) continue;
     for (int32_t unit_head = 0; unit_head < u.num_unit_heads; ++unit_head) {
       score_tile(u, unit_head, tile, tile_end);
-      for (int32_t i = 0; i < u.num_rows; ++i) {
-        weigh_row(u, unit_head * u.num_rows + i, tile, tile_end - tile);
-      }
+      weigh_tile(u, unit_head, tile, tile_end - tile);
       add_values(u, unit_head, tile, tile_end);
     }
   }
   for (int32_t row = 0; row < u.total_rows(); ++row) {
     float *header = s.out + row * partial_size(u.head_size);
-    header[0] = s.states[row].max;
-    header[1] = s.states[row].sum;
+    header[0] = s.maxes[row];
+    header[1] = s.sums[row];
+    header[2] = s.is_finite[row];
   }
 }
 
@@ -437,9 +319,11 @@ void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32
 void combine(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t num_splits,
              const float *partials, char *scratch) {
   Unit u(params, unit, scratch);
-  load_queries(u);  // for is_finite
   clear_total(u);
   const int64_t size = u.total_rows() * partial_size(u.head_size);
+  for (int32_t row = 0; row < u.total_rows(); ++row) {
+    u.s.is_finite[row] = partials[row * partial_size(u.head_size) + 2] != 0.0f;
+  }
   for (int32_t split = 0; split < num_splits; ++split) merge_split(u, partials + split * size);
   write_out(u);
 }
