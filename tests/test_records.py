@@ -114,7 +114,7 @@ def test_a_wrong_line_is_named(record, measured, tmp_path):
         record.read("decode", tmp_path)
 
 
-NAMES = ("decode", "prefill", "write", "end_to_end")
+NAMES = ("decode", "prefill", "write", "end_to_end", "support", "soak")
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
 
 
