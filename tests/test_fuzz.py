@@ -107,7 +107,9 @@ def test_reads_the_named_blocks_or_refuses(blocks, seq_lens, query_lens, num_tok
         assert (out == 5).all()
     else:
         end = int(starts[-1])
-        table[torch.tensor(query_lens[:num_seqs]) == 0] = 0  # nobody asks for these blocks, but the reference reads them
+        table[torch.tensor(query_lens[:num_seqs]) == 0] = (
+            0  # nobody asks for these blocks, but the reference reads them
+        )
         want, _ = reference.paged_attention(*args, **options)
         torch.testing.assert_close(out[:end], want[:end].float(), atol=2e-3, rtol=2e-3)
         assert (out[end:] == 5).all()
