@@ -172,12 +172,12 @@ def support_table(results: Path) -> str:
     path = results / "support.json"
     if not path.exists():
         return "_Not tested yet: `make support`._"
-    record = json.loads(path.read_text())
+    table = json.loads(path.read_text())
     lines = ["| feature, on CPU | works | shown by |", "|---|---|---|"]
-    for feature, (outcome, text, tests) in record["rows"].items():
+    for feature, (outcome, text, tests) in table["rows"].items():
         names = ", ".join(sorted({f"`{test.split('::')[1]}`" for test in tests}))
         lines.append(f"| {feature} | {outcome} | {text}: {names} |")
-    return "\n".join(lines) + f"\n\n<sub>vLLM {record['vllm']}; `benchmarks/results/support.json`.</sub>"
+    return "\n".join(lines) + f"\n\n<sub>vLLM {table['vllm']}; `benchmarks/results/support.json`.</sub>"
 
 
 def soak_table(results: Path) -> str:

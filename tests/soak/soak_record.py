@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from soak import BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_BLOCKS, ROOT, Result
+from server import BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_BLOCKS
+from soak import ROOT, Result
 
 
 def summary(result: Result) -> dict[str, Any]:
