@@ -51,6 +51,21 @@ demo: setup  ## Serve SmolLM2 from an INT8 cache and compare it with the model d
 test: setup  ## Run all tests
 	@$(BIN)/python -m pytest
 
+.PHONY: support
+support: setup  ## Run the feature tests and rewrite the support table of README.md
+	@$(BIN)/python -m pytest -m support --write-support
+	@$(BIN)/python benchmarks/report.py
+
+MINUTES ?= 30
+CONNECTIONS ?= 200
+.PHONY: soak
+soak: setup  ## Load a server for MINUTES=30 and check every answer; appends a record
+	@$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --connections $(CONNECTIONS) --record benchmarks/results
+
+.PHONY: sanitize
+sanitize: setup  ## Test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BIN)/python tests/sanitize.py
+
 .PHONY: test-vllm033
 test-vllm033: setup  ## Test the registration against the real vLLM 0.33.0 wheel (downloads it)
 	@$(BIN)/python -m pytest -m vllm033

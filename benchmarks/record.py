@@ -104,10 +104,17 @@ def parse(line: str) -> Record:
 
 
 def append(record: Record, results: Path = RESULTS) -> None:
-    """Append a record to `results/<what>.jsonl`."""
+    """Append a record to `results/<what>.jsonl`: the whole line, or nothing if the disk is full."""
     results.mkdir(parents=True, exist_ok=True)
-    with (results / f"{record.what}.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(record)) + "\n")
+    path = results / f"{record.what}.jsonl"
+    with path.open("ab", buffering=0) as file:
+        size, line = file.tell(), (json.dumps(asdict(record)) + "\n").encode()
+        try:
+            while line:  # a full disk first takes a part
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read(what: str, results: Path = RESULTS) -> list[Record]:

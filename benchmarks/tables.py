@@ -1,5 +1,6 @@
 """The tables of README.md as Markdown, from the records. Only records of one device are compared, the last measured."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +163,44 @@ def end_to_end_table(results: Path) -> str:
     return f"{markdown(head, rows)}\n\n{source(found)}"
 
 
+def support_table(results: Path) -> str:
+    """Features with what the tests that ran say about them (`tests/support.py`)."""
+    path = results / "support.json"
+    if not path.exists():
+        return "_Not tested yet: `make support`._"
+    table = json.loads(path.read_text())
+    lines = ["| feature, on CPU | works | shown by |", "|---|---|---|"]
+    for feature, (outcome, text, tests) in table["rows"].items():
+        names = ", ".join(sorted({f"`{test.split('::')[1]}`" for test in tests}))
+        lines.append(f"| {feature} | {outcome} | {text}: {names} |")
+    return "\n".join(lines) + f"\n\n<sub>vLLM {table['vllm']}; `benchmarks/results/support.json`.</sub>"
+
+
+def soak_table(results: Path) -> str:
+    records = record.read("soak", results)
+    if not records:
+        return "_Not measured yet: `make soak MINUTES=30`._"
+    line = records[-1]
+    m, case = line.metrics, line.case
+    rows = [
+        ["length, requests in flight", f"{case['minutes']:g} minutes, {case['connections']}"],
+        ["requests, output tokens", f"{m['requests']:,}, {m['output_tokens']:,}"],
+        ["KV pool in use, median and most", f"{m['median_pool_usage']:.1%}, {m['max_pool_usage']:.1%}"],
+        ["preemptions, prefix cache hit rate", f"{m['preemptions']:,}, {m['prefix_cache_hit_rate']:.0%}"],
+        ["lost, corrupt", f"{m['lost']}, {m['corrupt']}"],
+        [
+            "greedy answers compared; different at a near tie; else",
+            f"{m['greedy_answers_compared']:,}; {m['differences_at_near_ties']}; {m['differences_unexplained']}",
+        ],
+        [
+            "memory of all processes, third and last quarter",
+            f"{m['rss_third_quarter_bytes'] / 1e6:,.0f} MB, {m['rss_last_quarter_bytes'] / 1e6:,.0f} MB",
+        ],
+    ]
+    where = f"<sub>{line.device}; {line.utc[:10]}; commit {line.commit}; `benchmarks/results/soak.jsonl`.</sub>"
+    return f"{markdown(['SmolLM2 in fp32', 'soak'], rows)}\n\n{where}"
+
+
 def missing(what: str) -> str:
     script = "end_to_end.py" if what == "end_to_end" else "kernels.py"
     return f"_Not measured yet: `python benchmarks/{script}`._"
@@ -174,4 +213,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "end_to_end": end_to_end_table,
     "accuracy": engine_table,
     "schemes": schemes_table,
+    "support": support_table,
+    "soak": soak_table,
 }

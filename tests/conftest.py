@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import emulated_cuda
 import pytest
 import torch
+from support import Recorder
 
 from vllm_int8kv import ops
 
@@ -80,3 +81,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     num_gpu = sum(NO_CUDA in str(report.longrepr) for report in skipped)
     terminalreporter.write_line(f"{num_gpu} GPU cases skipped")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support", action="store_true", help="record the tests' support table when they passed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-support"):
+        config.pluginmanager.register(Recorder())

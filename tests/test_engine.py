@@ -11,25 +11,21 @@ Rules of comparison:
 Engines run inside the test process, where starting one takes seconds, unless processes are the subject.
 """
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from engines import MAX_KL, engine, kl_per_token, layers, num_cache_tokens, prompt_logprobs, tiny_engine
+from support import supports
 
 from vllm_int8kv import backend, cache_layout, startup_log
 
 pytestmark = pytest.mark.engine
 
 NEAR_TIE = 0.1
-MAX_KL = 4e-3
-KV_CACHE_MEMORY = 48 << 20
-PROMPT_LENS = (5, 33, 70, 120)
-
 PRICE_LIST = " ".join(f"Item {i} costs {i * 7 % 50} coins." for i in range(24))
 QUESTIONS = [
     "What is the capital of France?",
@@ -37,28 +33,6 @@ QUESTIONS = [
     "Name three colors of the rainbow.",
     PRICE_LIST + " What does item 3 cost?",
 ]
-
-
-@contextlib.contextmanager
-def engine(model: Path, *, own_process: bool = False, **options) -> Iterator["LLM"]:  # noqa: F821
-    """An engine that is gone afterwards; options are those of `LLM`."""
-    from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    defaults = dict(kv_cache_dtype="int8_custom", enforce_eager=True, max_num_seqs=8, max_model_len=640)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if own_process else "0")
-        # A worker pins its process to cores and replaces this function; the other tests need both as they were.
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
-        llm = LLM(str(model), kv_cache_memory_bytes=KV_CACHE_MEMORY, **(defaults | options))
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
 
 
 @dataclass
@@ -86,47 +60,6 @@ def ask(llm: "LLM", questions: list[str] = QUESTIONS, **options) -> list[Answer]
         )
         for o in outputs
     ]
-
-
-def prompt_logprobs(llm: "LLM") -> torch.Tensor:  # noqa: F821
-    """[tokens, vocabulary] of random prompts in one batch, a decode step included."""
-    from vllm import SamplingParams
-
-    torch.manual_seed(1)
-    tokens = [torch.randint(3, tiny_models.VOCAB_SIZE, (n,)).tolist() for n in PROMPT_LENS]
-    params = SamplingParams(
-        temperature=0, max_tokens=2, prompt_logprobs=-1, logprobs=-1, ignore_eos=True, detokenize=False
-    )
-    outputs = llm.generate([{"prompt_token_ids": t} for t in tokens], params, use_tqdm=False)
-    rows = [
-        [position[token].logprob for token in range(tiny_models.VOCAB_SIZE)]
-        for output in outputs
-        for position in (*output.prompt_logprobs[1:], *output.outputs[0].logprobs[:1])
-    ]
-    return torch.tensor(rows)
-
-
-def kl_per_token(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    return (expected.exp() * (expected - actual)).sum(dim=-1).mean().item()
-
-
-def tiny_engine(model: Path, **options):
-    return engine(model, max_model_len=256, skip_tokenizer_init=True, max_logprobs=-1, dtype="bfloat16", **options)
-
-
-def layers(llm: "LLM") -> dict[int, "Attention"]:  # noqa: F821
-    """The attention layers of an engine in this process, by index."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention import Attention
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    found = get_layers_from_vllm_config(llm.llm_engine.vllm_config, Attention)
-    return {extract_layer_index(name): layer for name, layer in found.items()}
-
-
-def num_cache_tokens(llm: "LLM") -> int:  # noqa: F821
-    cache_config = llm.llm_engine.vllm_config.cache_config
-    return cache_config.num_gpu_blocks * cache_config.block_size
 
 
 # The real model.
@@ -167,6 +100,7 @@ def test_same_memory_holds_more_tokens(auto_answers, int8_answers):
     assert int8_answers[2] / auto_answers[1] >= 2 * 1.9
 
 
+@supports("prefix caching", "the same tokens as without")
 def test_prefix_cache_hits_do_not_change_answers(int8_answers):
     first, second, _ = int8_answers
     assert first[-1].num_cached_tokens == 0
@@ -174,6 +108,7 @@ def test_prefix_cache_hits_do_not_change_answers(int8_answers):
     assert [a.tokens for a in second] == [a.tokens for a in first]
 
 
+@supports("chunked prefill", "the same tokens as without")
 def test_chunked_prefill_without_prefix_cache_does_not_change_answers(smollm2, int8_answers):
     options = dict(dtype="float32", max_num_batched_tokens=48, max_num_seqs=4, enable_prefix_caching=False)
     with engine(smollm2, **options) as llm:
@@ -182,6 +117,7 @@ def test_chunked_prefill_without_prefix_cache_does_not_change_answers(smollm2, i
     assert [a.tokens for a in answers] == [a.tokens for a in int8_answers[0]]
 
 
+@supports("preemption and recomputation", "the same tokens as without")
 def test_preemption_does_not_change_answers(smollm2, int8_answers):
     # Three equal prompts fit beside vLLM's null block, two blocks of answer to each do not.
     num_blocks = 3 * -(-int8_answers[0][-1].num_prompt_tokens // 16) + 2
@@ -227,6 +163,7 @@ def auto_run(model_folder) -> Callable[[Callable], tuple[torch.Tensor, int]]:
     return run
 
 
+@supports("Llama, Mistral, Gemma-2, Gemma-3, GPT-OSS: GQA, sliding window, softcap, sinks", "KL to vLLM's own cache")
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_random_model_is_close_to_auto(model, model_folder, auto_run):
     expected, auto_tokens = auto_run(model)
@@ -257,6 +194,7 @@ def test_comparison_notices_a_wrong_window(model_folder, auto_run, monkeypatch):
         assert kl_per_token(expected, prompt_logprobs(llm)) > 2 * MAX_KL
 
 
+@supports("`kv_cache_dtype_skip_layers` by index and `sliding_window`", "KL to vLLM's own cache")
 @pytest.mark.parametrize(
     ("model", "skip", "unquantized"),
     [(tiny_models.llama, ["0", "2"], {0, 2}), (tiny_models.gemma2, ["sliding_window"], {0, 2})],
@@ -284,6 +222,7 @@ def test_options_reach_the_worker_which_logs_them(model_folder, auto_run, monkey
         assert kl_per_token(expected, prompt_logprobs(llm)) < MAX_KL
 
 
+@supports("`torch.compile`, spawned workers", "KL to vLLM's own cache")
 def test_compiled_in_a_spawned_worker(model_folder, auto_run):
     """vLLM's defaults: torch.compile, the engine and its worker in processes of their own."""
     expected, _ = auto_run(tiny_models.llama)
@@ -291,6 +230,7 @@ def test_compiled_in_a_spawned_worker(model_folder, auto_run):
         assert kl_per_token(expected, prompt_logprobs(llm)) < MAX_KL
 
 
+@supports("tensor parallel", "two ranks: KL to vLLM's own cache")
 def test_tensor_parallel(model_folder, auto_run, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected, _ = auto_run(tiny_models.llama)

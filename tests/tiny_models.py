@@ -9,20 +9,36 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCAB_SIZE = 256
@@ -151,7 +167,103 @@ def deepseek_v2(folder: Path) -> Path:
     return _write(DeepseekV2ForCausalLM, config, folder)
 
 
-def _write(model_class: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, folder: Path) -> Path:
+def qwen2(folder: Path) -> Path:
+    """Biases on Q, K and V, those of K large."""
+    config = Qwen2Config(**_COMMON, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
+    return _write(Qwen2ForCausalLM, config, folder, k_bias=2.0)
+
+
+def qwen3(folder: Path) -> Path:
+    """Q and K normalized per head."""
+    config = Qwen3Config(
+        **_COMMON,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        use_sliding_window=False,
+    )
+    return _write(Qwen3ForCausalLM, config, folder)
+
+
+def phi(folder: Path) -> Path:
+    """RoPE on half of the head, attention and MLP in parallel."""
+    config = PhiConfig(**_COMMON, num_hidden_layers=2, num_attention_heads=3, partial_rotary_factor=0.5)
+    return _write(PhiForCausalLM, config, folder)
+
+
+def opt(folder: Path) -> Path:
+    """Learned positions, no rotation of Q and K."""
+    common = {name: value for name, value in _COMMON.items() if name != "intermediate_size"}
+    config = OPTConfig(**common, num_hidden_layers=2, num_attention_heads=3, ffn_dim=128, word_embed_proj_dim=192)
+    return _write(OPTForCausalLM, config, folder)
+
+
+def bloom(folder: Path) -> Path:
+    """ALiBi."""
+    config = BloomConfig(
+        **{
+            name: _COMMON[name]
+            for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id")
+        },
+        n_layer=2,
+        n_head=3,
+    )
+    return _write(BloomForCausalLM, config, folder)
+
+
+def gemma3n(folder: Path) -> Path:
+    """The last two layers attend to the KV cache of earlier ones."""
+    config = Gemma3nTextConfig(
+        **_COMMON | {"tie_word_embeddings": True, "intermediate_size": [128] * 5},
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        hidden_size_per_layer_input=32,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 5,
+    )
+    return _write(Gemma3nForCausalLM, config, folder)
+
+
+def lfm2(folder: Path) -> Path:
+    """A hybrid: layers with a convolution state beside layers with a KV cache."""
+    config = Lfm2Config(
+        **_COMMON,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        block_auto_adjust_ff_dim=False,
+        # What vLLM reads under names of the first published checkpoints.
+        conv_dim=192,
+        block_dim=192,
+        block_ff_dim=128,
+        block_multiple_of=32,
+        block_ffn_dim_multiplier=1.0,
+        block_norm_eps=1e-5,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+    )
+    return _write(Lfm2ForCausalLM, config, folder)
+
+
+def bert(folder: Path) -> Path:
+    """An encoder, without a KV cache."""
+    common = {name: value for name, value in _COMMON.items() if name != "tie_word_embeddings"}
+    config = BertConfig(**common, num_hidden_layers=2, num_attention_heads=3)
+    return _write(BertModel, config, folder)
+
+
+def _write(
+    model_class: Callable[[PreTrainedConfig], PreTrainedModel],
+    config: PreTrainedConfig,
+    folder: Path,
+    k_bias: float = 0.0,
+) -> Path:
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():
@@ -159,5 +271,7 @@ def _write(model_class: Callable[[PreTrainedConfig], PreTrainedModel], config: P
             if parameter.dim() == 2:
                 parameter.normal_(std=2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0)
                 parameter /= parameter.shape[1] ** 0.5
+            elif name.endswith("k_proj.bias"):
+                parameter.normal_(std=k_bias)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder

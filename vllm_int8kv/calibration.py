@@ -121,6 +121,9 @@ def layer_is_loaded(impl: Any) -> None:
 
 def _why_not(model: nn.Module, vllm_config: Any) -> str | None:
     """Why a model cannot be run here, if so."""
+    if vllm_config.kv_transfer_config is not None:
+        # The pages of one engine are read by another, which on other hardware may have rounded a factor otherwise.
+        return "a KV connector moves the cache between engines, whose factors may differ"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         return "a stage of a pipeline cannot run by itself"
     parameters = inspect.signature(model.forward).parameters.values()

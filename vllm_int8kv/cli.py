@@ -44,7 +44,11 @@ def demo(
         raise fail(str(error)) from None
     print_demo(report)
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        try:
+            json_file.write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            json_file.unlink(missing_ok=True)
+            raise fail(f"--json: {json_file} could not be written: {error}") from None
 
 
 def print_demo(report: dict[str, Any]) -> None:

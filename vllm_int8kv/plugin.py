@@ -12,6 +12,7 @@ import sys
 from typing import Any, Literal, get_args
 
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
+from vllm_int8kv.limits import refuse_features
 
 BACKEND_NAME = "INT8_KV"
 BACKEND_PATH = "vllm_int8kv.backend.Int8KVBackend"
@@ -211,6 +212,8 @@ def check_engine(vllm_config: Any) -> None:
     Raises:
         ValueError: an option is wrong, or the model or a feature is not supported; says what to do.
     """
+    from vllm.platforms import current_platform
+
     from vllm_int8kv import ops
 
     options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
@@ -227,6 +230,7 @@ def check_engine(vllm_config: Any) -> None:
         skipped = {str(layer) for layer, layer_format in policy.items() if layer_format == "auto"}
         cache_config = vllm_config.cache_config
         cache_config.kv_cache_dtype_skip_layers = sorted({*cache_config.kv_cache_dtype_skip_layers, *skipped})
+    refuse_features(vllm_config, is_cpu=current_platform.is_cpu())
     parallel_config = vllm_config.parallel_config
     refuse_unsupported(
         dict(
@@ -239,12 +243,20 @@ def check_engine(vllm_config: Any) -> None:
             use_sparse=False,
             use_mm_prefix=model_config.is_mm_prefix_lm,
             use_per_head_quant_scales=False,
-            attn_type="encoder_decoder" if model_config.is_encoder_decoder else model_config.attn_type,
+            attn_type=_attn_type(model_config),
             use_pcp=parallel_config.prefill_context_parallel_size > 1,
             use_dcp=parallel_config.decode_context_parallel_size > 1,
             use_rswa=model_config.rswa_window is not None,
         )
     )
+
+
+def _attn_type(model_config: Any) -> str:
+    """The type of the model's attention layers that have a KV cache."""
+    if model_config.is_encoder_decoder:
+        return "encoder_decoder"
+    # A hybrid has decoder layers beside layers with a state (Mamba, convolutions), which are not ours.
+    return "decoder" if model_config.attn_type == "hybrid" else model_config.attn_type
 
 
 def refuse_unsupported(request: dict[str, Any]) -> None:

@@ -1,0 +1,33 @@
+"""The short form of the soak, see `soak.py`; the long one is `make soak`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import soak
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> soak.Result:
+    return soak.run(1.5, 48, tmp_path_factory.mktemp("soak") / "log.txt")
+
+
+def test_nothing_is_lost_corrupt_or_different(result):
+    assert not result.problems()
+
+
+def test_the_load_was_one(result):
+    assert max(result.usage) > 0.95
+    assert result.metrics["vllm:prefix_cache_hits_total"] > 0
+    assert result.compared > 20
+
+
+def test_a_difference_is_explained_by_a_near_tie_only():
+    idle = soak.Idle(["a", " b", " c"], [1.0, 1e-5, 2.0])
+    assert idle.gap_where_it_parts("a x") == 1e-5
+    assert idle.gap_where_it_parts("x") == 1.0
+    assert idle.gap_where_it_parts("a b d") == 2.0
