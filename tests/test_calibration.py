@@ -93,15 +93,17 @@ class Encoder(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "stages", "problem"),
+    ("model", "stages", "connector", "problem"),
     [
-        (Draft(), 1, "its forward asks for hidden_states"),
-        (Encoder(), 1, "its forward does not take input_ids and positions"),
-        (Draft(), 2, "a stage of a pipeline cannot run by itself"),
+        (Draft(), 1, None, "its forward asks for hidden_states"),
+        (Encoder(), 1, None, "its forward does not take input_ids and positions"),
+        (Draft(), 2, None, "a stage of a pipeline cannot run by itself"),
+        (Draft(), 1, "any", "a KV connector moves the cache between engines, whose factors may differ"),
     ],
 )
-def test_why_a_model_is_not_run(model, stages, problem):
-    config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=stages))
+def test_why_a_model_is_not_run(model, stages, connector, problem):
+    parallel_config = SimpleNamespace(pipeline_parallel_size=stages)
+    config = SimpleNamespace(parallel_config=parallel_config, kv_transfer_config=connector)
     assert calibration._why_not(model, config) == problem
 
 
