@@ -32,7 +32,7 @@ from benchmarks.dispatch import Dispatch, reason
 from benchmarks.replica import Replica
 from benchmarks.sweep import Run, Sweep
 
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 30.0
 INTERRUPTED = 130
 MAX_STARTS = 2
 """Of the engines of one cache in one round."""
@@ -78,19 +78,16 @@ def started(config: BenchConfig, impl: str) -> Iterator[tuple[list[Any], list[di
         actors = []
         try:
             for place in places:
-                if config.mode == Mode.offline:
-                    # Two calls at a time: one that runs requests, and one that stops it.
-                    actor = ray.remote(Replica).options(max_concurrency=2, **place.options(config))
-                    actors.append(actor.remote(config, impl, place.core_start))
-                else:
-                    actor = ray.remote(online.Server).options(**place.options(config))
-                    actors.append(actor.remote(config, impl, place.core_start, ray.util.get_node_ip_address()))
+                args = [config, impl, place.core_start]
+                if config.mode == Mode.online:
+                    args.append(ray.util.get_node_ip_address())
+                actor = ray.remote(Replica if config.mode == Mode.offline else online.Server)
+                actors.append(actor.options(**place.options(config)).remote(*args))
             yield actors, describe(config, impl, actors)
-        finally:
-            # First their own processes and shared memory, which killing the actors would leave behind.
+            # In order, so that shared memory is freed; after an error they may be busy or gone.
             stopping = [actor.stop.remote() for actor in actors]
-            if stopping:
-                ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
+            ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
+        finally:
             for actor in actors:
                 ray.kill(actor)
 
