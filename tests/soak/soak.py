@@ -234,11 +234,12 @@ def run(minutes: float, connections: int, log: Path) -> Result:
     try:
         server.wait_until_healthy()
         result = asyncio.run(load(server, minutes, connections))
+        # Before the server is stopped: vLLM's front end may log the end of its own engine as an error.
+        result.log_errors = [
+            line for line in log.read_text(errors="replace").splitlines() if " ERROR " in line or "Traceback" in line
+        ]
     finally:
         server.stop()
-    result.log_errors = [
-        line for line in log.read_text(errors="replace").splitlines() if " ERROR " in line or "Traceback" in line
-    ]
     return result
 
 
