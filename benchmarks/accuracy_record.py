@@ -6,7 +6,7 @@ same case and implementation. Accuracy does not depend on how busy the machine w
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -55,9 +55,7 @@ def append(what: str, case: dict[str, Any], impl: str, metrics: dict[str, Any], 
     line = AccuracyRecord(
         what=what, case=case, impl=impl, metrics=metrics, utc=record.utc_now(), **record.environment()
     )
-    results.mkdir(parents=True, exist_ok=True)
-    with (results / f"{what}.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(line)) + "\n")
+    record.append(line, results)
 
 
 def parse(line: str) -> AccuracyRecord:

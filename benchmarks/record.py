@@ -104,7 +104,10 @@ def parse(line: str) -> Record:
 
 
 def append(record: Record, results: Path = RESULTS) -> None:
-    """Append a record to `results/<what>.jsonl`: the whole line, or nothing if the disk is full."""
+    """Append a record to `results/<what>.jsonl`: the whole line, or nothing if the disk is full.
+
+    Any dataclass with a field `what` will do; `accuracy_record` has its own.
+    """
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{record.what}.jsonl"
     with path.open("ab", buffering=0) as file:
