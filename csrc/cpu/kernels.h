@@ -67,9 +67,10 @@ struct Kernels {
   // lse.
   void (*attend)(const PagedAttentionParams &, const AttentionUnit &, int32_t split_begin,
                  int32_t split_end, float *partials, char *scratch);
-  // Merges `num_splits` partial results in order and writes out and lse.
-  void (*combine)(const PagedAttentionParams &, const AttentionUnit &, int32_t num_splits,
-                  const float *partials, char *scratch);
+  // Merges `num_splits` partial results of the rows of one of the unit's heads in order and writes
+  // out and lse.
+  void (*combine)(const PagedAttentionParams &, const AttentionUnit &, int32_t unit_head,
+                  int32_t num_splits, const float *partials, char *scratch);
   size_t (*scratch_bytes)();  // of one thread, 64-byte aligned
 };
 

@@ -28,9 +28,16 @@ struct PlannedUnit : AttentionUnit {
   int64_t partials;  // as in WorkItem
 };
 
+// The partial results of one head of a unit that was cut.
+struct Merge {
+  int32_t unit;
+  int32_t unit_head;
+};
+
 struct Plan {
   std::vector<PlannedUnit> units;
   std::vector<WorkItem> items;
+  std::vector<Merge> merges;
   int64_t workspace_floats = 0;
 };
 
@@ -121,6 +128,7 @@ Plan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
       plan.items.push_back({index, unit.split_begin + begin, unit.split_begin + end,
                             unit.partials + begin * split_floats});
     }
+    for (int32_t head = 0; head < unit.num_unit_heads; ++head) plan.merges.push_back({index, head});
     plan.workspace_floats += num_splits * split_floats;
   }
   return plan;
@@ -148,6 +156,7 @@ void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
   const std::unique_ptr<float[]> workspace(new float[plan.workspace_floats]);
   // Threads take the next item when they are done with one.
   const auto for_each = [&](size_t count, const auto &body) {
+    if (count == 0) return;
     std::atomic<size_t> next{0};
     parallel_for(pool, pool.num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) {
@@ -162,12 +171,10 @@ void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
     kernels.attend(p, plan.units[item.unit], item.split_begin, item.split_end, partials,
                    thread_scratch(scratch_bytes));
   });
-  if (plan.workspace_floats == 0) return;
-  for_each(plan.units.size(), [&](size_t i) {
-    const PlannedUnit &unit = plan.units[i];
-    if (unit.partials < 0) return;
-    kernels.combine(p, unit, unit.split_end - unit.split_begin, workspace.get() + unit.partials,
-                    thread_scratch(scratch_bytes));
+  for_each(plan.merges.size(), [&](size_t i) {
+    const PlannedUnit &unit = plan.units[plan.merges[i].unit];
+    kernels.combine(p, unit, plan.merges[i].unit_head, unit.split_end - unit.split_begin,
+                    workspace.get() + unit.partials, thread_scratch(scratch_bytes));
   });
 }
 

@@ -36,18 +36,13 @@ INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head, int32_t tile
   }
 }
 
-// Bytes from a line of V codes in `chunk` to the line of K codes that follows
-// one plane later: that of the unit's next head, or of its first head
-// kTileSlots on; 0 if there is none. Blocks lie anywhere, so that no hardware
-// finds the next one; one plane ahead fits the L1 cache.
-int64_t next_keys_ahead(const Unit &u, int32_t unit_head, int32_t slot, const int8_t *chunk) {
-  const int8_t *next = nullptr;
-  if (unit_head + 1 < u.num_unit_heads) {
-    next = u.chunk(slot, unit_head + 1);
-  } else if (slot + kTileSlots < u.seq_len) {
-    next = u.chunk(slot + kTileSlots, 0);
-  }
-  return next ? next - chunk - u.p.cache.v_codes() : 0;
+// The chunk whose keys follow the values of `slot`: that of the unit's next
+// head, or of its first head kTileSlots on; null if there is none. Blocks lie
+// anywhere, so that no hardware finds the next one; one plane ahead fits the
+// L1 cache.
+const int8_t *next_chunk(const Unit &u, int32_t unit_head, int32_t slot) {
+  if (unit_head + 1 < u.num_unit_heads) return u.chunk(slot, unit_head + 1);
+  return slot + kTileSlots < u.seq_len ? u.chunk(slot + kTileSlots, 0) : nullptr;
 }
 
 // products[term][row][slot] of one head's rows in the tile, and its scales.
@@ -195,7 +190,8 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                    d.a_stride = kTileSlots;
                    d.b = chunk + cache.v_code(offset, 0);
                    d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
-                   d.prefetch_ahead = next_keys_ahead(u, unit_head, tile_begin + at, chunk);
+                   const int8_t *next = next_chunk(u, unit_head, tile_begin + at);
+                   d.prefetch_ahead = next ? next - chunk - cache.v_codes() : 0;
                    d.c = s.products;
                    d.c_stride = u.head_size;
                    d.num_rows = u.num_terms * u.num_rows;
@@ -262,24 +258,31 @@ void merge_row(float *total, const float *part, int32_t head_size) {
   }
 }
 
-void clear_total(Unit &u) {
-  std::memset(u.s.total, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
-  for (int32_t row = 0; row < u.total_rows(); ++row) {
-    u.s.total[row * partial_size(u.head_size)] = kMinusInfinity;
+// The rows [begin, end) of a unit.
+struct Rows {
+  int32_t begin;
+  int32_t end;
+};
+
+void clear_total(Unit &u, Rows rows) {
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    float *total = u.s.total + row * partial_size(u.head_size);
+    std::memset(total, 0, sizeof(float) * partial_size(u.head_size));
+    total[0] = kMinusInfinity;
   }
 }
 
-void merge_split(Unit &u, const float *part) {
-  for (int32_t row = 0; row < u.total_rows(); ++row) {
+void merge_split(Unit &u, Rows rows, const float *part) {
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
     const int64_t offset = row * partial_size(u.head_size);
     merge_row(u.s.total + offset, part + offset, u.head_size);
   }
 }
 
-// Writes out = values / sum and lse for all rows of scratch.total.
-void write_out(Unit &u) {
+// Writes out = values / sum and lse for rows of scratch.total.
+void write_out(Unit &u, Rows rows) {
   const PagedAttentionParams &p = u.p;
-  for (int32_t row = 0; row < u.total_rows(); ++row) {
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
     const float *total = u.s.total + row * partial_size(u.head_size);
     SoftmaxState state{total[0], total[1]};
     float factor = 1.0f;
@@ -304,28 +307,31 @@ void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32
   Unit u(params, unit, scratch);
   load_queries(u);
   const int64_t size = u.total_rows() * partial_size(u.head_size);
-  if (!partials) clear_total(u);
+  const Rows all{0, u.total_rows()};
+  if (!partials) clear_total(u, all);
   for (int32_t split = split_begin; split < split_end; ++split) {
     attend_split(u, split);
     if (partials) {
       std::memcpy(partials + (split - split_begin) * size, u.s.out, sizeof(float) * size);
     } else {
-      merge_split(u, u.s.out);
+      merge_split(u, all, u.s.out);
     }
   }
-  if (!partials) write_out(u);
+  if (!partials) write_out(u, all);
 }
 
-void combine(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t num_splits,
-             const float *partials, char *scratch) {
+void combine(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t unit_head,
+             int32_t num_splits, const float *partials, char *scratch) {
   Unit u(params, unit, scratch);
-  clear_total(u);
-  const int64_t size = u.total_rows() * partial_size(u.head_size);
-  for (int32_t row = 0; row < u.total_rows(); ++row) {
+  const Rows rows{unit_head * u.num_rows, (unit_head + 1) * u.num_rows};
+  clear_total(u, rows);
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
     u.s.is_finite[row] = partials[row * partial_size(u.head_size) + 2] != 0.0f;
   }
-  for (int32_t split = 0; split < num_splits; ++split) merge_split(u, partials + split * size);
-  write_out(u);
+  const int64_t size = u.total_rows() * partial_size(u.head_size);
+  for (int32_t split = 0; split < num_splits; ++split)
+    merge_split(u, rows, partials + split * size);
+  write_out(u, rows);
 }
 
 size_t scratch_bytes() { return sizeof(Scratch); }
