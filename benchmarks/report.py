@@ -1,13 +1,14 @@
-"""Writes the tables of README.md and the plots from the records.
+"""Writes the tables of README.md and benchmarks/README.md and the plots from the records.
 
     python benchmarks/report.py            rewrite what lies between the markers, and the plots
     python benchmarks/report.py --check    exit with 1 if that would change anything
 
-A table named NAME goes between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
+A table named NAME goes between `<!-- begin:NAME -->` and `<!-- end:NAME -->`, in one of the pages.
 """
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,39 +26,48 @@ from benchmarks.throughput_tables import online_table, throughput_table
 TABLES = KERNEL_TABLES | quantize_tables.TABLES | {"throughput": throughput_table, "online": online_table}
 PLOTS = KERNEL_PLOTS | quantize_plots.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
-README = record.ROOT / "README.md"
+PAGES = [record.ROOT / "README.md", record.ROOT / "benchmarks" / "README.md"]
+MARKER = re.compile(r"<!-- (begin|end):([\w-]+) -->")
 
 
-def render(readme: str, results: Path) -> str:
-    """README with every table replaced. Raises ValueError for a table without its markers or the reverse."""
-    present = re.findall(r"<!-- begin:([\w-]+) -->", readme)
-    if unknown := sorted(set(present) - TABLES.keys()):
-        raise ValueError(f"README.md has markers {unknown}, but there are only the tables {sorted(TABLES)}")
-    for name, table in TABLES.items():
-        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
-            raise ValueError(f"README.md must have {begin} and then {end}, once each")
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n\n{table(results)}\n\n{end}{rest.split(end)[1]}"
-    return readme
+def render(pages: list[str], results: Path) -> list[str]:
+    """The pages with every table replaced. Raises ValueError for a table without its markers or the reverse."""
+    found = [marker for page in pages for marker in MARKER.findall(page)]
+    if unknown := sorted({name for _, name in found} - TABLES.keys()):
+        raise ValueError(f"the pages have markers {unknown}, but there are only the tables {sorted(TABLES)}")
+    for name in TABLES:
+        if [marker for marker in found if marker[1] == name] != [("begin", name), ("end", name)]:
+            raise ValueError(f"the pages must have <!-- begin:{name} --> and then <!-- end:{name} -->, once each")
+    return [
+        re.sub(rf"({MARKER.pattern}).*?<!-- end:\3 -->", partial(_table, results), page, flags=re.S) for page in pages
+    ]
+
+
+def _table(results: Path, found: re.Match[str]) -> str:
+    begin, _, name = found.groups()
+    return f"{begin}\n\n{TABLES[name](results)}\n\n<!-- end:{name} -->"
 
 
 def main(
     check: Annotated[bool, typer.Option("--check", help="change nothing, fail on differences")] = False,
     results: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
-    readme: Annotated[Path, typer.Option(help="file with the markers")] = README,
+    page: Annotated[list[Path] | None, typer.Option(help="file with markers; may be repeated")] = None,
     plots: Annotated[Path, typer.Option(help="folder of the plots")] = PLOT_FOLDER,
     html: Annotated[Path | None, typer.Option(help="also write a self-contained HTML report to this file")] = None,
 ) -> None:
-    """Generate README's tables and plots from the records."""
-    text = readme.read_text()
+    """Generate the tables and plots from the records."""
+    paths = page or PAGES
+    texts = [path.read_text() for path in paths]
     try:
-        wanted = render(text, results)
+        wanted = render(texts, results)
     except ValueError as error:
         sys.exit(str(error))
-    if not check:
-        readme.write_text(wanted)
-    problems = [f"{readme.name} differs from the records"] if check and wanted != text else []
+    problems = []
+    for path, before, after in zip(paths, texts, wanted, strict=True):
+        if not check:
+            path.write_text(after)
+        elif before != after:
+            problems.append(f"{path} differs from the records")
     for name, (data, draw) in PLOTS.items():
         if found := data(results):
             plot = plots / f"{name}.png"

@@ -1,4 +1,4 @@
-"""The tables of README.md as Markdown, from the records. Only records of one device are compared, the last measured."""
+"""The tables of the READMEs as Markdown, from the records of one device, the last measured."""
 
 import json
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def shape_text(line: Record) -> str:
 
 
 def decode_table(results: Path) -> str:
-    """A model's shape in full, then the range over all shapes, losses included."""
+    """The shape of an 8B model."""
     found = groups("decode", results)
     if not found:
         return missing("decode")
@@ -75,7 +75,7 @@ def decode_table(results: Path) -> str:
             )
     head = ["sequences x context", "threads", *(f"{label}, us" for label in LABELS.values())]
     main = markdown([*head, "GB/s", "of read bandwidth", "vs bf16", "vs fp8"], rows)
-    return f"32 query heads, 8 KV heads, head size 128:\n\n{main}\n\n{ranges(found)}\n\n{source(found)}"
+    return f"32 query heads, 8 KV heads, head size 128:\n\n{main}\n\n{source(found)}"
 
 
 def sizes(group: Group) -> tuple[int, int]:
@@ -88,8 +88,11 @@ def num_tokens(group: Group) -> int:
     return group["auto"].case["num_seqs"] * group["auto"].case["query_len"]
 
 
-def ranges(found: list[Group]) -> str:
+def decode_ranges_table(results: Path) -> str:
     """Per head shape and thread count: the least, median and largest gain over contexts and batches."""
+    found = groups("decode", results)
+    if not found:
+        return missing("decode")
     by_shape: dict[tuple, list[Group]] = {}
     for group in found:
         case = group["auto"].case
@@ -104,7 +107,7 @@ def ranges(found: list[Group]) -> str:
         rows.append([*row, str(sum(faster(group, "auto") < 1 for group in same))])
     head = ["query/KV heads x head size", "threads", "cases", "vs bf16", "vs fp8", "slower than bf16"]
     intro = "Least, median and largest gain over all contexts and batch sizes measured:"
-    return f"{intro}\n\n{markdown(head, rows)}"
+    return f"{intro}\n\n{markdown(head, rows)}\n\n{source(found)}"
 
 
 def latency_table(what: str, unit: Callable[[Record], str], head: str, results: Path) -> str:
@@ -208,6 +211,7 @@ def missing(what: str) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "decode": decode_table,
+    "decode_ranges": decode_ranges_table,
     "prefill": prefill_table,
     "write": write_table,
     "end_to_end": end_to_end_table,

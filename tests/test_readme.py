@@ -1,4 +1,4 @@
-"""What README names exists: paths, make targets, commands, and code that compiles."""
+"""What the READMEs name exists: paths, make targets, commands, and code that compiles."""
 
 import ast
 import re
@@ -9,10 +9,15 @@ import pytest
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-SPANS = re.findall(r"`([^`\n]+)`", PROSE)
+PAGES = {path: (ROOT / path).read_text() for path in ("README.md", "benchmarks/README.md")}
+README = PAGES["README.md"]
+BLOCKS = [
+    block
+    for page in PAGES.values()
+    for block in re.findall(r"^```(\w*)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+]
+PROSE = [re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL) for page in PAGES.values()]
+SPANS = [span for text in PROSE for span in re.findall(r"`([^`\n]+)`", text)]
 CODE = [*SPANS, *(text for _, text in BLOCKS)]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
@@ -24,19 +29,22 @@ def tracked_files():
 
 def named_paths():
     """Targets of relative links, and words of code that begin like a path of this repository."""
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", README)
-    images = re.findall(r'<img[^>]*src="(?!https?:)([^"]+)"', README)
+    targets = []
+    for path, page in PAGES.items():
+        links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page)
+        images = re.findall(r'<img[^>]*src="(?!https?:)([^"]+)"', page)
+        targets += [str((ROOT / path).parent.joinpath(target).resolve().relative_to(ROOT)) for target in links + images]
     top = {path.split("/")[0] for path in tracked_files()}
     words = {word.strip("'\"():,") for text in CODE for word in text.split()}
     paths = {word for word in words if re.fullmatch(r"[\w.-]+/[\w./-]*", word) and word.split("/")[0] in top}
     files = {word for word in words if re.fullmatch(r"[\w-]+\.(py|md|h|cpp|cu|cuh|toml|yaml|lock|txt)", word)}
-    return sorted({*links, *images, *paths, *files})
+    return sorted({*targets, *paths, *files})
 
 
 @pytest.mark.parametrize("path", named_paths())
 def test_named_path_exists(path):
     by_name = {Path(tracked).name for tracked in tracked_files()}
-    assert (ROOT / path).exists() or path in by_name, f"README names {path}, which does not exist"
+    assert (ROOT / path).exists() or path in by_name, f"a README names {path}, which does not exist"
 
 
 def test_some_paths_are_named():

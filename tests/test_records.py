@@ -126,7 +126,17 @@ def test_a_wrong_line_is_named(record, measured, tmp_path):
 
 
 NAMES = (
-    *("decode", "prefill", "write", "end_to_end", "quantize", "quantize_error", "throughput", "online"),
+    *(
+        "decode",
+        "decode_ranges",
+        "prefill",
+        "write",
+        "end_to_end",
+        "quantize",
+        "quantize_error",
+        "throughput",
+        "online",
+    ),
     *("accuracy", "schemes", "support", "soak"),
 )
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
@@ -140,7 +150,7 @@ def report(monkeypatch, tmp_path):
 
     def run(check=False):
         try:
-            module.main(check, results=tmp_path, readme=tmp_path / "README.md", plots=tmp_path / "plots")
+            module.main(check, results=tmp_path, page=[tmp_path / "README.md"], plots=tmp_path / "plots")
         except SystemExit as exit_:
             return exit_.code
         return None
@@ -177,8 +187,8 @@ def test_report_writes_tables_and_plots_and_notices_changes(record, measured, re
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (MARKERS.replace("<!-- begin:write -->", ""), "README.md must have <!-- begin:write -->"),
-        (MARKERS + "<!-- begin:speed -->", "README.md has markers ['speed']"),
+        (MARKERS.replace("<!-- begin:write -->", ""), "the pages must have <!-- begin:write -->"),
+        (MARKERS + "<!-- begin:speed -->", "the pages have markers ['speed']"),
     ],
 )
 def test_report_names_a_wrong_marker(report, tmp_path, text, message):
