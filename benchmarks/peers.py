@@ -7,6 +7,7 @@ metadata of `CPU_ATTN`) is made in `plan`, outside of the timed region.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from vllm import _custom_ops as vllm_ops
@@ -118,13 +119,18 @@ class Int8Custom(Peer):
             codes, scales = reference.quantize(x)
             return codes.float() * scales.float()[..., None]
 
+        factors = self._key_equalizer(*key.shape[1:])
         # The rotation is its own inverse, so this is where the rotated, quantized keys lie in the original space.
-        return reference.hadamard_rotate(round_trip(reference.hadamard_rotate(key.float()))), round_trip(value)
+        rotated = reference.hadamard_rotate(round_trip(reference.hadamard_rotate(key.float() / factors)))
+        return rotated * factors, round_trip(value)
 
     def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
-        ops.reshape_and_cache(key, value, cache, slots)
+        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size)
+        ops.reshape_and_cache(key, value, cache, slots, key_equalizer=key_equalizer)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
+        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size)
+
         def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
             return ops.paged_attention(
                 query,
@@ -133,10 +139,18 @@ class Int8Custom(Peer):
                 batch.seq_lens,
                 batch.query_start_loc,
                 softmax_scale=shape.softmax_scale,
+                key_equalizer=key_equalizer,
                 out=out,
             )
 
         return attend
+
+    @staticmethod
+    @cache
+    def _key_equalizer(num_kv_heads: int, head_size: int) -> torch.Tensor:
+        """Powers of two as the plugin takes them from a model; with these keys and queries any will do."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.exp2(torch.randint(-1, 2, (num_kv_heads, head_size), generator=generator).float())
 
 
 class VllmCpu(Peer):

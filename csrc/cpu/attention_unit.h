@@ -110,16 +110,12 @@ void load_queries(Unit &u) {
           u.token(first + lane) * p.query_token_stride + u.head(first + lane) * p.query_head_stride;
       vectors[lane] = static_cast<const char *>(p.query) + offset * bytes;
     }
-    load_lanes(block, vectors, lanes, p.dtype, u.head_size);
-    if (p.key_equalizer) {
-      for (int32_t lane = 0; lane < lanes; ++lane) {
-        const float *equalizer =
-            p.key_equalizer + static_cast<int64_t>(u.kv_head(first + lane)) * u.head_size;
-        for (int32_t dim = 0; dim < u.head_size; ++dim) {
-          block.x[dim * kLanes + lane] *= equalizer[dim];
-        }
-      }
-    }
+    load_lanes(block, vectors, lanes, p.dtype, u.head_size,
+               [&](f32x16 x, int32_t lane, int32_t dim) {
+                 if (p.key_equalizer == nullptr) return x;
+                 const int64_t row = static_cast<int64_t>(u.kv_head(first + lane)) * u.head_size;
+                 return x * load<f32x16>(p.key_equalizer + row + dim);
+               });
     if (p.rotate_keys) hadamard_rotate(block, u.head_size);
     // NaN survives in the sum, where it would get lost in the maximum.
     f32x16 amax = {}, sum = {};

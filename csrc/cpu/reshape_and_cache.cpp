@@ -1,11 +1,7 @@
 // Cache write: rotate, scale, round and store. Compiled once per instruction set.
 //
-// Sixteen (token, KV head) vectors are handled side by side, one per lane, so that the rotation,
-// the maximum and the rounding are vertical and need no shuffles. When the lanes are the 16
-// consecutive slots of a slot group, their codes are whole 32-byte lines of the cache; else they
-// are stored one by one.
-#include <initializer_list>
-
+// Sixteen (token, KV head) vectors are handled at a time. When they are the 16 consecutive slots of
+// a slot group, their codes are whole 32-byte lines of the cache; else they are stored one by one.
 #include "kernels.h"
 #include "vectors.h"
 
@@ -17,6 +13,12 @@ struct Lane {
   int64_t token;
   int32_t kv_head;
   int64_t slot;
+};
+
+// Where the codes and scales of a lane go.
+struct Target {
+  int8_t* chunk;
+  int32_t slot;
 };
 
 struct LaneGroup {
@@ -33,10 +35,84 @@ struct LaneGroup {
   }
 };
 
-// Where the codes of a lane go.
-struct Target {
-  int8_t* chunk;
-  int32_t slot;
+// A group on its way into the cache.
+struct Write {
+  Write(const ReshapeAndCacheParams& params, const LaneGroup& lane_group)
+      : p(params), cache(params.cache), group(lane_group), is_slot_group(group.is_slot_group()) {
+    for (int i = 0; i < (is_slot_group ? 1 : group.count); ++i) {
+      const Lane& lane = group.lanes[i];
+      targets[i] = {cache.chunk(lane.slot / cache.block_size, lane.kv_head),
+                    static_cast<int32_t>(lane.slot % cache.block_size)};
+    }
+  }
+
+  // The vector of a lane in `data`.
+  const void* vector(int lane, const void* data, int64_t token_stride, int64_t head_stride) const {
+    const int64_t offset =
+        group.lanes[lane].token * token_stride + group.lanes[lane].kv_head * head_stride;
+    return static_cast<const char*>(data) + offset * element_size(p.dtype);
+  }
+
+  // Stores the scales of vectors with the largest magnitudes `amax` in a plane of the chunks, and
+  // returns them.
+  f32x16 store_scales(f32x16 amax, int64_t plane) const {
+    const u16x16 bits = float_to_bf16(amax >= kMinMagnitude ? amax / kInt8Max : splat(1.0f));
+    if (is_slot_group) {
+      store(targets[0].chunk + plane + 2 * targets[0].slot, bits);
+    } else {
+      for (int i = 0; i < group.count; ++i) {
+        const uint16_t one = bits[i];
+        std::memcpy(targets[i].chunk + plane + 2 * targets[i].slot, &one, 2);
+      }
+    }
+    return bf16_to_floats(bits);
+  }
+
+  const ReshapeAndCacheParams& p;
+  const KVCache& cache;
+  const LaneGroup& group;
+  const bool is_slot_group;
+  Target targets[kLanes];  // of a slot group only the first
+};
+
+// Divides by stored scales (bf16, of amax in [kMinMagnitude, 512 * kMaxMagnitude]) and rounds half
+// to even, bit for bit as quantize_value does.
+//
+// A division takes as long as ten multiplications. The product with the reciprocal, corrected by
+// its remainder, is the correctly rounded quotient: for every pair of the 2^7 significands of a
+// scale and the 2^23 of a value this was compared with the division. Both are first multiplied by
+// the power of two that brings the scale into [1, 2), so that no remainder is subnormal, unless its
+// quotient rounds to 0 anyway.
+class Quantizer {
+ public:
+  explicit Quantizer(f32x16 scale) {
+#if defined(__FMA__)
+    const u32x16 bits = reinterpret_cast<u32x16>(scale);
+    const u32x16 unit = (254u << 23) - (bits & 0x7f800000u);
+    to_unit_ = reinterpret_cast<f32x16>(unit);
+    scale_ = scale * to_unit_;
+    reciprocal_ = 1.0f / scale_;
+#else
+    scale_ = scale;
+#endif
+  }
+
+  i32x16 codes(f32x16 x) const {
+#if defined(__FMA__)
+    x *= to_unit_;
+    const f32x16 quotient = x * reciprocal_;
+    x = fma(fma(-quotient, scale_, x), reciprocal_, quotient);
+#else
+    x = x / scale_;
+#endif
+    return __builtin_convertvector(round_even(x), i32x16);
+  }
+
+ private:
+  f32x16 scale_;
+#if defined(__FMA__)
+  f32x16 to_unit_, reciprocal_;
+#endif
 };
 
 // The bytes of two int32 vectors of codes, alternating: 16 pairs.
@@ -44,94 +120,95 @@ i16x16 interleave(i32x16 even, i32x16 odd) {
   return __builtin_convertvector((even & 0xff) | (odd << 8), i16x16);
 }
 
-// Quantizes the block and stores its codes and scales. A whole slot group gets full 32-byte lines:
-// for K pairs of dims as they come, for V pairs of slots after a transposition.
-void quantize_and_store(const KVCache& cache, const LaneGroup& group, const LaneBlock& block,
-                        bool is_key) {
-  Target targets[kLanes];
-  float scales[kLanes];
+// One vector per lane, so that the rotation is vertical and pairs of dims of a slot group are
+// 32-byte lines as they come.
+void write_keys(const Write& w, LaneBlock& block) {
+  const ReshapeAndCacheParams& p = w.p;
+  const int32_t head_size = w.cache.head_size;
+  const void* vectors[kLanes];
+  for (int i = 0; i < w.group.count; ++i) {
+    vectors[i] = w.vector(i, p.key, p.key_token_stride, p.key_head_stride);
+  }
+  load_lanes(block, vectors, w.group.count, p.dtype, head_size,
+             [&](f32x16 x, int lane, int32_t dim) {
+               x = sanitize(x);
+               if (p.key_equalizer == nullptr) return x;
+               const int64_t row = static_cast<int64_t>(w.group.lanes[lane].kv_head) * head_size;
+               return sanitize(x / load<f32x16>(p.key_equalizer + row + dim));
+             });
+  if (p.rotate_keys) hadamard_rotate(block, head_size);
   f32x16 amax = {};
-  for (int32_t dim = 0; dim < cache.head_size; ++dim) {
+  for (int32_t dim = 0; dim < head_size; ++dim) {
     amax = max(amax, abs(load<f32x16>(block.x + dim * kLanes)));
   }
-  for (int i = 0; i < kLanes; ++i) {
-    const uint16_t scale_bits = scale_bits_from_amax(amax[i]);
-    scales[i] = bf16_bits_to_float(scale_bits);
-    if (i >= group.count) continue;
-    const Lane& lane = group.lanes[i];
-    targets[i] = {cache.chunk(lane.slot / cache.block_size, lane.kv_head),
-                  static_cast<int32_t>(lane.slot % cache.block_size)};
-    const int64_t plane = is_key ? cache.k_scales() : cache.v_scales();
-    std::memcpy(targets[i].chunk + plane + 2 * targets[i].slot, &scale_bits, 2);
-  }
-  const f32x16 scale = load<f32x16>(scales);
-  const bool is_slot_group = group.is_slot_group();
-  for (int32_t dim = 0; dim < cache.head_size; dim += kDimGroup) {
+  const Quantizer quantizer(w.store_scales(amax, w.cache.k_scales()));
+  for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
     i32x16 codes[kDimGroup];  // of one dim each, lane by lane
     for (int32_t d = 0; d < kDimGroup; ++d) {
-      const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes);
-      codes[d] = __builtin_convertvector(round_even(x / scale), i32x16);
+      codes[d] = quantizer.codes(load<f32x16>(block.x + (dim + d) * kLanes));
     }
-    if (is_slot_group && is_key) {
-      int8_t* lines = targets[0].chunk + cache.k_code(targets[0].slot, dim);
+    if (w.is_slot_group) {
+      int8_t* lines = w.targets[0].chunk + w.cache.k_code(w.targets[0].slot, dim);
       for (int32_t d = 0; d < kDimGroup; d += 2) {
         store(lines + d * kSlotGroup, interleave(codes[d], codes[d + 1]));
       }
       continue;
     }
     transpose(codes);  // of one lane each, dim by dim
-    if (is_slot_group) {
-      int8_t* lines = targets[0].chunk + cache.v_code(targets[0].slot, dim);
-      for (int32_t slot = 0; slot < kSlotGroup; slot += 2) {
-        store(lines + slot * kDimGroup, interleave(codes[slot], codes[slot + 1]));
-      }
-      continue;
-    }
-    for (int i = 0; i < group.count; ++i) {
+    for (int i = 0; i < w.group.count; ++i) {
       int8_t bytes[kDimGroup];
-      store(bytes, __builtin_convertvector(codes[i], i8x16));
-      if (is_key) {
-        int8_t* to = targets[i].chunk + cache.k_code(targets[i].slot, dim);
-        for (int32_t d = 0; d < kDimGroup; d += 2) std::memcpy(to + d * kSlotGroup, bytes + d, 2);
-      } else {
-        int8_t* to = targets[i].chunk + cache.v_code(targets[i].slot, dim);
-        for (int32_t d = 0; d < kDimGroup; ++d) to[2 * d] = bytes[d];
+      store(bytes, narrow(codes[i]));
+      int8_t* to = w.targets[i].chunk + w.cache.k_code(w.targets[i].slot, dim);
+      for (int32_t d = 0; d < kDimGroup; d += 2) std::memcpy(to + d * kSlotGroup, bytes + d, 2);
+    }
+  }
+}
+
+// Vector after vector: the 16 dims that lie side by side in the cache do so in a value, too.
+void write_values(const Write& w, LaneBlock& block) {
+  const ReshapeAndCacheParams& p = w.p;
+  const int32_t head_size = w.cache.head_size;
+  f32x16 largest[kLanes] = {};  // of one lane each
+  for (int i = 0; i < w.group.count; ++i) {
+    const void* vector = w.vector(i, p.value, p.value_token_stride, p.value_head_stride);
+    for (int32_t dim = 0; dim < head_size; dim += kLanes) {
+      const f32x16 x = sanitize(load_floats(vector, p.dtype, dim));
+      store(block.x + i * head_size + dim, x);
+      largest[i] = max(largest[i], abs(x));
+    }
+  }
+  transpose(largest);
+  f32x16 amax = largest[0];
+  for (int i = 1; i < kLanes; ++i) amax = max(amax, largest[i]);
+  const f32x16 scales = w.store_scales(amax, w.cache.v_scales());
+  if (w.is_slot_group) {
+    for (int32_t i = 0; i < kLanes; i += 2) {
+      const Quantizer even(splat(scales[i])), odd(splat(scales[i + 1]));
+      const float* x = block.x + i * head_size;
+      for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
+        store(w.targets[0].chunk + w.cache.v_code(w.targets[0].slot + i, dim),
+              interleave(even.codes(load<f32x16>(x + dim)),
+                         odd.codes(load<f32x16>(x + head_size + dim))));
       }
+    }
+    return;
+  }
+  for (int32_t i = 0; i < w.group.count; ++i) {
+    const Quantizer quantizer(splat(scales[i]));
+    for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
+      int8_t bytes[kDimGroup];
+      store(bytes, narrow(quantizer.codes(load<f32x16>(block.x + i * head_size + dim))));
+      int8_t* to = w.targets[i].chunk + w.cache.v_code(w.targets[i].slot, dim);
+      for (int32_t d = 0; d < kDimGroup; ++d) to[2 * d] = bytes[d];
     }
   }
 }
 
 void write_group(const ReshapeAndCacheParams& p, const LaneGroup& group) {
-  const int32_t head_size = p.cache.head_size;
-  const int64_t bytes = element_size(p.dtype);
+  const Write write(p, group);
   LaneBlock block;
-  for (const bool is_key : {true, false}) {
-    const char* data = static_cast<const char*>(is_key ? p.key : p.value);
-    const int64_t token_stride = is_key ? p.key_token_stride : p.value_token_stride;
-    const int64_t head_stride = is_key ? p.key_head_stride : p.value_head_stride;
-    const void* vectors[kLanes];
-    for (int i = 0; i < group.count; ++i) {
-      const Lane& lane = group.lanes[i];
-      vectors[i] = data + (lane.token * token_stride + lane.kv_head * head_stride) * bytes;
-    }
-    load_lanes(block, vectors, group.count, p.dtype, head_size);
-    for (int32_t dim = 0; dim < head_size; ++dim) {
-      float* x = block.x + dim * kLanes;
-      store(x, sanitize(load<f32x16>(x)));
-    }
-    if (is_key && p.key_equalizer) {
-      for (int i = 0; i < group.count; ++i) {
-        const float* equalizer =
-            p.key_equalizer + static_cast<int64_t>(group.lanes[i].kv_head) * head_size;
-        for (int32_t dim = 0; dim < head_size; ++dim) {
-          float& x = block.x[dim * kLanes + i];
-          x = int8kv::sanitize(x / equalizer[dim]);
-        }
-      }
-    }
-    if (is_key && p.rotate_keys) hadamard_rotate(block, head_size);
-    quantize_and_store(p.cache, group, block, is_key);
-  }
+  write_keys(write, block);
+  write_values(write, block);
 }
 
 }  // namespace
