@@ -145,6 +145,19 @@ def test_extreme_values(kernel, head_size, rotate_keys, dtype):
     assert_writes_as_reference(key, value, torch.arange(40), rotate_keys=rotate_keys, key_equalizer=equalizer)
 
 
+def test_values_beside_every_tie(kernel):
+    """All 2^7 significands of a scale, at both ends of its range: k + 1/2 steps and its neighbours."""
+    steps = torch.arange(128, 256).double() / 128
+    ties = (torch.arange(127).double() + 0.5) * steps[:, None]
+    for exponent in (-100, 0, 90):
+        unit = 2.0**exponent
+        tie = (ties * unit).float()
+        largest = (127 * steps * unit).float()[:, None]
+        for x in (tie, tie.nextafter(torch.tensor(0.0)), tie.nextafter(torch.tensor(torch.inf))):
+            vectors = torch.cat([largest, x.clamp(max=largest)], dim=1)[:, None].to(kernel)
+            assert_writes_as_reference(vectors, -vectors, torch.arange(128), rotate_keys=False)
+
+
 def test_value_and_key_may_have_different_strides(kernel):
     key = torch.randn(2, 19, 96, device=kernel).transpose(0, 1)  # head stride above token stride
     value = torch.randn(19, 2, 200, device=kernel)[:, :, 100:196]

@@ -124,8 +124,8 @@ void load_queries(Unit &u) {
       amax = max(amax, x);
       sum += x;
     }
-    const f32x16 has_signal = amax > 0.0f ? splat(1.0f) : f32x16{};
-    const f32x16 to_term = amax > 0.0f ? kMaxTerm / amax : f32x16{};
+    const f32x16 has_signal = select(less(f32x16{}, amax), splat(1.0f), f32x16{});
+    const f32x16 to_term = select(less(f32x16{}, amax), kMaxTerm / amax, f32x16{});
     for (int32_t lane = 0; lane < lanes; ++lane) {
       s.row_scales[first + lane] = has_signal[lane] * amax[lane] / kMaxTerm * p.softmax_scale;
       s.is_finite[first + lane] = sum[lane] - sum[lane] == 0.0f;
@@ -135,15 +135,15 @@ void load_queries(Unit &u) {
       for (int32_t d = 0; d < kLanes; ++d) {
         const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes) * to_term;
         const f32x16 term = round_even(x);
-        terms[0][d] = __builtin_convertvector(term, i32x16);
-        terms[1][d] = __builtin_convertvector(round_even((x - term) * kSecondTerm), i32x16);
+        terms[0][d] = to_ints(term);
+        terms[1][d] = to_ints(round_even((x - term) * kSecondTerm));
       }
       for (int32_t t = 0; t < u.num_terms; ++t) {
         transpose(terms[t]);
         for (int32_t lane = 0; lane < lanes; ++lane) {
           const int32_t row = first + lane;
           int16_t *to = u.query_terms(row / u.num_rows, t) + row % u.num_rows * u.head_size + dim;
-          store(to, __builtin_convertvector(terms[t][lane], i16x16));
+          store(to, narrow_to_16(terms[t][lane]));
         }
       }
     }

@@ -12,10 +12,6 @@
 
 #include "vectors.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace int8kv::cpu::INT8KV_ISA {
 
 struct DotPairs {
@@ -71,9 +67,7 @@ INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      int32_t bits;
-      std::memcpy(&bits, a + r * d.a_stride + 2 * pair, 4);
-      const __m512i broadcast = _mm512_set1_epi32(bits);
+      const __m512i broadcast = _mm512_set1_epi32(load<int32_t>(a + r * d.a_stride + 2 * pair));
       for (int g = 0; g < kGroups; ++g) {
 #if defined(__AVX512VNNI__)
         sums[r][g] = _mm512_dpwssd_epi32(sums[r][g], lines[g], broadcast);
@@ -98,77 +92,59 @@ INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group
   }
 }
 
-#elif defined(__AVX2__)
+#else  // AVX2 and SSE2
 constexpr int kBlockRows = 4;
+#if defined(__AVX2__)
 constexpr int groups_per_pass(int rows, bool) { return rows <= 1 ? 4 : rows <= 2 ? 2 : 1; }
+#else
+constexpr int groups_per_pass(int, bool) { return 1; }
+#endif
+
+// The codes of kRegisterLanes pairs as 16-bit integers.
+INT8KV_INLINE IntRegister load_pairs(const int8_t* codes) {
+#if defined(__AVX2__)
+  return _mm256_cvtepi8_epi16(load<__m128i>(codes));
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+#endif
+}
 
 template <int kRows, int kGroups, bool kStreams>
 INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
   const int16_t* a = d.a + row * d.a_stride;
   const int8_t* b = d.b + group * d.group_stride;
   int32_t* c = d.c + row * d.c_stride + group * kLanes;
-  constexpr int kHalves = 2 * kGroups;  // 8 lanes each
-  __m256i sum[kRows][kHalves];
+  constexpr int kParts = kNumRegisters * kGroups;
+  IntRegister sum[kRows][kParts];
   for (int r = 0; r < kRows; ++r) {
-    for (int h = 0; h < kHalves; ++h) {
-      const int32_t* from = c + r * d.c_stride + h * (kLanes / 2);
-      sum[r][h] = d.accumulate ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
-                               : _mm256_setzero_si256();
+    for (int i = 0; i < kParts; ++i) {
+      const int32_t* from = c + r * d.c_stride + i * kRegisterLanes;
+      sum[r][i] = d.accumulate ? load<IntRegister>(from) : IntRegister{};
     }
   }
   for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
-    __m256i lines[kHalves];
-    for (int h = 0; h < kHalves; ++h) {
-      const int8_t* line = b + h / 2 * d.group_stride + pair * (2 * kLanes) + h % 2 * kLanes;
-      lines[h] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line)));
-      if (kStreams && pair % 2 == 0 && h % 2 == 0) {
+    IntRegister codes[kParts];
+    for (int i = 0; i < kParts; ++i) {
+      const int8_t* line = b + i / kNumRegisters * d.group_stride + pair * (2 * kLanes);
+      codes[i] = load_pairs(line + i % kNumRegisters * 2 * kRegisterLanes);
+      if (kStreams && pair % 2 == 0 && i % kNumRegisters == 0) {
         _mm_prefetch(reinterpret_cast<const char*>(line) + d.prefetch_ahead, _MM_HINT_T0);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      int32_t bits;
-      std::memcpy(&bits, a + r * d.a_stride + 2 * pair, 4);
-      const __m256i broadcast = _mm256_set1_epi32(bits);
-      for (int h = 0; h < kHalves; ++h) {
-        sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(lines[h], broadcast));
+      const IntRegister broadcast =
+          INT8KV_MM(set1_epi32)(load<int32_t>(a + r * d.a_stride + 2 * pair));
+      for (int i = 0; i < kParts; ++i) {
+        sum[r][i] = INT8KV_MM(add_epi32)(sum[r][i], INT8KV_MM(madd_epi16)(codes[i], broadcast));
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int h = 0; h < kHalves; ++h) {
-      int32_t* to = c + r * d.c_stride + h * (kLanes / 2);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sum[r][h]);
+    for (int i = 0; i < kParts; ++i) {
+      store(c + r * d.c_stride + i * kRegisterLanes, sum[r][i]);
     }
   }
-}
-
-#else
-constexpr int kBlockRows = 4;
-constexpr int groups_per_pass(int, bool) { return 1; }
-
-template <int kRows, int kGroups, bool kStreams>
-INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
-  static_assert(kGroups == 1);
-  const int16_t* a = d.a + row * d.a_stride;
-  const int8_t* b = d.b + group * d.group_stride;
-  int32_t* c = d.c + row * d.c_stride + group * kLanes;
-  i32x16 sum[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    sum[r] = d.accumulate ? load<i32x16>(c + r * d.c_stride) : i32x16{};
-  }
-  for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
-    const int8_t* line = b + pair * (2 * kLanes);
-    i32x16 even, odd;
-    for (int l = 0; l < kLanes; ++l) {
-      even[l] = line[2 * l];
-      odd[l] = line[2 * l + 1];
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const int16_t* x = a + r * d.a_stride + 2 * pair;
-      sum[r] += even * static_cast<int32_t>(x[0]) + odd * static_cast<int32_t>(x[1]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) store(c + r * d.c_stride, sum[r]);
 }
 #endif
 

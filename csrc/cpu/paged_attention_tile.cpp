@@ -68,8 +68,7 @@ void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                    for (int32_t i = 0; i < padded; i += kLanes) {
                      const auto load_scales = [&](int64_t plane, float *to) {
                        const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
-                       store(to + at + i,
-                             reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16));
+                       store(to + at + i, bf16_to_floats(bits));
                      };
                      load_scales(cache.k_scales(), s.k_scales);
                      load_scales(cache.v_scales(), s.v_scales);
@@ -88,22 +87,23 @@ f32x16 score_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
   const int32_t *second = u.products(row, 1);
   const int32_t begin = u.key_begin(row) - tile_begin, end = u.key_end(row) - tile_begin;
   const float row_scale = s.row_scales[row];
-  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const i32x16 lane = iota();
   f32x16 max_score = splat(kMinusInfinity);
   for (int32_t i = 0; i < tile_slots; i += kLanes) {
-    f32x16 x = __builtin_convertvector(load<i32x16>(products + i), f32x16);
+    f32x16 x = to_floats(load<i32x16>(products + i));
     if (u.num_terms == 2) {
-      x += __builtin_convertvector(load<i32x16>(second + i), f32x16) * (1.0f / kSecondTerm);
+      x += to_floats(load<i32x16>(second + i)) * (1.0f / kSecondTerm);
     }
     x = x * row_scale * load<f32x16>(s.k_scales + i);
     if (p.softcap > 0.0f) x = tanh(x / p.softcap) * p.softcap;
     if (p.alibi_slopes) {
       const i32x16 distance = lane + (tile_begin + i - u.position(row));
-      x += __builtin_convertvector(distance, f32x16) * p.alibi_slopes[u.head(row)];
+      x += to_floats(distance) * p.alibi_slopes[u.head(row)];
     }
     if (i < begin || i + kLanes > end) {
-      const i32x16 slot = lane + i;
-      x = (slot >= begin) & (slot < end) ? x : splat(kMinusInfinity);
+      const f32x16 slot = to_floats(lane + i);
+      x = select(less(slot, splat(begin)), splat(kMinusInfinity), x);
+      x = select(less(slot, splat(end)), x, splat(kMinusInfinity));
     }
     max_score = max(max_score, x);
     store(products + i, x);
@@ -123,7 +123,7 @@ f32x16 weigh_row(Unit &u, int32_t row, float shift, int32_t tile_slots, f32x16 &
     // By select, not by the product: keys out of sight may lie in a block that
     // was given back, and their scales may be NaN.
     const f32x16 weight =
-        probability > 0.0f ? probability * load<f32x16>(u.s.v_scales + i) : f32x16{};
+        select(less(f32x16{}, probability), probability * load<f32x16>(u.s.v_scales + i), f32x16{});
     max_weight = max(max_weight, weight);
     store(scores + i, weight);
   }
@@ -133,9 +133,7 @@ f32x16 weigh_row(Unit &u, int32_t row, float shift, int32_t tile_slots, f32x16 &
 // The weights of one row as integer terms relative to `to_term`.
 void quantize_weights(Unit &u, int32_t row, float to_term, int32_t tile_slots) {
   const int32_t *weights = u.products(row, 0);
-  const auto narrow = [](f32x16 v) {
-    return __builtin_convertvector(__builtin_convertvector(v, i32x16), i16x16);
-  };
+  const auto narrow = [](f32x16 v) { return narrow_to_16(to_ints(v)); };
   for (int32_t i = 0; i < tile_slots; i += kLanes) {
     const f32x16 x = load<f32x16>(weights + i) * to_term;
     const f32x16 term = round_even(x);
@@ -161,7 +159,7 @@ void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
     const f32x16 old_max = load<f32x16>(s.maxes + first + i);
     const f32x16 new_max = max(load<f32x16>(tile_max + i), old_max);
     // A row that has seen no key at all shifts by 0: exp(-inf) is 0, exp(-inf + inf) is not.
-    const f32x16 shift = new_max > kMinusInfinity ? new_max : f32x16{};
+    const f32x16 shift = select(less(splat(kMinusInfinity), new_max), new_max, f32x16{});
     store(tile_max + i, new_max);
     store(shifts + i, shift);
     store(s.rescales + i, exp_negative(old_max - shift));
@@ -207,9 +205,9 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
     const int32_t *second = first + static_cast<int64_t>(u.num_rows) * u.head_size;
     const float rescale = s.rescales[i], scale = s.weight_scales[i];
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
-      f32x16 x = __builtin_convertvector(load<i32x16>(first + dim), f32x16);
+      f32x16 x = to_floats(load<i32x16>(first + dim));
       if (u.num_terms == 2) {
-        x += __builtin_convertvector(load<i32x16>(second + dim), f32x16) * (1.0f / kSecondTerm);
+        x += to_floats(load<i32x16>(second + dim)) * (1.0f / kSecondTerm);
       }
       store(out + dim, load<f32x16>(out + dim) * rescale + x * scale);
     }

@@ -97,10 +97,9 @@ bool is_streamed(const void* to, int64_t row_bytes, int64_t num_rows) {
 // quantize_saturated() of 16 values.
 INT8KV_INLINE i8x16 quantize_lanes(f32x16 x, f32x16 scale) {
   f32x16 steps = x / scale;
-  steps = steps != steps ? f32x16{} : steps;
-  steps = steps > kInt8Max ? splat(kInt8Max) : steps;
-  steps = steps < -kInt8Max ? splat(-kInt8Max) : steps;
-  return narrow(__builtin_convertvector(round_even(steps), i32x16));
+  steps = select(is_nan(steps), f32x16{}, steps);
+  steps = max(splat(-kInt8Max), min(splat(kInt8Max), steps));
+  return narrow_to_8(to_ints(round_even(steps)));
 }
 
 struct CodeLine {

@@ -35,10 +35,28 @@ struct LaneGroup {
   }
 };
 
+// Whether `count` floats are powers of two whose reciprocals are normal, so that multiplying by
+// those is dividing. `count` is a multiple of kLanes.
+bool are_powers_of_two(const float* x, int64_t count) {
+  u32x16 wrong = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const u32x16 bits = load<u32x16>(x + i);
+    wrong |= bits & 0x807fffffu;  // positive, and no other bit of the significand
+    wrong |= ((bits - (1u << 23)) | ((253u << 23) - bits)) & 0x80000000u;  // the exponent's range
+  }
+  uint32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= wrong[i];
+  return any == 0;
+}
+
 // A group on its way into the cache.
 struct Write {
-  Write(const ReshapeAndCacheParams& params, const LaneGroup& lane_group)
-      : p(params), cache(params.cache), group(lane_group), is_slot_group(group.is_slot_group()) {
+  Write(const ReshapeAndCacheParams& params, const LaneGroup& lane_group, bool powers_of_two)
+      : p(params),
+        cache(params.cache),
+        group(lane_group),
+        equalizes_by_powers_of_two(powers_of_two),
+        is_slot_group(group.is_slot_group()) {
     for (int i = 0; i < (is_slot_group ? 1 : group.count); ++i) {
       const Lane& lane = group.lanes[i];
       targets[i] = {cache.chunk(lane.slot / cache.block_size, lane.kv_head),
@@ -56,7 +74,8 @@ struct Write {
   // Stores the scales of vectors with the largest magnitudes `amax` in a plane of the chunks, and
   // returns them.
   f32x16 store_scales(f32x16 amax, int64_t plane) const {
-    const u16x16 bits = float_to_bf16(amax >= kMinMagnitude ? amax / kInt8Max : splat(1.0f));
+    const u16x16 bits =
+        float_to_bf16(select(less(amax, splat(kMinMagnitude)), splat(1.0f), amax / kInt8Max));
     if (is_slot_group) {
       store(targets[0].chunk + plane + 2 * targets[0].slot, bits);
     } else {
@@ -71,6 +90,7 @@ struct Write {
   const ReshapeAndCacheParams& p;
   const KVCache& cache;
   const LaneGroup& group;
+  const bool equalizes_by_powers_of_two;
   const bool is_slot_group;
   Target targets[kLanes];  // of a slot group only the first
 };
@@ -87,9 +107,9 @@ class Quantizer {
  public:
   explicit Quantizer(f32x16 scale) {
 #if defined(__FMA__)
-    const u32x16 bits = reinterpret_cast<u32x16>(scale);
+    const u32x16 bits = as<u32x16>(scale);
     const u32x16 unit = (254u << 23) - (bits & 0x7f800000u);
-    to_unit_ = reinterpret_cast<f32x16>(unit);
+    to_unit_ = as<f32x16>(unit);
     scale_ = scale * to_unit_;
     reciprocal_ = 1.0f / scale_;
 #else
@@ -105,7 +125,7 @@ class Quantizer {
 #else
     x = x / scale_;
 #endif
-    return __builtin_convertvector(round_even(x), i32x16);
+    return to_ints(round_even(x));
   }
 
  private:
@@ -116,8 +136,15 @@ class Quantizer {
 };
 
 // The bytes of two int32 vectors of codes, alternating: 16 pairs.
-i16x16 interleave(i32x16 even, i32x16 odd) {
-  return __builtin_convertvector((even & 0xff) | (odd << 8), i16x16);
+INT8KV_INLINE i16x16 interleave(i32x16 even, i32x16 odd) {
+  return narrow_to_16((even & 0xff) | (odd << 8));
+}
+
+INT8KV_INLINE f32x16 max_of(f32x16 (&x)[kLanes]) {
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) x[i] = max(x[i], x[i + n]);
+  }
+  return x[0];
 }
 
 // One vector per lane, so that the rotation is vertical and pairs of dims of a slot group are
@@ -134,14 +161,19 @@ void write_keys(const Write& w, LaneBlock& block) {
                x = sanitize(x);
                if (p.key_equalizer == nullptr) return x;
                const int64_t row = static_cast<int64_t>(w.group.lanes[lane].kv_head) * head_size;
-               return sanitize(x / load<f32x16>(p.key_equalizer + row + dim));
+               const float* factors = p.key_equalizer + row + dim;
+               if (!w.equalizes_by_powers_of_two) return sanitize(x / load<f32x16>(factors));
+               const u32x16 reciprocals = (254u << 23) - load<u32x16>(factors);
+               return saturate(x * as<f32x16>(reciprocals));
              });
   if (p.rotate_keys) hadamard_rotate(block, head_size);
-  f32x16 amax = {};
-  for (int32_t dim = 0; dim < head_size; ++dim) {
-    amax = max(amax, abs(load<f32x16>(block.x + dim * kLanes)));
+  f32x16 largest[kDimGroup] = {};
+  for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
+    for (int32_t d = 0; d < kDimGroup; ++d) {
+      largest[d] = max(largest[d], abs(load<f32x16>(block.x + (dim + d) * kLanes)));
+    }
   }
-  const Quantizer quantizer(w.store_scales(amax, w.cache.k_scales()));
+  const Quantizer quantizer(w.store_scales(max_of(largest), w.cache.k_scales()));
   for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
     i32x16 codes[kDimGroup];  // of one dim each, lane by lane
     for (int32_t d = 0; d < kDimGroup; ++d) {
@@ -157,7 +189,7 @@ void write_keys(const Write& w, LaneBlock& block) {
     transpose(codes);  // of one lane each, dim by dim
     for (int i = 0; i < w.group.count; ++i) {
       int8_t bytes[kDimGroup];
-      store(bytes, narrow(codes[i]));
+      store(bytes, narrow_to_8(codes[i]));
       int8_t* to = w.targets[i].chunk + w.cache.k_code(w.targets[i].slot, dim);
       for (int32_t d = 0; d < kDimGroup; d += 2) std::memcpy(to + d * kSlotGroup, bytes + d, 2);
     }
@@ -178,9 +210,7 @@ void write_values(const Write& w, LaneBlock& block) {
     }
   }
   transpose(largest);
-  f32x16 amax = largest[0];
-  for (int i = 1; i < kLanes; ++i) amax = max(amax, largest[i]);
-  const f32x16 scales = w.store_scales(amax, w.cache.v_scales());
+  const f32x16 scales = w.store_scales(max_of(largest), w.cache.v_scales());
   if (w.is_slot_group) {
     for (int32_t i = 0; i < kLanes; i += 2) {
       const Quantizer even(splat(scales[i])), odd(splat(scales[i + 1]));
@@ -197,18 +227,11 @@ void write_values(const Write& w, LaneBlock& block) {
     const Quantizer quantizer(splat(scales[i]));
     for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
       int8_t bytes[kDimGroup];
-      store(bytes, narrow(quantizer.codes(load<f32x16>(block.x + i * head_size + dim))));
+      store(bytes, narrow_to_8(quantizer.codes(load<f32x16>(block.x + i * head_size + dim))));
       int8_t* to = w.targets[i].chunk + w.cache.v_code(w.targets[i].slot, dim);
       for (int32_t d = 0; d < kDimGroup; ++d) to[2 * d] = bytes[d];
     }
   }
-}
-
-void write_group(const ReshapeAndCacheParams& p, const LaneGroup& group) {
-  const Write write(p, group);
-  LaneBlock block;
-  write_keys(write, block);
-  write_values(write, block);
 }
 
 }  // namespace
@@ -217,20 +240,29 @@ void write_group(const ReshapeAndCacheParams& p, const LaneGroup& group) {
 // slot group ends, so that an unaligned start costs one group and not every group.
 void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_t token_end,
                      int32_t head_begin, int32_t head_end) {
+  const int32_t head_size = p.cache.head_size;
+  const bool powers_of_two =
+      p.key_equalizer != nullptr &&
+      are_powers_of_two(p.key_equalizer + static_cast<int64_t>(head_begin) * head_size,
+                        static_cast<int64_t>(head_end - head_begin) * head_size);
+  LaneBlock block;
   LaneGroup group;
+  const auto flush = [&] {
+    const Write write(p, group, powers_of_two);
+    write_keys(write, block);
+    write_values(write, block);
+    group.count = 0;
+  };
   for (int32_t kv_head = head_begin; kv_head < head_end; ++kv_head) {
     for (int64_t token = token_begin; token < token_end; ++token) {
       const int64_t slot = p.slot_mapping[token];
       if (slot < 0) continue;
       group.lanes[group.count++] = {token, kv_head, slot};
       const bool closes = slot % kSlotGroup == kSlotGroup - 1 && token_end - token > kLanes;
-      if (group.count == kLanes || closes) {
-        write_group(p, group);
-        group.count = 0;
-      }
+      if (group.count == kLanes || closes) flush();
     }
   }
-  if (group.count > 0) write_group(p, group);
+  if (group.count > 0) flush();
 }
 
 }  // namespace int8kv::cpu::INT8KV_ISA

@@ -1,58 +1,12 @@
-// Sixteen floats at a time, in the compiler's own vector types: one register with AVX-512, two with
-// AVX2, four with SSE2. Included by the files that are compiled once per instruction set
-// (INT8KV_ISA names it); everything is inlined, so that no object shares a function with another.
+// Arithmetic on sixteen floats at a time, and blocks of sixteen vectors side by side.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "../int8_quant.h"
-
-#define INT8KV_INLINE static inline __attribute__((always_inline))
+#include "registers.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
 
-constexpr int kLanes = 16;
-constexpr uint16_t kAllLanes = 0xffff;
-
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-
-template <typename V>
-INT8KV_INLINE V load(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(V));
-  return v;
-}
-
-template <typename V>
-INT8KV_INLINE void store(void* to, V v) {
-  std::memcpy(to, &v, sizeof(V));
-}
-
-INT8KV_INLINE f32x16 splat(float x) { return f32x16{} + x; }
-
-INT8KV_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
-
-INT8KV_INLINE f32x16 abs(f32x16 x) {
-  return reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(x) & 0x7fffffffu);
-}
-
-// Lane i of the result is lane i ^ kDistance.
-template <int kDistance>
-INT8KV_INLINE f32x16 exchange(f32x16 v) {
-  i32x16 from;
-  for (int i = 0; i < kLanes; ++i) from[i] = i ^ kDistance;
-  return __builtin_shuffle(v, from);
-}
+INT8KV_INLINE f32x16 abs(f32x16 x) { return as<f32x16>(as<u32x16>(x) & 0x7fffffffu); }
 
 INT8KV_INLINE float reduce_max(f32x16 v) {
   v = max(v, exchange<8>(v));
@@ -87,9 +41,9 @@ INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
   y = y * f + 1.6666665459e-1f;
   y = y * f + 5.0000001201e-1f;
   y = y * (f * f) + f + 1.0f;
-  const i32x16 power = (__builtin_convertvector(n, i32x16) + 127) << 23;
-  y *= reinterpret_cast<f32x16>(power);
-  return x < -87.0f ? f32x16{} : y;
+  const i32x16 power = (to_ints(n) + 127) << 23;
+  y *= as<f32x16>(power);
+  return select(less(x, splat(-87.0f)), f32x16{}, y);
 }
 
 // tanh within 4 units in the last place: its series near 0, where (1 - e) / (1 + e) would cancel.
@@ -102,23 +56,21 @@ INT8KV_INLINE f32x16 tanh(f32x16 x) {
   y = y * x2 + 1.33333333e-1f;
   y = y * x2 - 3.33333333e-1f;
   const f32x16 near = x + x * x2 * y;
-  return magnitude < 0.3f ? near : (x < 0.0f ? -far : far);
+  return select(less(magnitude, splat(0.3f)), near, select(less(x, f32x16{}), -far, far));
 }
 
 // 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
 INT8KV_INLINE f32x16 half_to_float(u16x16 half) {
-  const u32x16 bits = __builtin_convertvector(half, u32x16);
+  const u32x16 bits = widen(half);
   const u32x16 sign = (bits & 0x8000u) << 16;
   const u32x16 rest = bits & 0x7fffu;
-  const f32x16 magnitude = reinterpret_cast<f32x16>(rest << 13) * 5.192296858534828e33f;
-  const u32x16 finite = reinterpret_cast<u32x16>(magnitude) | sign;
+  const f32x16 magnitude = as<f32x16>(rest << 13) * 5.192296858534828e33f;
+  const u32x16 finite = as<u32x16>(magnitude) | sign;
   const u32x16 special = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
-  return reinterpret_cast<f32x16>(rest >= 0x7c00u ? special : finite);
+  return as<f32x16>(select(less(magnitude, splat(65536.0f)), finite, special));
 }
 
-INT8KV_INLINE f32x16 bf16_to_floats(u16x16 bits) {
-  return reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16);
-}
+INT8KV_INLINE f32x16 bf16_to_floats(u16x16 bits) { return as<f32x16>(widen(bits) << 16); }
 
 // Elements [i, i + 16) of a vector of `dtype`.
 INT8KV_INLINE f32x16 load_floats(const void* data, DType dtype, int64_t i) {
@@ -129,24 +81,24 @@ INT8KV_INLINE f32x16 load_floats(const void* data, DType dtype, int64_t i) {
 }
 
 INT8KV_INLINE u16x16 float_to_half(f32x16 x) {
-  const u32x16 bits = reinterpret_cast<u32x16>(x);
+  const u32x16 bits = as<u32x16>(x);
   const u32x16 sign = (bits & 0x80000000u) >> 16;
   const f32x16 magnitude = abs(x);
   const u32x16 abs_bits = bits & 0x7fffffffu;
   // Normal: rebias, round half to even on the 13 dropped bits; an overflow carries into infinity.
   const u32x16 normal = (abs_bits - (112u << 23) + 0xfffu + ((abs_bits >> 13) & 1u)) >> 13;
   // Subnormal: adding 0.5 leaves the result, rounded, in the low bits.
-  const u32x16 tiny = reinterpret_cast<u32x16>(magnitude + 0.5f) - 0x3f000000u;
-  u32x16 half = magnitude < 6.103515625e-05f ? tiny : normal;
-  half = magnitude >= 65520.0f ? u32x16{} + 0x7c00u : half;
-  half = x != x ? u32x16{} + 0x7e00u : half;
-  return __builtin_convertvector(half | sign, u16x16);
+  const u32x16 tiny = as<u32x16>(magnitude + 0.5f) - 0x3f000000u;
+  u32x16 half = select(less(magnitude, splat(6.103515625e-05f)), tiny, normal);
+  half = select(less(magnitude, splat(65520.0f)), half, u32x16{} + 0x7c00u);
+  half = select(is_nan(x), u32x16{} + 0x7e00u, half);
+  return low_16(half | sign);
 }
 
 INT8KV_INLINE u16x16 float_to_bf16(f32x16 x) {
-  const u32x16 bits = reinterpret_cast<u32x16>(x);
+  const u32x16 bits = as<u32x16>(x);
   const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x != x ? u32x16{} + 0x7fc0u : rounded, u16x16);
+  return low_16(select(is_nan(x), u32x16{} + 0x7fc0u, rounded));
 }
 
 INT8KV_INLINE void store_floats(void* data, DType dtype, int64_t i, f32x16 x) {
@@ -160,49 +112,16 @@ INT8KV_INLINE void store_floats(void* data, DType dtype, int64_t i, f32x16 x) {
 
 INT8KV_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-INT8KV_INLINE f32x16 sanitize(f32x16 x) {
-  x = x != x ? f32x16{} : x;
-  x = x > kMaxMagnitude ? splat(kMaxMagnitude) : x;
-  return x < -kMaxMagnitude ? splat(-kMaxMagnitude) : x;
+INT8KV_INLINE f32x16 saturate(f32x16 x) {
+  return max(splat(-kMaxMagnitude), min(splat(kMaxMagnitude), x));
 }
 
-#if defined(__FMA__)
-// a * b + c, rounded once.
-INT8KV_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<f32x16>(_mm512_fmadd_ps(
-      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
-#else
-  __m256 x[2], y[2], z[2];
-  std::memcpy(x, &a, sizeof(x));
-  std::memcpy(y, &b, sizeof(y));
-  std::memcpy(z, &c, sizeof(z));
-  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
-  return load<f32x16>(z);
-#endif
-}
-#endif
-
-// Codes as bytes; values outside [-128, 127] are not allowed. GCC takes __builtin_convertvector
-// between 8 and 32 bits apart lane by lane, hence the instructions by name. (Without a mask they
-// make GCC 12 warn.)
-INT8KV_INLINE i8x16 narrow(i32x16 codes) {
-#if defined(__AVX512F__)
-  const auto all = reinterpret_cast<__m512i>(codes);
-  return reinterpret_cast<i8x16>(_mm512_maskz_cvtepi32_epi8(kAllLanes, all));
-#else
-  __m128i part[4];
-  std::memcpy(part, &codes, sizeof(part));
-  const __m128i low = _mm_packs_epi32(part[0], part[1]), high = _mm_packs_epi32(part[2], part[3]);
-  return reinterpret_cast<i8x16>(_mm_packs_epi16(low, high));
-#endif
-}
+INT8KV_INLINE f32x16 sanitize(f32x16 x) { return saturate(select(is_nan(x), f32x16{}, x)); }
 
 INT8KV_INLINE f32x16 to_floats(i8x16 codes) {
   const auto bytes = reinterpret_cast<__m128i>(codes);
 #if defined(__AVX512F__)
-  const __m512i wide = _mm512_maskz_cvtepi8_epi32(kAllLanes, bytes);
-  return __builtin_convertvector(reinterpret_cast<i32x16>(wide), f32x16);
+  return to_floats(as<i32x16>(_mm512_maskz_cvtepi8_epi32(kAllLanes, bytes)));
 #else
   const __m128i sign = _mm_cmpgt_epi8(_mm_setzero_si128(), bytes);
   const __m128i low = _mm_unpacklo_epi8(bytes, sign), high = _mm_unpackhi_epi8(bytes, sign);
@@ -212,39 +131,8 @@ INT8KV_INLINE f32x16 to_floats(i8x16 codes) {
       _mm_srai_epi32(_mm_unpacklo_epi16(high, high), 16),
       _mm_srai_epi32(_mm_unpackhi_epi16(high, high), 16),
   };
-  return __builtin_convertvector(load<i32x16>(parts), f32x16);
+  return to_floats(load<i32x16>(parts));
 #endif
-}
-
-// One step of a transposition: swaps the upper right and lower left quarters of the blocks of
-// 2 * kHalf lanes in the rows i and i + kHalf.
-template <int kHalf, typename V>
-INT8KV_INLINE void swap_quarters(V& upper, V& lower) {
-  typedef int32_t Index __attribute__((vector_size(64)));
-  Index from_upper, from_lower;
-  for (int i = 0; i < kLanes; ++i) {
-    from_upper[i] = i & kHalf ? i - kHalf + kLanes : i;
-    from_lower[i] = i & kHalf ? i + kLanes : i + kHalf;
-  }
-  const V a = __builtin_shuffle(upper, lower, from_upper);
-  lower = __builtin_shuffle(upper, lower, from_lower);
-  upper = a;
-}
-
-template <int kHalf, typename V>
-INT8KV_INLINE void transpose_step(V* rows) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (!(i & kHalf)) swap_quarters<kHalf>(rows[i], rows[i + kHalf]);
-  }
-}
-
-// Transposes rows[16] of 16 lanes in place.
-template <typename V>
-INT8KV_INLINE void transpose(V* rows) {
-  transpose_step<8>(rows);
-  transpose_step<4>(rows);
-  transpose_step<2>(rows);
-  transpose_step<1>(rows);
 }
 
 // Sixteen vectors of head_size elements side by side: x[dim * kLanes + lane].
