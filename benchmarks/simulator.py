@@ -14,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.schemes import Calibration, Scheme
 from benchmarks.stress_model import LAYERS, PAIRS
+from vllm_int8kv.equalization import calibration_positions
 
-RANDOM_TOKENS = 256
 QUERY_STRIDE = 16
 """Attention weights are compared for every n-th query, whose rows are [num_heads, num_tokens]."""
 
@@ -38,11 +38,11 @@ class Simulator:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return self._hook(module.layer_idx, q, k, v, scaling)[None], None
 
-    def _run(self, token_ids: torch.Tensor, hook: Hook) -> torch.Tensor:
+    def _run(self, token_ids: torch.Tensor, hook: Hook, positions: torch.Tensor | None = None) -> torch.Tensor:
         before, self._hook = self._hook, hook
         try:
             with torch.inference_mode():
-                return torch.log_softmax(self.model(token_ids).logits[0], dim=-1)
+                return torch.log_softmax(self.model(token_ids, position_ids=positions).logits[0], dim=-1)
         finally:
             self._hook = before
 
@@ -60,8 +60,9 @@ class Simulator:
             return attend(q, k, v, scale)
 
         generator = torch.Generator().manual_seed(0)
-        vocab_size = self.model.config.vocab_size
-        self._run(torch.randint(vocab_size, (1, RANDOM_TOKENS), generator=generator), capture)
+        config = self.model.config
+        positions = calibration_positions(config.max_position_embeddings, config.max_position_embeddings)[None]
+        self._run(torch.randint(config.vocab_size, positions.shape, generator=generator), capture, positions)
         self._run(self.token_ids[-1], capture)
         return [Calibration.from_tensors(q, k, key, value) for q, k, _, _, key, value in seen]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_int8kv import cache_layout, ops, reference
-from vllm_int8kv.equalization import key_equalizer
+from vllm_int8kv.equalization import calibration_positions, key_equalizer
 
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 128, 6, 2, 64
 
@@ -35,6 +35,16 @@ def attention_error(query, key, value, *, equalizer, rotate_keys=True):
     mask = reference.visible_keys(torch.arange(NUM_TOKENS), NUM_TOKENS, causal=True, sliding_window=None)
     exact, _ = reference.attention(query, key, value, mask, softmax_scale=HEAD_SIZE**-0.5)
     return ((out - exact).norm() / exact.norm()).item(), kv_cache, out
+
+
+@pytest.mark.parametrize("max_num_tokens", [1, 2, 100, 256, 8192])
+@pytest.mark.parametrize("max_model_len", [1, 2, 100, 257, 300, 2048, 4096, 131072])
+def test_calibration_positions_are_different_and_reach_far(max_model_len, max_num_tokens):
+    positions = calibration_positions(max_model_len, max_num_tokens)
+    assert len(positions) == min(256, max_model_len, max_num_tokens)
+    assert positions[0] == 0 and (positions.diff() > 0).all()
+    if len(positions) > 1:
+        assert positions[-1] == min(max_model_len, 4096) - 1
 
 
 def test_factors_are_powers_of_two_near_the_optimum(tensors):

@@ -18,11 +18,10 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 
 from vllm_int8kv import cache_layout
-from vllm_int8kv.equalization import key_equalizer
+from vllm_int8kv.equalization import calibration_positions, key_equalizer
 
 logger = init_logger("vllm.int8kv")
 
-NUM_TOKENS = 256
 FORWARD_ARGUMENTS = {"input_ids", "positions"}
 """What a model may require of its caller to be run here."""
 
@@ -138,16 +137,13 @@ def _why_not(model: nn.Module, vllm_config: Any) -> str | None:
 def _run(model: nn.Module, vllm_config: Any) -> None:
     """Run the model on random tokens; `attend` sets the factors."""
     global _running
-    num_tokens = min(
-        NUM_TOKENS,
-        vllm_config.model_config.max_model_len,
-        vllm_config.scheduler_config.max_num_batched_tokens,
-    )
     device = vllm_config.device_config.device
+    max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    positions = calibration_positions(vllm_config.model_config.max_model_len, max_num_tokens).to(device)
+    num_tokens = len(positions)
     generator = torch.Generator(device="cpu").manual_seed(0)
     vocab_size = vllm_config.model_config.get_vocab_size()
     input_ids = torch.randint(vocab_size, (num_tokens,), generator=generator, device="cpu").to(device)
-    positions = torch.arange(num_tokens, device=device)
     if vllm_config.model_config.uses_mrope:
         positions = positions.expand(3, -1)
     options = {"num_tokens": num_tokens, "slot_mapping": {}, "skip_compiled": True}

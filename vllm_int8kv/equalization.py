@@ -19,6 +19,31 @@ costs accuracy, never correctness.
 import torch
 
 MAX_EXPONENT = 30
+NUM_TOKENS = 256
+MAX_POSITION = 4096
+
+
+def calibration_positions(max_model_len: int, max_num_tokens: int) -> torch.Tensor:
+    """Where the random tokens of the calibration pass stand: ever farther apart, up to position 4095.
+
+    RoPE turns slow pairs of channels so little over the first few hundred positions that their root mean squares
+    there are not those of a longer context. KL per token on SmolLM2, four texts of 2048 tokens, as a share of that
+    of plain INT8: 0.36 with positions 0 to 255, 0.28 with 0 to 2040 in steps of 8, 0.28 with these, 0.32 with these
+    up to 8191, and no better with twice the tokens.
+
+    Args:
+        max_model_len: positions are below it.
+        max_num_tokens: what one pass may have.
+
+    Returns:
+        [min(256, max_num_tokens, max_model_len)] int64, strictly increasing from 0.
+    """
+    num_tokens = min(NUM_TOKENS, max_num_tokens, max_model_len)
+    last = min(MAX_POSITION, max_model_len) - 1
+    index = torch.arange(num_tokens, device="cpu")
+    # last * (i / n)^2, but at least i, so that no two tokens share a position.
+    squares = torch.div(last * index.square(), max(num_tokens - 1, 1) ** 2, rounding_mode="floor")
+    return squares.maximum(index)
 
 
 def key_equalizer(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

