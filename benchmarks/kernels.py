@@ -40,6 +40,8 @@ class What(StrEnum):
     verify = "verify"
     write = "write"
     prefill = "prefill"
+    isa = "isa"
+    """decode, with the kernels for older CPUs too"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def every_case() -> Iterator[Case]:
                 for num_seqs in (1, 8, 32):
                     num_heads = num_kv_heads * num_queries_per_kv
                     yield Case(What.decode, Shape(num_seqs, seq_len, 1, num_heads, num_kv_heads, head_size))
+    for num_seqs in (1, 8):
+        yield Case(What.isa, replace(GQA_4, num_seqs=num_seqs))
     for model in (GQA_4, SMOLLM2):
         for num_seqs in (1, 8):
             yield Case(What.verify, replace(model, num_seqs=num_seqs, query_len=4))
@@ -213,7 +217,6 @@ def main(
         out = record.RESULTS
     console, failures, groups = Console(), [], []
     meter = ReadMeter()
-    implementations = peers.load()
     for count in counts:
         torch.set_num_threads(count)
         keep(read_record(meter.measure(samples=9)), out)
@@ -224,7 +227,7 @@ def main(
         for case in cases:
             progress.update(task, description=f"{case.what} {case.shape.num_seqs} x {case.shape.seq_len}", refresh=True)
             torch.set_num_threads(os.cpu_count() or 1)
-            layers = Layers(case.shape, implementations, seed)
+            layers = Layers(case.shape, peers.load(every_isa=case.what == What.isa), seed)
             for count in counts:
                 torch.set_num_threads(count)
                 try:

@@ -33,12 +33,13 @@ class Record:
 
     schema: int = SCHEMA
     what: str
-    """the file it belongs to: decode, verify, prefill, write, read_bandwidth, end_to_end, quantize, quantize_error,
+    """the file it belongs to: decode, isa, verify, prefill, write, read_bandwidth, end_to_end, quantize, quantize_error,
     throughput, online"""
     case: dict
     """all sizes, dtypes and seeds"""
     impl: str
-    """a kv_cache_dtype (int8_custom, auto, fp8), or the method for read_bandwidth"""
+    """a kv_cache_dtype (int8_custom, auto, fp8), int8_custom with an instruction set, or the method for
+    read_bandwidth"""
     resolved_backend: str
     """the code that really ran, with its instruction set"""
     median_us: float

@@ -110,6 +110,22 @@ def decode_ranges_table(results: Path) -> str:
     return f"{intro}\n\n{markdown(head, rows)}\n\n{source(found)}"
 
 
+def isa_table(results: Path) -> str:
+    """Decode with the kernels for older CPUs; vLLM always runs its best."""
+    found = groups("isa", results)
+    if not found:
+        return missing("isa")
+    rows = []
+    for group in sorted(found, key=lambda g: (g["auto"].num_threads, *sizes(g))):
+        for impl, line in group.items():
+            num_seqs, seq_len = sizes(group)
+            row = [f"{num_seqs} x {seq_len}", str(line.num_threads), f"{impl.split()[0]}: {line.resolved_backend}"]
+            row += [f"{line.median_us:,.0f}", f"{line.gb_per_s:.1f}"]
+            rows.append([*row, times(group["auto"].median_us / line.median_us)])
+    head = ["sequences x context", "threads", "cache: kernels", "us", "GB/s", "vs bf16"]
+    return f"32 query heads, 8 KV heads, head size 128:\n\n{markdown(head, rows)}\n\n{source(found)}"
+
+
 def latency_table(what: str, unit: Callable[[Record], str], head: str, results: Path) -> str:
     """Times of a kind of case side by side."""
     found = groups(what, results)
@@ -212,6 +228,7 @@ def missing(what: str) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "decode": decode_table,
     "decode_ranges": decode_ranges_table,
+    "isa": isa_table,
     "prefill": prefill_table,
     "write": write_table,
     "end_to_end": end_to_end_table,

@@ -129,6 +129,7 @@ NAMES = (
     *(
         "decode",
         "decode_ranges",
+        "isa",
         "prefill",
         "write",
         "end_to_end",
