@@ -211,6 +211,7 @@ def soak_table(results: Path) -> str:
             "greedy answers compared; different at a near tie; else",
             f"{m['greedy_answers_compared']:,}; {m['differences_at_near_ties']}; {m['differences_unexplained']}",
         ],
+        ["largest difference of a logprob from the idle server's, nats", f"{m['largest_logprob_difference']:.2g}"],
         [
             "memory of all processes, third and last quarter",
             f"{m['rss_third_quarter_bytes'] / 1e6:,.0f} MB, {m['rss_last_quarter_bytes'] / 1e6:,.0f} MB",

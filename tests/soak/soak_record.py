@@ -25,6 +25,7 @@ def summary(result: Result) -> dict[str, Any]:
         "greedy_answers_compared": result.compared,
         "differences_at_near_ties": result.explained,
         "differences_unexplained": len(result.unexplained),
+        "largest_logprob_difference": result.noise,
         "log_errors": len(result.log_errors),
         "rss_third_quarter_bytes": int(result.rss_quarter(2)),
         "rss_last_quarter_bytes": int(result.rss_quarter(3)),

@@ -27,7 +27,13 @@ def test_the_load_was_one(result):
 
 
 def test_a_difference_is_explained_by_a_near_tie_only():
-    idle = soak.Idle(["a", " b", " c"], [1.0, 1e-5, 2.0])
+    idle = soak.Idle(["a", " b", " c"], [-0.1, -0.7, -0.2], [1.0, 1e-5, 2.0])
     assert idle.gap_where_it_parts("a x") == 1e-5
     assert idle.gap_where_it_parts("x") == 1.0
     assert idle.gap_where_it_parts("a b d") == 2.0
+
+
+def test_logprobs_are_compared_up_to_the_first_other_token():
+    idle = soak.Idle(["a", " b", " c"], [-0.1, -0.7, -0.2], [1.0, 1e-5, 2.0])
+    assert idle.noise(["a", " b", " x"], [-0.11, -0.68, -9.0]) == pytest.approx(0.02)
+    assert idle.noise(["x"], [-9.0]) == 0.0
