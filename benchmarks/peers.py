@@ -254,7 +254,11 @@ def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load(every_isa: bool = False) -> list[Peer]:
-    """The implementations, ours first, also with the instruction sets of older CPUs if asked to. Raises RuntimeError if vLLM here is not its CPU build."""
+    """The implementations, ours first, and with the instruction sets of older CPUs if asked to.
+
+    Raises:
+        RuntimeError: vLLM here is not its CPU build.
+    """
     if not current_platform.is_cpu():
         raise RuntimeError(f"these benchmarks need vLLM's CPU build, got platform {current_platform.device_name!r}")
     current_platform.import_kernels()

@@ -33,8 +33,8 @@ class Record:
 
     schema: int = SCHEMA
     what: str
-    """the file it belongs to: decode, isa, verify, prefill, write, read_bandwidth, end_to_end, quantize, quantize_error,
-    throughput, online"""
+    """the file it belongs to: decode, isa, verify, prefill, write, read_bandwidth, end_to_end, quantize,
+    quantize_error, throughput, online, soak"""
     case: dict
     """all sizes, dtypes and seeds"""
     impl: str
