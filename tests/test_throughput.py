@@ -1,5 +1,6 @@
 """The throughput benchmark: requests to replicas that die, sweeps that stop, nodes without the plugin, real engines."""
 
+import functools
 import importlib
 import os
 import signal
@@ -222,7 +223,9 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), str(SMOKE), "--out", str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        # A suite started in the background ignores SIGINT, and so would everything it starts.
+        default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=default)
         deadline = time.monotonic() + DEADLINE_S
         while not list(tmp_path.glob("requests/*")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
