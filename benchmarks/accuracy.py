@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py engine                     # KV cache dtypes, through vLLM (vllm-int8kv eval)
     python benchmarks/accuracy.py engine --stress 128        # the same on a model whose keys carry outliers
+    python benchmarks/accuracy.py layers                     # what each layer loses (vllm-int8kv eval --sensitivity)
     python benchmarks/accuracy.py schemes                    # quantization schemes, simulated in PyTorch
 
 Four texts (`accuracy_texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
@@ -9,6 +10,8 @@ Four texts (`accuracy_texts.py`) are scored; three have more tokens than are use
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -21,13 +24,21 @@ if not __package__:  # run as a script: this folder has a `kernels`, which trans
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import accuracy_record, record
-from benchmarks.accuracy_tables import CACHES
+from benchmarks.accuracy_tables import CACHES, OURS
 from benchmarks.accuracy_texts import texts
 from benchmarks.stress_model import make_stress_model
 from vllm_int8kv.models import resolve
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+
+
+@contextmanager
+def stressed(model: str, stress: int) -> Iterator[Path]:
+    """The folder of a model, for `stress` above 1 of a copy whose keys carry outliers."""
+    path = Path(resolve(model))
+    with tempfile.TemporaryDirectory() as folder:
+        yield make_stress_model(path, Path(folder, "model"), stress) if stress > 1 else path
 
 
 @app.command()
@@ -49,10 +60,7 @@ def engine(
     options = {"paths": paths, "needle_lengths": needle_lengths, "engine_options": "{}"}
     sizes = {"max_tokens": tokens, "generate_tokens": generate_tokens, "dtype": dtype}
     chosen = texts()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(resolve(model))
-        if stress > 1:
-            path = make_stress_model(path, Path(folder, "model"), stress)
+    with stressed(model, stress) as path:
         plan = replace(make_plan([], model=str(path), **options, **sizes), texts=tuple(chosen.values()))
         caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
         report = evaluate(plan, caches, Console(stderr=True), name=model)
@@ -66,6 +74,33 @@ def engine(
         accuracy_record.append("engine", case, name, metrics, out)
         kl = metrics["paths"]["decode"]["kl_per_token"]
         console.print(f"{name}: KL {kl['value']:.2e} ({kl['low']:.2e} to {kl['high']:.2e})")
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
+    cache: Annotated[str, typer.Option(help="int8_custom and its options, as vllm-int8kv eval takes them")] = OURS,
+    tokens: Annotated[int, typer.Option(help="of each text")] = 1024,
+    dtype: Annotated[str, typer.Option(help="of weights and arithmetic")] = "float32",
+    stress: Annotated[int, typer.Option(help="factor of the outliers put into the keys; 1 for none")] = 1,
+    out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
+) -> None:
+    """Score the model with one layer in INT8 at a time; one line for all layers."""
+    from vllm_int8kv.evaluate import CacheSpec, make_plan
+    from vllm_int8kv.sensitivity import measure_layers, print_layers
+
+    record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
+    chosen = texts()
+    with stressed(model, stress) as path:
+        plan = make_plan(
+            [], paths="prefill", needle_lengths="", engine_options="{}", model=str(path), max_tokens=tokens, dtype=dtype
+        )
+        plan = replace(plan, texts=tuple(chosen.values()), int8_kv=CacheSpec.parse(cache).int8_kv)
+        report = measure_layers(plan, Console(stderr=True), name=model)
+    print_layers(report, console)
+    sizes = dict(zip(chosen, report.pop("text_tokens"), strict=True))
+    case = {"model": model, "stress": stress, "dtype": report.pop("dtype"), "texts": sizes}
+    accuracy_record.append("layers", case, cache, report, out)
 
 
 @app.command()

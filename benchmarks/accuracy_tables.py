@@ -9,11 +9,19 @@ from benchmarks.schemes import SCHEMES
 
 PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
 """Plain INT8 per (token, KV head), the quantizer of vLLM's int8_per_token_head, which does not exist on CPU."""
+OURS = "int8_custom"
 CACHES = {
-    "int8_custom": "`int8_custom`",
+    OURS: "`int8_custom`",
     PLAIN: "plain INT8 per (token, head)",
     "fp8": "vLLM `fp8` (e4m3)",
 }
+PATHS = {
+    "decode": "decode steps",
+    "prefill": "prefill",
+    "chunked": "prefill in chunks",
+    "prefix": "prefix-cache hits",
+}
+"""The ways tokens read the cache, `evaluate.PATHS`."""
 
 
 def find(records: list[AccuracyRecord], impl: str, **case: object) -> AccuracyRecord | None:
@@ -22,11 +30,11 @@ def find(records: list[AccuracyRecord], impl: str, **case: object) -> AccuracyRe
     return max(found, key=lambda line: (sum(line.case["texts"].values()), line.utc), default=None)
 
 
-def divergence(line: AccuracyRecord | None) -> str:
-    """KL per token by decode steps, with half the width of its interval."""
+def divergence(line: AccuracyRecord | None, path: str = "decode") -> str:
+    """KL per token of a path, with half the width of its interval."""
     if line is None:
         return "-"
-    kl = line.metrics["paths"]["decode"]["kl_per_token"]
+    kl = line.metrics["paths"][path]["kl_per_token"]
     return f"{kl['value']:.1e} ± {(kl['high'] - kl['low']) / 2:.0e}"
 
 
@@ -54,7 +62,7 @@ def engine_table(results: Path) -> str:
                 *map(divergence, others),
             ]
         )
-    ours = clean["int8_custom"]
+    ours = clean[OURS]
     texts = ", ".join(f"{name} ({count:,})" for name, count in ours.case["texts"].items())
     noise = find(records, "auto", dtype="bfloat16", stress=1)
     note = f"Texts and their tokens: {texts}. ± is half a 95% bootstrap interval."
@@ -65,6 +73,30 @@ def engine_table(results: Path) -> str:
             "hides the cache."
         )
     return f"{markdown([*head, *columns], rows)}\n\n{note}\n\n{source(ours)}"
+
+
+def paths_table(results: Path) -> str:
+    """What tokens lose by how they read the cache, where every path was measured in one run."""
+    records = accuracy_record.latest(accuracy_record.read("engine", results / "accuracy"))
+    complete = [line for line in records if line.metrics["paths"].keys() == set(PATHS)]
+    found = {
+        label: find(complete, impl, stress=1, dtype="float32")
+        for impl, label in {"auto": "unquantized", **CACHES}.items()
+    }
+    measured = {label: line for label, line in found.items() if line is not None}
+    if not measured:
+        return "_Not measured yet: `python benchmarks/accuracy.py engine`._"
+    rows = [[label, *(divergence(line, path) for path in PATHS), needles(line)] for label, line in measured.items()]
+    head = ["KV cache", *PATHS.values(), "hidden numbers found"]
+    newest = next(iter(measured.values()))
+    texts = ", ".join(f"{name} ({count:,})" for name, count in newest.case["texts"].items())
+    return f"{markdown(head, rows)}\n\nTexts and their tokens: {texts}.\n\n{source(newest)}"
+
+
+def needles(line: AccuracyRecord) -> str:
+    """How many of the numbers hidden in contexts were found."""
+    cells = line.metrics.get("needle", [])
+    return f"{sum(cell['found'] for cell in cells)} of {len(cells)}" if cells else "-"
 
 
 def schemes_table(results: Path) -> str:

@@ -25,11 +25,7 @@ def decode_plot_data(results: Path) -> list[Group]:
 
 def digest(found: list[Group]) -> str:
     """Identifies the records that a plot was drawn from; kept in the PNG, since its pixels vary with matplotlib."""
-    lines = [
-        f"{line.key}{line.utc}{line.gb_per_s}{line.read_gb_per_s}{line.metrics or ''}"
-        for group in found
-        for line in group.values()
-    ]
+    lines = [repr(line) for group in found for line in group.values()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -17,14 +17,14 @@ import typer
 if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import quantize_plots, quantize_tables, record
+from benchmarks import accuracy_plots, quantize_plots, quantize_tables, record
 from benchmarks.plots import PLOTS as KERNEL_PLOTS
 from benchmarks.plots import plot_problem
 from benchmarks.tables import TABLES as KERNEL_TABLES
 from benchmarks.throughput_tables import online_table, throughput_table
 
 TABLES = KERNEL_TABLES | quantize_tables.TABLES | {"throughput": throughput_table, "online": online_table}
-PLOTS = KERNEL_PLOTS | quantize_plots.PLOTS
+PLOTS = KERNEL_PLOTS | quantize_plots.PLOTS | accuracy_plots.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
 PAGES = [record.ROOT / "README.md", record.ROOT / "benchmarks" / "README.md"]
 MARKER = re.compile(r"<!-- (begin|end):([\w-]+) -->")

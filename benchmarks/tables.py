@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.accuracy_tables import engine_table, schemes_table
+from benchmarks.accuracy_tables import engine_table, paths_table, schemes_table
 from benchmarks.markdown import markdown
 from benchmarks.record import Record
 
@@ -234,6 +234,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "write": write_table,
     "end_to_end": end_to_end_table,
     "accuracy": engine_table,
+    "accuracy_paths": paths_table,
     "schemes": schemes_table,
     "support": support_table,
     "soak": soak_table,

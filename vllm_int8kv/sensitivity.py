@@ -7,7 +7,7 @@ whole model with only this layer quantized.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,17 @@ def draw_layers(report: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    layers = sorted(report["layers"], key=lambda layer: layer["layer"])
-    colors = ["tab:red" if layer["layer"] in report["policy"] else "tab:blue" for layer in layers]
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    axes.bar([layer["layer"] for layer in layers], [layer["kl_per_token"] for layer in layers], color=colors)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("KL per token, nats")
+    draw_bars(report["layers"], report["policy"], axes)
     axes.set_title(f"{report['model']}: divergence with one layer in INT8")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_bars(layers: Sequence[Mapping[str, Any]], skipped: Collection[int], axes: Any) -> None:
+    """Draw the KL divergence of layers as bars into matplotlib axes, the skipped ones in red."""
+    layers = sorted(layers, key=lambda layer: layer["layer"])
+    colors = ["tab:red" if layer["layer"] in skipped else "tab:blue" for layer in layers]
+    axes.bar([layer["layer"] for layer in layers], [layer["kl_per_token"] for layer in layers], color=colors)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("KL per token, nats")
