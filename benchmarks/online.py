@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import io
+import json
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import ray
 import yaml
 
 from benchmarks.bench_config import BenchConfig, Case
-from benchmarks.replica import Row, bind_cores, engine_args, environment, milliseconds
+from benchmarks.replica import Row, WorkerExtension, bind_cores, engine_args, environment, milliseconds
 from benchmarks.sweep import Run
 from benchmarks.workload import Request
 
@@ -64,7 +65,9 @@ class Server:
         self.log = Path(self.folder.name) / "log.txt"
         command = [sys.executable, "-m", "vllm_int8kv.cli", "serve", "--config", str(file)]
         variables = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        variables["VLLM_LOGGING_LEVEL"] = "INFO"
+        variables["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc, as vLLM's own benchmark does
+        root = str(Path(__file__).resolve().parents[1])  # of `benchmarks`, whose `WorkerExtension` the workers load
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=variables, preexec_fn=die_with_parent
@@ -92,11 +95,15 @@ class Server:
             metrics = response.read().decode()
         (info,) = re.findall(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
         labels = dict(re.findall(r'(\w+)="([^"]*)"', info))
+        call = json.dumps({"method": WorkerExtension.attention_backends.__name__}).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/collective_rpc", call, headers)) as response:
+            backends = json.load(response)["results"]
         return {
             "host": socket.gethostname(),
             "pid": self.process.pid,
             "cores": os.environ.get("VLLM_CPU_OMP_THREADS_BIND"),
-            "backends": sorted(set(re.findall(r"Using (\w+) backend", self.log.read_text()))),
+            "backends": sorted({name for names in backends for name in names}),
             "kv_cache_tokens": int(labels["num_gpu_blocks"]) * int(labels["block_size"]),
             "environment": environment(self.config),
             "url": self.url,

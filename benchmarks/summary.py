@@ -82,7 +82,7 @@ def to_record(config: BenchConfig, case: Case, runs: list[Run], sweep: Sweep) ->
         what=WHAT[config.mode],
         case=describe(config, case, sweep),
         impl=first.impl,
-        resolved_backend=", ".join(backends) or "not reported",
+        resolved_backend=", ".join(backends),
         bytes_moved=None,
         gb_per_s=None,
         read_gb_per_s=None,

@@ -88,8 +88,11 @@ def started(config: BenchConfig, impl: str) -> Iterator[tuple[list[Any], list[di
             stopping = [actor.stop.remote() for actor in actors]
             ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
         finally:
+            leftovers = cluster.shared_memory()
             for actor in actors:
                 ray.kill(actor)
+            for file in leftovers:
+                file.unlink(missing_ok=True)
 
 
 def describe(config: BenchConfig, impl: str, actors: list[Any]) -> list[dict[str, Any]]:

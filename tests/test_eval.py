@@ -49,12 +49,15 @@ def test_eval_scores_what_the_model_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     report_file = tmp_path / "report.json"
     sizes = ["--samples", "2", "--tokens", "24", "--generate-tokens", "0", "--needle-lengths", "", "--paths", "decode"]
-    result = runner.invoke(cli.app, ["eval", "smollm2", *sizes, "--dtypes", "fp8", "--json", str(report_file)])
+    dtypes = f"fp8,fp8:kv_cache_memory_bytes={2**28}"
+    result = runner.invoke(cli.app, ["eval", "smollm2", *sizes, "--dtypes", dtypes, "--json", str(report_file)])
     assert result.exit_code == 0, result.output
     report = json.loads(report_file.read_text())
     assert report["text_source"] == "samples of the model"
     assert list(report["text_tokens"].values()) == [24, 24]
-    assert 1e-3 < report["caches"]["fp8"]["paths"]["decode"]["kl_per_token"]["value"] < 0.1
+    default, larger = (report["caches"][name] for name in dtypes.split(","))
+    assert 1e-3 < default["paths"]["decode"]["kl_per_token"]["value"] < 0.1
+    assert larger["kv_cache_tokens"] == 2**28 // (2 * 30 * 3 * 64) // 128 * 128 > default["kv_cache_tokens"]
 
 
 @pytest.mark.engine
@@ -96,7 +99,6 @@ def test_first_divergence():
             ["--dtypes", "int8_custom:rotate_keys"],
             "--dtypes: expected OPTION=VALUE after int8_custom:, got 'rotate_keys'",
         ),
-        (["--dtypes", "fp8:rotate_keys=true"], "--dtypes: only int8_custom takes options, got 'fp8:rotate_keys=true'"),
         (["--dtypes", "int8_custom:rotate=true"], "has no option 'rotate'"),
         (["--paths", "decode,verify"], "--paths must be some of decode, prefill, chunked, prefix, got 'verify'"),
         (["--needle-lengths", "1k"], "--needle-lengths must be numbers of tokens like 512,1024, got '1k'"),
@@ -117,7 +119,8 @@ def test_eval_refuses_bad_options(options, message, monkeypatch):
 def test_cache_spec():
     spec = CacheSpec.parse(PLAIN)
     assert (spec.kv_cache_dtype, spec.int8_kv) == ("int8_custom", {"rotate_keys": False, "equalize_keys": False})
-    assert CacheSpec.parse("fp8_e5m2") == CacheSpec("fp8_e5m2", "fp8_e5m2", {})
+    assert CacheSpec.parse("fp8_e5m2") == CacheSpec("fp8_e5m2", "fp8_e5m2")
+    assert CacheSpec.parse("fp8:calculate_kv_scales=true").engine_options == {"calculate_kv_scales": True}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,6 +216,12 @@ def test_a_lost_node_costs_no_request(two_nodes, config):
     assert all(row.error is None for row in outcome.rows.values())
 
 
+def shared_memory(processes):
+    """The files of the shared memory between vLLM's engine and its workers."""
+    maps = [Path("/proc", str(process.pid), "maps") for process in processes if process.is_running()]
+    return {Path(name) for file in maps for name in re.findall(r"/dev/shm/psm_\w+", file.read_text())}
+
+
 @pytest.mark.engine
 def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     """What CI must show: two replicas, both caches, every request answered once, Ctrl-C clean, the rest continued."""
@@ -230,11 +237,13 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
         while not list(tmp_path.glob("requests/*")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
+        shared = shared_memory(children)
         process.send_signal(signal.SIGINT)
         code = process.wait(60)
     assert code == 130, (tmp_path / "log.txt").read_text()[-3000:]
     assert len(children) > 3, "raylet, workers"
     assert not psutil.wait_procs(children, timeout=60)[1], "processes left behind"
+    assert shared and not [path for path in shared if path.exists()], "shared memory left behind"
     assert not list(tmp_path.glob("*.jsonl")), "no record of half a sweep"
     assert "interrupted; the same command goes on from here" in (tmp_path / "log.txt").read_text()
 

@@ -90,7 +90,11 @@ def evaluate(
         list[Path] | None, typer.Option(help="A text to score; may be given again. Default: the model writes its own.")
     ] = None,
     dtypes: Annotated[
-        str, typer.Option(help="KV cache dtypes to compare with auto; int8_custom:rotate_keys=false sets an option.")
+        str,
+        typer.Option(
+            help="KV cache dtypes to compare with auto; int8_custom:rotate_keys=false sets an option of this plugin, "
+            "fp8:calculate_kv_scales=true one of vLLM."
+        ),
     ] = f"auto,{KV_CACHE_DTYPE},fp8",
     paths: Annotated[
         str, typer.Option(help="How scored tokens read the cache: decode, prefill, chunked, prefix.")

@@ -34,30 +34,36 @@ STAGE_SECONDS |= {"needle": 30}
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One column of the comparison: a KV cache dtype, with options of this plugin for its own."""
+    """One column of the comparison: a KV cache dtype and options."""
 
     name: str
     kv_cache_dtype: str
     int8_kv: dict[str, Any] = field(default_factory=dict)
+    """Options of this plugin, for its own dtype."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `LLM`, for other dtypes."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `DTYPE` or `int8_custom:OPTION=VALUE:...`, as in `int8_custom:rotate_keys=false`.
+        """Read `DTYPE` or `DTYPE:OPTION=VALUE:...`.
+
+        `int8_custom:rotate_keys=false` sets an option of this plugin, `fp8:calculate_kv_scales=true` an argument of
+        vLLM's `LLM`.
 
         Raises:
-            ValueError: an option is unknown, has no value or the wrong type, or the dtype takes none.
+            ValueError: an option has no value, or this plugin's is unknown or has the wrong type.
         """
         kv_cache_dtype, *options = text.split(":")
-        int8_kv = {}
+        chosen = {}
         for option in options:
             name, separator, value = option.partition("=")
             if not separator:
                 raise ValueError(f"--dtypes: expected OPTION=VALUE after {kv_cache_dtype}:, got {option!r}")
-            int8_kv[name] = yaml.safe_load(value)
-        if int8_kv and kv_cache_dtype != KV_CACHE_DTYPE:
-            raise ValueError(f"--dtypes: only {KV_CACHE_DTYPE} takes options, got {text!r}")
-        Int8KVConfig.from_mapping(int8_kv)
-        return cls(text, kv_cache_dtype, int8_kv)
+            chosen[name] = yaml.safe_load(value)
+        if kv_cache_dtype != KV_CACHE_DTYPE:
+            return cls(text, kv_cache_dtype, engine_options=chosen)
+        Int8KVConfig.from_mapping(chosen)
+        return cls(text, kv_cache_dtype, int8_kv=chosen)
 
 
 @dataclass(frozen=True)
@@ -165,11 +171,12 @@ def evaluate(
         results: dict[str, dict[str, Any]] = {}
         for index, cache in enumerate(caches):
             label = str(index)
-            plan = replace(plan, kv_cache_dtype=cache.kv_cache_dtype, int8_kv=cache.int8_kv, folder=folder, label=label)
+            own = {"kv_cache_dtype": cache.kv_cache_dtype, "int8_kv": cache.int8_kv, "folder": folder, "label": label}
+            own["engine_options"] = plan.engine_options | cache.engine_options
             results[cache.name] = _run_cache(
-                plan, cache.name, is_reference=index == 0, progress=progress, verbose=verbose
+                replace(plan, **own), cache.name, is_reference=index == 0, progress=progress, verbose=verbose
             )
-            plan = replace(plan, token_ids=results[REFERENCE]["token_ids"])
+            plan = replace(plan, token_ids=results[REFERENCE]["token_ids"], folder=folder)
         reference = _load(plan, "0", "decode", 1)
         measured = {}
         for index, cache in enumerate(caches):
