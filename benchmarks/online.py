@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import ctypes
 import io
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -26,17 +24,12 @@ from benchmarks.bench_config import BenchConfig, Case
 from benchmarks.replica import Row, WorkerExtension, bind_cores, engine_args, environment, milliseconds
 from benchmarks.sweep import Run
 from benchmarks.workload import Request
+from vllm_int8kv.engine_process import die_with_parent
 
 PERCENTILES = [50.0, 90.0, 99.0]
 ENDPOINT = "openai-with-progress"
 """Our entry among the request functions of vLLM's benchmark."""
 STOP_TIMEOUT_S = 30.0
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Runs in the child: it gets SIGTERM when the actor dies, however that happens."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Server:

@@ -1,5 +1,6 @@
 """What breaks from outside: full disks, killed conversions, killed engines. Nothing half-written is believed."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -107,3 +108,55 @@ def test_a_killed_worker_ends_requests_with_an_error_and_the_next_engine_works(t
         timer.join()
     with tiny_exact_engine(model) as llm:
         assert len(greedy_tokens(llm)) == 4
+
+
+DEMO = [sys.executable, "-m", "vllm_int8kv.cli", "demo"]
+LOADED_CPU_SECONDS = 12
+"""By then an engine is past most of its imports, and loads or answers."""
+
+
+def engines(demo: psutil.Process) -> list[psutil.Process]:
+    return [child for child in demo.children(recursive=True) if "vllm_int8kv.demo_engine" in child.cmdline()]
+
+
+@pytest.mark.engine
+def test_a_demo_interrupted_at_any_moment_ends_and_starts_again(tmp_path):
+    """Each run gets further than the one before, so each shows that the one before has spoilt nothing."""
+    log = tmp_path / "log.txt"
+
+    def converting(demo: psutil.Process) -> bool:
+        return bool(list(tmp_path.glob("vllm-int8kv/*.partial")))
+
+    def starting(demo: psutil.Process) -> bool:
+        return bool(engines(demo))
+
+    def running(demo: psutil.Process) -> bool:
+        return any(engine.cpu_times().user > LOADED_CPU_SECONDS for engine in engines(demo))
+
+    def like_a_terminal(demo: psutil.Process) -> None:
+        os.killpg(demo.pid, signal.SIGINT)
+
+    # Ctrl-C goes to all processes of the terminal; `kill` and container runtimes only hit the first.
+    moments = [(converting, like_a_terminal, 130), (starting, like_a_terminal, 130)]
+    moments += [(running, like_a_terminal, 130), (starting, psutil.Process.terminate, -signal.SIGTERM)]
+    for has_come, interrupt, expected in moments:
+        with log.open("w") as file:
+            # A suite started in the background ignores SIGINT, and so would everything it starts.
+            default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            options = {"env": os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, "preexec_fn": default}
+            process = subprocess.Popen(DEMO, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options)
+        demo = psutil.Process(process.pid)
+        try:
+            deadline = time.monotonic() + 200
+            while not has_come(demo):
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.05)
+            left = engines(demo)
+            interrupt(demo)
+            assert process.wait(20) == expected, log.read_text()[-3000:]
+            assert "Traceback" not in log.read_text()
+            assert not psutil.wait_procs(left, timeout=20)[1], "an engine goes on"
+        finally:
+            process.kill()
+    (folder,) = (path for path in tmp_path.glob("vllm-int8kv/*") if path.is_dir())
+    assert models.is_intact(folder)

@@ -2,89 +2,38 @@
 
 import re
 import signal
-import socket
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from time import monotonic, sleep
 
 import openai
 import psutil
 import pytest
+from servers import STOP_SECONDS, Server
 
 from vllm_int8kv import models
 
 pytestmark = pytest.mark.engine
 
-START_SECONDS, STOP_SECONDS = 400, 60
 QUESTION = "What is the capital of France? Answer in one sentence."
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen
-    url: str
-    log: Path
-    client: openai.OpenAI
-
-    def metrics(self) -> str:
-        with urllib.request.urlopen(f"{self.url}/metrics") as response:
-            return response.read().decode()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     models.smollm2()
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     options = "--enforce-eager --max-model-len 512 --max-num-seqs 8 --kv-cache-memory-bytes 67108864"
-    command = [sys.executable, "-m", "vllm_int8kv.cli", "serve", "smollm2", "--port", str(port), *options.split()]
-    with log.open("w") as file:
-        process = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=file, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    server = Server(process, url, log, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
-    try:
-        wait_until_healthy(server)
+    with Server(options.split(), tmp_path_factory.mktemp("server") / "log.txt") as server:
         yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        finally:
-            process.kill()
-
-
-def wait_until_healthy(server: Server) -> None:
-    deadline = monotonic() + START_SECONDS
-    while monotonic() < deadline:
-        if server.process.poll() is not None:
-            pytest.fail(f"the server ended with {server.process.returncode}:\n{server.log.read_text()[-4000:]}")
-        try:
-            with urllib.request.urlopen(f"{server.url}/health"):
-                return
-        except OSError:
-            sleep(0.5)
-    pytest.fail(f"the server did not start within {START_SECONDS} s:\n{server.log.read_text()[-4000:]}")
 
 
 def ask(server: Server, question: str = QUESTION, **options):
     messages = [{"role": "user", "content": question}]
-    return server.client.chat.completions.create(
+    return server.client().chat.completions.create(
         model="smollm2", messages=messages, temperature=0, max_tokens=16, **options
     )
 
 
 def test_the_model_is_served_under_its_name(server):
-    assert [model.id for model in server.client.models.list()] == ["smollm2"]
+    assert [model.id for model in server.client().models.list()] == ["smollm2"]
 
 
 def test_chat(server):
@@ -94,7 +43,7 @@ def test_chat(server):
 
 
 def test_completion(server):
-    answer = server.client.completions.create(model="smollm2", prompt="a b c d e f g", temperature=0, max_tokens=6)
+    answer = server.client().completions.create(model="smollm2", prompt="a b c d e f g", temperature=0, max_tokens=6)
     assert answer.choices[0].text == " h i j k l m"
     assert answer.usage.completion_tokens == 6
 
@@ -136,7 +85,7 @@ def test_metrics_name_the_cache(server):
 
 def test_sigterm_ends_it_cleanly(server):
     """Last in the module: it stops the server."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
+    _, *children = server.processes()
     assert len(children) >= 2, "engine core and worker"
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(STOP_SECONDS) == 0

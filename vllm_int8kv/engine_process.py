@@ -4,8 +4,10 @@ An engine is a module run with `python -m MODULE` that reads its plan as JSON fr
 start with `EVENT` go on with one JSON object for the parent; every other line is the log of vLLM.
 """
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -14,10 +16,16 @@ from typing import Any
 
 EVENT = "@vllm-int8kv "
 KEPT_LOG_LINES = 40
+PR_SET_PDEATHSIG = 1
 
 
 class EngineError(RuntimeError):
     """An engine failed; the message ends with its last words."""
+
+
+def die_with_parent() -> None:
+    """For `subprocess.Popen(preexec_fn=...)`: the kernel sends the child SIGTERM when its parent dies, however."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def emit(**event: object) -> None:
@@ -53,7 +61,8 @@ def run_engine(
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [sys.executable, "-m", module]
     result, log = None, deque(maxlen=KEPT_LOG_LINES)
-    with subprocess.Popen(command, env=os.environ | environment, text=True, errors="replace", **pipes) as process:
+    options = {"env": os.environ | environment, "preexec_fn": die_with_parent}
+    with subprocess.Popen(command, text=True, errors="replace", **pipes, **options) as process:
         try:
             json.dump(plan, process.stdin)
             process.stdin.close()

@@ -34,7 +34,7 @@ import openai
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server import BLOCK_SIZE, Server
+from server import BLOCK_SIZE, SoakServer
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_TOKENS = 16
@@ -209,7 +209,7 @@ async def request(
                 result.unexplained.append(f"{where}: {text!r} instead of {idle.text!r}, gap {gap:.2g}")
 
 
-async def load(server: Server, minutes: float, connections: int, seed: int = 0) -> Result:
+async def load(server: SoakServer, minutes: float, connections: int, seed: int = 0) -> Result:
     """Learn the idle answers, then keep `connections` requests in flight."""
     result, prompts = Result(), make_prompts()
     limits = openai.DefaultAsyncHttpxClient(limits=openai.DEFAULT_CONNECTION_LIMITS, timeout=REQUEST_SECONDS)
@@ -235,7 +235,7 @@ async def load(server: Server, minutes: float, connections: int, seed: int = 0) 
     async def watch() -> None:
         while True:
             await asyncio.sleep(1)
-            metrics = await asyncio.to_thread(server.metrics)
+            metrics = await asyncio.to_thread(server.metric_sums)
             result.usage.append(metrics["vllm:kv_cache_usage_perc"])
             result.rss.append(server.rss())
 
@@ -243,23 +243,19 @@ async def load(server: Server, minutes: float, connections: int, seed: int = 0) 
     await asyncio.gather(*(connection(number) for number in range(connections)))
     watcher.cancel()
     await asyncio.sleep(2)
-    result.metrics = server.metrics()
+    result.metrics = server.metric_sums()
     await client.close()
     return result
 
 
 def run(minutes: float, connections: int, log: Path) -> Result:
     """Start a server, load it, stop it."""
-    server = Server(log)
-    try:
-        server.wait_until_healthy()
+    with SoakServer(log) as server:
         result = asyncio.run(load(server, minutes, connections))
         # Before the server is stopped: vLLM's front end may log the end of its own engine as an error.
         result.log_errors = [
             line for line in log.read_text(errors="replace").splitlines() if " ERROR " in line or "Traceback" in line
         ]
-    finally:
-        server.stop()
     return result
 
 
