@@ -66,6 +66,11 @@ soak: setup  ## Load a server for MINUTES=30 and check every answer; appends a r
 sanitize: setup  ## Test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python tests/sanitize.py
 
+EXAMPLES ?= 20000
+.PHONY: fuzz
+fuzz: setup  ## Fuzz the operators under the sanitizers with EXAMPLES=20000; appends a record
+	@$(BIN)/python tests/fuzz.py --examples $(EXAMPLES) --record benchmarks/results
+
 .PHONY: test-vllm033
 test-vllm033: setup  ## Test the registration against the real vLLM 0.33.0 wheel (downloads it)
 	@$(BIN)/python -m pytest -m vllm033

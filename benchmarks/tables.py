@@ -221,6 +221,28 @@ def soak_table(results: Path) -> str:
     return f"{markdown(['SmolLM2 in fp32', 'soak'], rows)}\n\n{where}"
 
 
+def fuzz_table(results: Path) -> str:
+    """What came of calls of the operators with arbitrary arguments."""
+    records = record.read("fuzz", results)
+    if not records:
+        return "_Not measured yet: `make fuzz`._"
+    line = records[-1]
+    rows = []
+    for operator, counts in line.metrics.items():
+        named = {name: count for name, count in counts.items() if name != "computed"}
+        reasons = ", ".join(f"`{name}` {count:,}" for name, count in sorted(named.items(), key=lambda item: -item[1]))
+        calls = sum(counts.values())
+        rows.append([f"`{operator}`", f"{calls:,}", f"{counts.get('computed', 0):,}", reasons])
+    head = [
+        "operator",
+        "calls",
+        "computed, as the reference does where there is one",
+        "refused, by what the error names",
+    ]
+    where = f"<sub>{line.device}; {line.utc[:10]}; commit {line.commit}; `benchmarks/results/fuzz.jsonl`.</sub>"
+    return f"{markdown(head, rows)}\n\n{where}"
+
+
 def missing(what: str) -> str:
     script = "end_to_end.py" if what == "end_to_end" else "kernels.py"
     return f"_Not measured yet: `python benchmarks/{script}`._"
@@ -238,4 +260,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "schemes": schemes_table,
     "support": support_table,
     "soak": soak_table,
+    "fuzz": fuzz_table,
 }

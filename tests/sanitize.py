@@ -10,13 +10,21 @@ the installed one.
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 LIBRARY = BUILD / "_C.so"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-TESTS = ["test_fuzz.py", "test_ops_errors.py", "test_reshape_and_cache.py", "test_int8_quant.py"]
+TESTS = [
+    "test_fuzz.py",
+    "test_ops_errors.py",
+    "test_reshape_and_cache.py",
+    "test_int8_quant.py",
+    "test_paged_attention.py",
+    "test_quantize_per_channel.py",
+]
 
 
 def pytest_configure() -> None:
@@ -40,7 +48,8 @@ def runtime(name: str) -> str:
     return str(Path(found.stdout.strip()).resolve())
 
 
-def main() -> int:
+def run(arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> int:
+    """Run pytest on the instrumented kernels; returns its exit status."""
     build()
     environment = {
         "LD_PRELOAD": " ".join(map(runtime, ("libasan.so", "libubsan.so", "libstdc++.so"))),
@@ -48,10 +57,9 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(ROOT / "tests"),
     }
-    arguments = sys.argv[1:] or ["-q", *(str(ROOT / "tests" / name) for name in TESTS)]
     command = [sys.executable, "-m", "pytest", "-p", "sanitize", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment | (variables or {})).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(sys.argv[1:] or ["-q", *(str(ROOT / "tests" / name) for name in TESTS)]))

@@ -138,7 +138,7 @@ NAMES = (
         "throughput",
         "online",
     ),
-    *("accuracy", "accuracy_paths", "schemes", "support", "soak"),
+    *("accuracy", "accuracy_paths", "schemes", "support", "soak", "fuzz"),
 )
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
 

@@ -1,0 +1,81 @@
+"""Long fuzzing of the operators under AddressSanitizer and UndefinedBehaviorSanitizer, recorded.
+
+    python tests/fuzz.py --examples 20000 --record benchmarks/results
+
+Runs `test_fuzz.py` on the instrumented kernels (`sanitize.py`). What it counts goes into `fuzz.jsonl` if all is well.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import sanitize
+import typer
+
+COUNTS = "FUZZ_COUNTS"
+"""Environment variable with the file for the counts."""
+
+
+def pytest_sessionfinish() -> None:
+    """As a pytest plug-in (`-p fuzz`): write what came of the calls."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for (operator, outcome), count in sorted(sys.modules["test_fuzz"].OUTCOMES.items()):
+        found[operator][outcome] = count
+    Path(os.environ[COUNTS]).write_text(json.dumps(found))
+
+
+def main(
+    examples: Annotated[int, typer.Option(help="of each property")] = 20_000,
+    record: Annotated[Path | None, typer.Option(help="folder to append the record fuzz.jsonl to")] = None,
+) -> None:
+    """Fuzz; exit with 1 if something was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder, "counts.json")
+        variables = {"FUZZ_EXAMPLES": str(examples), COUNTS: str(counts)}
+        arguments = ["-q", "-p", "fuzz", "-o", "timeout=0", str(sanitize.ROOT / "tests" / "test_fuzz.py")]
+        start = time.monotonic()
+        if sanitize.run(arguments, variables) != 0:
+            sys.exit(1)
+        seconds, found = time.monotonic() - start, json.loads(counts.read_text())
+    print(json.dumps(found, indent=1))
+    if record is not None:
+        write(found, examples, seconds, record)
+
+
+def write(found: dict[str, dict[str, int]], examples: int, seconds: float, results: Path) -> None:
+    """Append the record of a run that found nothing."""
+    sys.path.insert(0, str(sanitize.ROOT))
+    from benchmarks import record
+    from vllm_int8kv import ops
+
+    line = record.Record(
+        what="fuzz",
+        case={"examples": examples, "sanitizers": "address, undefined"},
+        impl="int8_custom",
+        resolved_backend=f"INT8_KV {ops.cpu_isa()}",
+        median_us=seconds * 1e6,
+        p10_us=seconds * 1e6,
+        p90_us=seconds * 1e6,
+        n=1,
+        bytes_moved=None,
+        gb_per_s=None,
+        read_gb_per_s=None,
+        frac_of_peak=None,
+        metrics=found,
+        checked=True,
+        rel_error=None,
+        num_threads=1,
+        cpu_per_wall=None,
+        utc=record.utc_now(),
+        **record.environment(),
+    )
+    record.append(line, results)
+
+
+if __name__ == "__main__":
+    typer.run(main)
