@@ -104,6 +104,10 @@ format: $(VENV)/.dependencies  ## Format all sources
 cuda-compile: $(VENV)/.dependencies  ## Compile the CUDA kernels for every architecture; needs nvcc, no GPU
 	@$(BIN)/python .ci/cuda_compile.py --arch $(subst ;, ,$(CUDA_ARCHITECTURES))
 
+.PHONY: gpu-check
+gpu-check:  ## Test, sanitize and measure the CUDA kernels installed for PYTHON=python3; needs a GPU
+	@$(PYTHON) benchmarks/gpu_check.py
+
 .PHONY: wheel
 wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'" \

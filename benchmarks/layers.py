@@ -14,33 +14,34 @@ class CheckError(Exception):
 class Layers:
     """Copies of one layer's cache for each implementation, to be found cold in turn."""
 
-    def __init__(self, shape: Shape, peers: list[Peer], seed: int) -> None:
-        self.shape, self.peers, self.seed = shape, peers, seed
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, shape: Shape, peers: list[Peer], seed: int, device: str = "cpu") -> None:
+        self.shape, self.peers, self.seed, self.device = shape, peers, seed, device
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.query = 2 * self._normal(shape.num_tokens, shape.num_heads)
+        order = torch.randperm(shape.num_blocks, generator=self.generator, device=device)
         self.batch = Batch(
-            block_table=torch.randperm(shape.num_blocks, generator=self.generator).int().view(shape.num_seqs, -1),
-            seq_lens=torch.full((shape.num_seqs,), shape.seq_len, dtype=torch.int32),
-            query_start_loc=torch.arange(shape.num_seqs + 1, dtype=torch.int32) * shape.query_len,
+            block_table=order.int().view(shape.num_seqs, -1),
+            seq_lens=torch.full((shape.num_seqs,), shape.seq_len, dtype=torch.int32, device=device),
+            query_start_loc=torch.arange(shape.num_seqs + 1, dtype=torch.int32, device=device) * shape.query_len,
         )
         first = {peer.name: peer.allocate(shape) for peer in peers}
         self.expected: dict[str, dict[int, torch.Tensor]] = {peer.name: {} for peer in peers}
         self._fill(first)
         smallest = min(cache.numel() * cache.itemsize for cache in first.values())
-        self.num_copies = cold_copies(smallest)
+        self.num_copies = cold_copies(smallest, device)
         self.caches = {
             name: [cache, *(cache.clone() for _ in range(self.num_copies - 1))] for name, cache in first.items()
         }
 
     def _normal(self, num_tokens: int, num_heads: int) -> torch.Tensor:
         size = (num_tokens, num_heads, self.shape.head_size)
-        return torch.randn(size, generator=self.generator).to(QUERY_DTYPE)
+        return torch.randn(size, generator=self.generator, device=self.device).to(QUERY_DTYPE)
 
     def _fill(self, caches: dict[str, torch.Tensor]) -> None:
         """Write every sequence's past; its last `query_len` tokens are left for `write_call`."""
         shape = self.shape
         past = shape.seq_len - shape.query_len
-        in_block = torch.arange(shape.block_size)
+        in_block = torch.arange(shape.block_size, device=self.device)
         checked = {0, shape.num_seqs // 3, 2 * shape.num_seqs // 3, shape.num_seqs - 1}
         keys, values, slots = [], [], []
         for seq, blocks in enumerate(self.batch.block_table.long()):
@@ -63,9 +64,8 @@ class Layers:
     def _exact(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention in fp32, one KV head at a time to bound the memory of a long prefill."""
         shape = self.shape
-        mask = reference.visible_keys(
-            torch.arange(shape.seq_len - shape.query_len, shape.seq_len), len(key), True, None
-        )
+        positions = torch.arange(shape.seq_len - shape.query_len, shape.seq_len, device=self.device)
+        mask = reference.visible_keys(positions, len(key), True, None)
         heads = query.float().chunk(shape.num_kv_heads, dim=1)
         out = [
             reference.attention(

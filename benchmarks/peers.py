@@ -1,7 +1,8 @@
-"""The implementations that `kernels.py` compares, behind one interface: ours and vLLM's own CPU attention.
+"""What `kernels.py` compares, behind one interface, and this project's operators in it.
 
-Each is called the way its vLLM backend calls it. What vLLM computes once per step for all layers (the scheduler
-metadata of `CPU_ATTN`) is made in `plan`, outside of the timed region.
+Each implementation is called the way its vLLM backend calls it. What vLLM computes once per step for all layers (the
+scheduler metadata of `CPU_ATTN`) is made in `plan`, outside of the timed region. The others are in `cpu_peers.py` and
+`cuda_peers.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -10,10 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from vllm import _custom_ops as vllm_ops
-from vllm import envs
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_int8kv import cache_layout, ops, reference
 
@@ -84,7 +81,7 @@ class Peer(ABC):
 
     @abstractmethod
     def allocate(self, shape: Shape) -> torch.Tensor:
-        """An empty cache of one layer, blocks first."""
+        """An empty cache of one layer, blocks first, on the device of the implementation."""
 
     @abstractmethod
     def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,43 +97,45 @@ class Peer(ABC):
 
 
 class Int8Custom(Peer):
-    """This project's operators, with the fastest instruction set that the CPU has or with one by name."""
+    """This project's operators on a device; on CPU with the fastest instruction set, or with one by name."""
 
     tolerance = 0.005
 
-    def __init__(self, isa: str | None = None) -> None:
+    def __init__(self, isa: str | None = None, device: str = "cpu") -> None:
         self.name = f"int8_custom {isa}" if isa else "int8_custom"
-        self.isa = isa or ops.cpu_isas()[-1]
+        self.isa = isa or (ops.cpu_isas()[-1] if device == "cpu" else None)
+        self.device = device
 
     def backend(self, shape: Shape) -> str:
-        return f"INT8_KV {self.isa}"
+        return f"INT8_KV {self.isa or self.device}"
 
     def slot_bytes(self, head_size: int) -> int:
         return cache_layout.content_bytes(head_size)
 
     def allocate(self, shape: Shape) -> torch.Tensor:
-        return cache_layout.allocate(shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_size)
+        sizes = shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_size
+        return cache_layout.allocate(*sizes, self.device)
 
     def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         def round_trip(x: torch.Tensor) -> torch.Tensor:
             codes, scales = reference.quantize(x)
             return codes.float() * scales.float()[..., None]
 
-        factors = self._key_equalizer(*key.shape[1:])
+        factors = self._key_equalizer(*key.shape[1:], key.device)
         # The rotation is its own inverse, so this is where the rotated, quantized keys lie in the original space.
         rotated = reference.hadamard_rotate(round_trip(reference.hadamard_rotate(key.float() / factors)))
         return rotated * factors, round_trip(value)
 
     def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
-        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size)
-        ops.set_cpu_isa(self.isa)
+        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, key.device)
+        self._choose_isa()
         ops.reshape_and_cache(key, value, cache, slots, key_equalizer=key_equalizer)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
-        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size)
+        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
 
         def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
-            ops.set_cpu_isa(self.isa)  # 0.5 us
+            self._choose_isa()
             return ops.paged_attention(
                 query,
                 cache,
@@ -150,122 +149,14 @@ class Int8Custom(Peer):
 
         return attend
 
+    def _choose_isa(self) -> None:
+        if self.isa is not None:
+            ops.set_cpu_isa(self.isa)  # 0.5 us
+
     @staticmethod
     @cache
-    def _key_equalizer(num_kv_heads: int, head_size: int) -> torch.Tensor:
+    def _key_equalizer(num_kv_heads: int, head_size: int, device: torch.device) -> torch.Tensor:
         """Powers of two as the plugin takes them from a model; with these keys and queries any will do."""
         generator = torch.Generator().manual_seed(0)
-        return torch.exp2(torch.randint(-1, 2, (num_kv_heads, head_size), generator=generator).float())
-
-
-class VllmCpu(Peer):
-    """vLLM's `CPU_ATTN`, as `vllm/v1/attention/backends/cpu_attn.py` calls it."""
-
-    def __init__(self, kv_cache_dtype: str, dtype: torch.dtype, tolerance: float) -> None:
-        self.name = kv_cache_dtype
-        self.dtype = dtype
-        self.tolerance = tolerance
-
-    def backend(self, shape: Shape) -> str:
-        return f"CPU_ATTN {self._isa(shape)}"
-
-    def slot_bytes(self, head_size: int) -> int:
-        return 2 * head_size * self.dtype.itemsize
-
-    def allocate(self, shape: Shape) -> torch.Tensor:
-        size = (shape.num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
-        # vLLM keeps fp8 codes as bytes.
-        return torch.zeros(size, dtype=torch.uint8 if self.dtype.itemsize == 1 else self.dtype)
-
-    def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.dtype == torch.float8_e4m3fn:
-            return truncate_to_e4m3(key), truncate_to_e4m3(value)
-        return key.to(self.dtype).float(), value.to(self.dtype).float()
-
-    def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
-        key_cache, value_cache = _halves(cache)
-        vllm_ops.cpu_attn_reshape_and_cache(
-            key,
-            value,
-            key_cache,
-            value_cache,
-            slots,
-            self._isa(shape),
-            k_scale=1.0,
-            v_scale=1.0,
-            kv_cache_dtype=self.name,
-        )
-
-    def plan(self, shape: Shape, batch: Batch) -> Attend:
-        metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=shape.num_seqs,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_size,
-            seq_lens=batch.seq_lens,
-            dtype=QUERY_DTYPE,
-            query_start_loc=batch.query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=self._isa(shape),
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            kv_cache_dtype=self.name,
-        )
-
-        def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
-            key_cache, value_cache = _halves(cache)
-            return vllm_ops.cpu_attention_with_kv_cache(
-                query=query,
-                key_cache=key_cache,
-                value_cache=value_cache,
-                output=out,
-                query_start_loc=batch.query_start_loc,
-                seq_lens=batch.seq_lens,
-                scale=shape.softmax_scale,
-                causal=True,
-                alibi_slopes=None,
-                sliding_window=-1,
-                block_table=batch.block_table,
-                softcap=0,
-                scheduler_metadata=metadata,
-                s_aux=None,
-                kv_cache_dtype=self.name,
-            )
-
-        return attend
-
-    def _isa(self, shape: Shape) -> str:
-        return _get_attn_isa(QUERY_DTYPE, shape.block_size, shape.head_size, self.name)
-
-
-def truncate_to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """`x` through vLLM's fp8 cache on CPU: it rounds toward zero (1.1 becomes 1.0, not 1.125) and saturates at 448."""
-    x = x.float().clamp(-448, 448)
-    nearest = x.to(torch.float8_e4m3fn)
-    away = nearest.float().abs() > x.abs()
-    return (nearest.view(torch.uint8) - away.to(torch.uint8)).view(torch.float8_e4m3fn).float()
-
-
-def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a vLLM cache, as its backend takes it apart in every call."""
-    num_blocks, num_kv_heads, block_size, _ = cache.size()
-    key_cache, value_cache = cache.view(num_blocks, num_kv_heads, block_size * 2, -1).chunk(2, dim=2)
-    return key_cache, value_cache
-
-
-def load(every_isa: bool = False) -> list[Peer]:
-    """The implementations, ours first, and with the instruction sets of older CPUs if asked to.
-
-    Raises:
-        RuntimeError: vLLM here is not its CPU build.
-    """
-    if not current_platform.is_cpu():
-        raise RuntimeError(f"these benchmarks need vLLM's CPU build, got platform {current_platform.device_name!r}")
-    current_platform.import_kernels()
-    slower = [Int8Custom(isa) for isa in ops.cpu_isas()[:-1]] if every_isa else []
-    return [
-        Int8Custom(),
-        *slower,
-        VllmCpu("auto", torch.bfloat16, tolerance=0.005),
-        VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005),
-    ]
+        exponents = torch.randint(-1, 2, (num_kv_heads, head_size), generator=generator)
+        return torch.exp2(exponents.float()).to(device)

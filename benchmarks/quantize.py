@@ -13,7 +13,6 @@ that must move: every element, code and scale once.
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -63,16 +62,6 @@ def parse_shape(text: str) -> LadderShape:
     return LadderShape(int(tokens), int(channels))
 
 
-def environment(device: str) -> dict:
-    """Where and with what, for a record; on a GPU the GPU is the device."""
-    found = record.environment()
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
-        found = found | {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
-    return found
-
-
 def backend(device: str, variant: str) -> str:
     return f"torch {device}" if variant == COPY else f"int8kv {ops.cpu_isa() if device == 'cpu' else device}"
 
@@ -112,7 +101,7 @@ def to_records(operands: Operands, timings: dict[Key, Timing], earlier: dict[Key
                 num_threads=torch.get_num_threads(),
                 utc=record.utc_now(),
                 **asdict(taken),
-                **environment(device),
+                **record.environment(device),
             )
         )
     return lines
@@ -211,7 +200,7 @@ def main(
                         found = measure_shape(one, device.value, getattr(torch, dtype), seed, budget, not busy)
                         lines += found
                     else:
-                        found = quantize_errors.uniform(one, device.value, seed, environment(device.value))
+                        found = quantize_errors.uniform(one, device.value, seed, record.environment(device.value))
                     for line in found:
                         record.append(line, out)
                 except (CheckError, MemoryError) as error:
@@ -219,7 +208,7 @@ def main(
                 progress.advance(task)
         if errors in (Errors.model, Errors.all):
             progress.update(task, description="errors of SmolLM2", refresh=True)
-            for line in quantize_errors.smollm2(device.value, environment(device.value)):
+            for line in quantize_errors.smollm2(device.value, record.environment(device.value)):
                 record.append(line, out)
             progress.advance(task)
     console.print(summary(lines))

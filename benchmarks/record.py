@@ -141,13 +141,12 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 
 @cache
-def environment() -> dict:
-    """The fields that say where, with what and by which command a number was taken."""
+def environment(device: str = "cpu") -> dict:
+    """The fields that say where, with what and by which command a number was taken; `device` is cpu or cuda."""
     commit, dirty = _git_state()
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    return {
-        "device": device_name(),
+    return (_gpu() if device == "cuda" else {"device": device_name()}) | {
         "torch": version("torch"),
         "vllm": _vllm_version(),
         "commit": commit,
@@ -159,6 +158,14 @@ def environment() -> dict:
 def utc_now() -> str:
     """The time as a record carries it, ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _gpu() -> dict:
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
 
 
 @cache

@@ -16,8 +16,8 @@ Group = dict[str, Record]
 
 
 def groups(what: str, results: Path) -> list[Group]:
-    """The newest complete measurements of a kind, on the device measured last."""
-    records = record.read(what, results)
+    """The newest complete measurements of a kind on CPU, on the one measured last."""
+    records = [line for line in record.read(what, results) if line.cuda is None]
     found: dict[tuple, Group] = {}
     for line in record.latest(records):
         if line.device == records[-1].device:
@@ -182,6 +182,38 @@ def end_to_end_table(results: Path) -> str:
     return f"{markdown(head, rows)}\n\n{source(found)}"
 
 
+GPU_WHATS = ("decode", "verify", "write", "prefill")
+
+
+def gpu_table(results: Path) -> str:
+    """Every case on the GPU measured last, and how many times faster we are than each of the others there."""
+    records = [line for what in GPU_WHATS for line in record.read(what, results) if line.cuda is not None]
+    if not records:
+        return "_Never measured: `make gpu-check` on a machine with a GPU._"
+    newest = max(records, key=lambda line: line.utc)
+    found: dict[tuple, Group] = {}
+    for line in record.latest(line for line in records if line.device == newest.device):
+        found.setdefault(line.key[:2], {})[line.impl] = line
+    measured = [group for group in found.values() if "int8_custom" in group]
+    others = sorted({impl for group in measured for impl in group} - {"int8_custom"})
+    rows = []
+    for group in measured:
+        ours = group["int8_custom"]
+        ratios = [times(faster(group, impl)) if impl in group else "-" for impl in others]
+        bandwidth = ["-", "-"] if ours.gb_per_s is None else [f"{ours.gb_per_s:,.0f}", f"{ours.frac_of_peak:.0%}"]
+        case = f"{ours.what} {ours.case['num_seqs']} x {ours.case['seq_len']:,}"
+        rows.append([case, shape_text(ours), f"{ours.median_us:,.1f}", *bandwidth, *ratios])
+    head = [
+        "sequences x context",
+        "shape",
+        "int8_custom, us",
+        "GB/s",
+        "of bandwidth",
+        *(f"vs {impl}" for impl in others),
+    ]
+    return f"{markdown(head, rows)}\n\n{source(measured)}"
+
+
 def support_table(results: Path) -> str:
     """Features with what the tests that ran say about them (`tests/support.py`)."""
     path = results / "support.json"
@@ -252,6 +284,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "decode": decode_table,
     "decode_ranges": decode_ranges_table,
     "isa": isa_table,
+    "gpu": gpu_table,
     "prefill": prefill_table,
     "write": write_table,
     "end_to_end": end_to_end_table,

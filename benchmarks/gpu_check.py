@@ -1,0 +1,98 @@
+"""Everything that needs a GPU, in one command: tests, sanitizers, timings.
+
+    python benchmarks/gpu_check.py --out /data/records
+
+Needs PyTorch for CUDA, this package with its CUDA kernels, pytest, pytest-timeout and hypothesis; vLLM only to compare
+with it. Every stage has a time limit and runs whatever became of the one before.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import record
+from vllm_int8kv import ops
+
+SANITIZER_ERROR = 99
+TESTS = (
+    "test_ops_contract.py",
+    "test_reshape_and_cache.py",
+    "test_paged_attention.py",
+    "test_quantize_per_channel.py",
+    "test_ops_errors.py",
+    "test_cuda.py",
+)
+"""The contract is first: it holds torch.library.opcheck."""
+SANITIZED = {
+    "memcheck": "cuda and (test_mixed_batches or test_options or test_slot_mappings or test_kv_heads)",
+    "racecheck": "cuda and test_mixed_batches and bf16",
+}
+"""Tests per tool of compute-sanitizer, which slows kernels down a hundred times, as pytest -k takes them."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with its time limit; only those that show correctness decide the exit status."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    is_check: bool = True
+
+
+def stages(out: Path) -> Iterator[Stage]:
+    """In the order in which they are worth having if the time runs out."""
+    tests = record.ROOT / "tests"
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    yield Stage("tests", [*pytest, "-k", "cuda", *(str(tests / name) for name in TESTS)], 150)
+    if sanitizer := shutil.which("compute-sanitizer"):
+        files = [str(tests / name) for name in ("test_reshape_and_cache.py", "test_paged_attention.py")]
+        for tool, cases in SANITIZED.items():
+            checked = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "all"]
+            yield Stage(tool, [*checked, *pytest, "-x", "-k", cases, *files], 100)
+    for script in ("kernels.py", "quantize.py"):
+        path = record.ROOT / "benchmarks" / script
+        yield Stage(script, [sys.executable, str(path), "--device", "cuda", "--out", str(out)], 150, is_check=False)
+
+
+def run(stage: Stage) -> str:
+    """What became of a stage: passed, failed or out of time."""
+    print(f"=== {stage.name}", flush=True)
+    start = time.monotonic()
+    try:
+        code = subprocess.run(stage.command, timeout=stage.seconds).returncode
+    except subprocess.TimeoutExpired:
+        return f"stopped after {stage.seconds:.0f} s"
+    return f"{'passed' if code == 0 else f'failed with {code}'} in {time.monotonic() - start:.0f} s"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
+) -> None:
+    """Check, then time; exit with 1 if a check did not pass."""
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check needs an NVIDIA GPU and a PyTorch for CUDA; PyTorch sees no GPU here")
+    if not ops.has_cuda_kernels():
+        sys.exit("vllm-int8kv is installed without its CUDA kernels: build it where nvcc is found")
+    results = {stage: run(stage) for stage in stages(out)}
+    print("=== summary")
+    for stage, result in results.items():
+        print(f"{stage.name:12} {result}")
+    if shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not installed: memory accesses were not checked")
+    sys.exit(any(stage.is_check and not result.startswith("passed") for stage, result in results.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
