@@ -122,7 +122,7 @@ def imported_symbols(path: Path) -> set[str]:
 OFFICIAL_IMPORTS = {"vllm.config.cache:get_kv_cache_dtype_handler", "vllm.config.cache:register_kv_cache_dtype"}
 OVERRIDDEN = {
     "AttentionBackend": [name for name in vars(backend.Int8KVBackend) if not name.startswith("_")],
-    "AttentionMetadataBuilder": ["build", "update_block_table", "supports_update_block_table"],
+    "AttentionMetadataBuilder": ["_cudagraph_support", "build", "supports_update_block_table", "update_block_table"],
     "AttentionImpl": ["forward", "process_weights_after_loading"],
 }
 USED_ATTRIBUTES = {

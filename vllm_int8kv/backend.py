@@ -15,6 +15,7 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadata,
@@ -134,6 +135,9 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
     """Builds the metadata of a step; one instance per KV cache group and worker."""
 
     supports_update_block_table: bool = True
+    # Any batch could be replayed: the metadata are vLLM's own persistent buffers, the kernels plan from them on the
+    # device, and launch shapes follow from numbers of tokens and sequences. Batches of one query length are tested.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -219,6 +223,17 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
             causal=True,
         )
 
+    def take_workspace(self, query: torch.Tensor) -> None:
+        """Allocate and free what attention over the largest batch needs, so that vLLM's memory profile counts it.
+
+        The partial results of split sequences depend on the number of sequences only; these have no tokens.
+        """
+        num_seqs, device = self.vllm_config.scheduler_config.max_num_seqs, query.device
+        zeros = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
+        kv_cache = cache_layout.allocate(1, self.num_kv_heads, cache_layout.SLOT_GROUP, self.head_size, device)
+        batch = (kv_cache, zeros[:num_seqs, None], zeros[:num_seqs], zeros)
+        ops.paged_attention(query[:0], *batch, softmax_scale=self.scale)
+
     def do_kv_cache_update(
         self,
         layer: AttentionLayer,
@@ -260,6 +275,8 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("Int8KVImpl does not quantize its output; disable fuse_attn_quant")
         if attn_metadata is None:
+            if query.is_cuda:
+                self.take_workspace(query)
             return calibration.attend(layer, query, key, value, output)
         key_equalizer = self.key_equalizer
         if layer.kv_sharing_target_layer_name is not None:  # the cache was written by another layer
