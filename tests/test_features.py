@@ -261,3 +261,9 @@ def test_mla_is_refused(create_config, tmp_path):
 def test_encoder_is_refused(create_config, tmp_path):
     with pytest.raises(ValueError, match="attention type encoder_only not supported"):
         create_config(tiny_models.bert(tmp_path))
+
+
+@refuses("multimodal models whose images attend to themselves in full (Gemma-3, PaliGemma)", "by this plugin")
+def test_bidirectional_images_are_refused(create_config, tmp_path):
+    with pytest.raises(ValueError, match="partial multimodal token full attention not supported"):
+        create_config(tiny_models.gemma3_multimodal(tmp_path))

@@ -17,6 +17,7 @@ from transformers import (
     DeepseekV2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -39,6 +40,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
 )
 
 VOCAB_SIZE = 256
@@ -124,6 +126,15 @@ def gemma3(folder: Path) -> Path:
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     )
     return _write(Gemma3ForCausalLM, config, folder)
+
+
+def gemma3_multimodal(folder: Path) -> Path:
+    """The configuration of a model whose image tokens see one another in both directions; no weights."""
+    text = Gemma3TextConfig(**_COMMON | {"tie_word_embeddings": True}, num_hidden_layers=2, num_attention_heads=4)
+    vision = SiglipVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = Gemma3Config(text_config=text, vision_config=vision, architectures=["Gemma3ForConditionalGeneration"])
+    config.save_pretrained(folder)
+    return folder
 
 
 def gpt_oss(folder: Path) -> Path:
