@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from benchmarks import record
 
@@ -38,11 +38,7 @@ class AccuracyRecord:
     utc: str
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(AccuracyRecord).items():
-            if not isinstance(getattr(self, name), hint):
-                raise ValueError(f"{name} must be {hint}, got {getattr(self, name)!r}")
-        if self.schema != SCHEMA:
-            raise ValueError(f"schema {self.schema} is not supported; supported: {SCHEMA}")
+        record.check_fields(self, SCHEMA)
 
     @property
     def key(self) -> tuple[str, str, str]:

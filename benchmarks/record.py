@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -76,11 +76,7 @@ class Record:
     utc: str
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Record).items():
-            if not isinstance(getattr(self, name), hint):
-                raise ValueError(f"{name} must be {hint}, got {getattr(self, name)!r}")
-        if self.schema != SCHEMA:
-            raise ValueError(f"schema {self.schema} is not supported; supported: {SCHEMA}")
+        check_fields(self, SCHEMA)
         if not self.checked:
             raise ValueError(f"checked is False: {self.what} {self.impl} {self.case} may not be recorded")
         if not (0 < self.p10_us <= self.median_us <= self.p90_us and self.n >= 1):
@@ -90,6 +86,15 @@ class Record:
     def key(self) -> tuple[str, str, str, int, str]:
         """What a later record of the same measurement shares with an earlier one."""
         return (self.what, json.dumps(self.case, sort_keys=True), self.impl, self.num_threads, self.device)
+
+
+def check_fields(line: Any, schema: int) -> None:
+    """Raise ValueError if a field of a dataclass is not what its annotation says, or `schema` is another."""
+    for name, hint in get_type_hints(type(line)).items():
+        if not isinstance(getattr(line, name), hint):
+            raise ValueError(f"{name} must be {hint}, got {getattr(line, name)!r}")
+    if line.schema != schema:
+        raise ValueError(f"schema {line.schema} is not supported; supported: {schema}")
 
 
 def parse(line: str) -> Record:
