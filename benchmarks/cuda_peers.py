@@ -19,9 +19,9 @@ class Paged16Or8(Peer):
 
     tolerance = 0.005
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, device: str = "cuda") -> None:
         self.name = f"{name} fp8" if dtype == FP8 else f"{name} bf16"
-        self.library, self.dtype = name, dtype
+        self.library, self.dtype, self.device = name, dtype, device
         if dtype == FP8:
             self.tolerance = 0.02  # tensor cores in FP8 round queries and probabilities too
 
@@ -33,7 +33,7 @@ class Paged16Or8(Peer):
 
     def allocate(self, shape: Shape) -> torch.Tensor:
         size = (shape.num_blocks, 2, shape.block_size, shape.num_kv_heads, shape.head_size)
-        return torch.zeros(size, dtype=QUERY_DTYPE, device="cuda").to(self.dtype)
+        return torch.zeros(size, dtype=QUERY_DTYPE, device=self.device).to(self.dtype)
 
     def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return key.to(self.dtype).float(), value.to(self.dtype).float()
@@ -49,8 +49,8 @@ class Paged16Or8(Peer):
 class Sdpa(Paged16Or8):
     """PyTorch's attention on keys and values that lie one after the other: no pages, for comparison only."""
 
-    def __init__(self) -> None:
-        super().__init__("sdpa, not paged", QUERY_DTYPE)
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__("sdpa, not paged", QUERY_DTYPE, device)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
         dense: dict[int, list[torch.Tensor]] = {}

@@ -55,15 +55,15 @@ def stages(out: Path) -> Iterator[Stage]:
     """In the order in which they are worth having if the time runs out."""
     tests = record.ROOT / "tests"
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    yield Stage("tests", [*pytest, "-k", "cuda", *(str(tests / name) for name in TESTS)], 150)
+    yield Stage("tests", [*pytest, "-k", "cuda", *(str(tests / name) for name in TESTS)], 120)
     if sanitizer := shutil.which("compute-sanitizer"):
         files = [str(tests / name) for name in ("test_reshape_and_cache.py", "test_paged_attention.py")]
         for tool, cases in SANITIZED.items():
             checked = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "all"]
-            yield Stage(tool, [*checked, *pytest, "-x", "-k", cases, *files], 100)
-    for script in ("kernels.py", "quantize.py"):
+            yield Stage(tool, [*checked, *pytest, "-x", "-k", cases, *files], 75)
+    for script, seconds in (("kernels.py", 160), ("quantize.py", 100)):
         path = record.ROOT / "benchmarks" / script
-        yield Stage(script, [sys.executable, str(path), "--device", "cuda", "--out", str(out)], 150, is_check=False)
+        yield Stage(script, [sys.executable, str(path), "--device", "cuda", "--out", str(out)], seconds, is_check=False)
 
 
 def run(stage: Stage) -> str:

@@ -1,0 +1,90 @@
+"""The cases of `kernels.py`, and what of its GPU side a CPU can run."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {
+    "decode": dict(num_seqs=3, seq_len=100, query_len=1, num_heads=8, num_kv_heads=2, head_size=64, block_size=16),
+    "verify": dict(num_seqs=2, seq_len=70, query_len=4, num_heads=6, num_kv_heads=2, head_size=64, block_size=16),
+    "prefill": dict(num_seqs=1, seq_len=50, query_len=50, num_heads=4, num_kv_heads=1, head_size=128, block_size=16),
+}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def module(name):
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def test_gpu_cases_reach_from_one_short_sequence_to_long_and_large_batches():
+    cases = list(module("kernel_cases").gpu_cases())
+    decode = [case.shape for case in cases if case.what == "decode"]
+    assert {(shape.num_heads, shape.num_kv_heads) for shape in decode} == {(32, 8), (28, 4), (8, 1), (16, 8)}
+    assert {shape.seq_len for shape in decode} == {1024, 8192, 32768, 131072}
+    assert {shape.num_seqs for shape in decode if shape.seq_len == 1024} == {1, 8, 64, 256}
+    assert {case.what for case in cases} == {"decode", "verify", "write", "prefill"}
+    assert len(set(cases)) == len(cases)
+    # In bf16, the largest format: what a small GPU holds beside its copies.
+    assert max(s.num_blocks * s.block_size * s.num_kv_heads * s.head_size * 4 for s in decode) <= 9 << 30
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_peers_that_run_on_cpu_answer_as_their_format_stores(shape):
+    peers = module("peers")
+    found = [peers.Int8Custom(), module("cuda_peers").Sdpa(device="cpu")]
+    layers = module("layers").Layers(peers.Shape(**shape), found, seed=0)
+    errors = {peer.name: layers.check(peer) for peer in found}
+    assert all(0 < error < 0.005 for error in errors.values()), errors
+
+
+def test_what_is_not_installed_is_named_with_the_reason():
+    assert "FlashInfer" in module("cuda_peers").missing()
+
+
+def test_bytes_of_a_case_are_those_of_its_format():
+    peers, cases, cuda_peers = (module(name) for name in ("peers", "kernel_cases", "cuda_peers"))
+    shape = peers.Shape(**SHAPES["decode"])
+    case = cases.Case(cases.What.decode, shape)
+    assert cases.bytes_moved(case, peers.Int8Custom()) == 3 * 100 * 2 * 132
+    assert cases.bytes_moved(case, cuda_peers.TritonInt8PerTokenHead()) == 3 * 100 * 2 * 136
+    assert cases.bytes_moved(case, cuda_peers.FlashInfer(cuda_peers.FP8)) == 3 * 100 * 2 * 128
+    assert cases.bytes_moved(case, cuda_peers.Sdpa()) == 3 * 100 * 2 * 256
+
+
+def test_without_a_gpu_the_check_says_so(monkeypatch):
+    gpu_check = module("gpu_check")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="gpu_check needs an NVIDIA GPU"):
+        gpu_check.main()
+
+
+def test_every_stage_of_the_gpu_check_names_files_that_exist(tmp_path, monkeypatch):
+    gpu_check = module("gpu_check")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    stages = list(gpu_check.stages(tmp_path))
+    assert [stage.name for stage in stages] == ["tests", "memcheck", "racecheck", "kernels.py", "quantize.py"]
+    files = [Path(word) for stage in stages for word in stage.command if word.endswith(".py")]
+    assert files and all(file.exists() for file in files)
+    assert sum(stage.seconds for stage in stages) < 9 * 60
+
+
+def test_a_failed_check_does_not_stop_the_others_and_shows_in_the_exit_status(tmp_path, monkeypatch, capsys):
+    gpu_check = module("gpu_check")
+    commands = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "pass"}
+    fakes = [gpu_check.Stage(name, [sys.executable, "-c", code], 5) for name, code in commands.items()]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.ops, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(gpu_check, "stages", lambda out: fakes)
+    with pytest.raises(SystemExit) as exit_:
+        gpu_check.main(tmp_path)
+    assert exit_.value.code == 1
+    summary = capsys.readouterr().out.split("=== summary")[1]
+    for line in ("fails        failed with 3", "hangs        stopped after 5 s", "works        passed"):
+        assert line in summary
