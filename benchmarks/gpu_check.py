@@ -85,13 +85,13 @@ def main(
         sys.exit("gpu_check needs an NVIDIA GPU and a PyTorch for CUDA; PyTorch sees no GPU here")
     if not ops.has_cuda_kernels():
         sys.exit("vllm-int8kv is installed without its CUDA kernels: build it where nvcc is found")
-    results = {stage: run(stage) for stage in stages(out)}
+    results = [(stage, run(stage)) for stage in stages(out)]
     print("=== summary")
-    for stage, result in results.items():
+    for stage, result in results:
         print(f"{stage.name:12} {result}")
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: memory accesses were not checked")
-    sys.exit(any(stage.is_check and not result.startswith("passed") for stage, result in results.items()))
+    sys.exit(any(stage.is_check and not result.startswith("passed") for stage, result in results))
 
 
 if __name__ == "__main__":
