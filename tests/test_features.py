@@ -263,7 +263,12 @@ def test_encoder_is_refused(create_config, tmp_path):
         create_config(tiny_models.bert(tmp_path))
 
 
-@refuses("multimodal models whose images attend to themselves in full (Gemma-3, PaliGemma)", "by this plugin")
+@refuses(
+    "multimodal models whose images attend to themselves in full (PaliGemma, Gemma-3)",
+    'by this plugin; accepted without images (`limit_mm_per_prompt={"image": 0}`)',
+)
 def test_bidirectional_images_are_refused(create_config, tmp_path):
+    model = tiny_models.paligemma(tmp_path)
     with pytest.raises(ValueError, match="partial multimodal token full attention not supported"):
-        create_config(tiny_models.gemma3_multimodal(tmp_path))
+        create_config(model)
+    assert create_config(model, limit_mm_per_prompt={"image": 0}).cache_config.cache_dtype == "int8_custom"

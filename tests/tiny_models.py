@@ -17,11 +17,11 @@ from transformers import (
     DeepseekV2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    GemmaConfig,
     GptOssConfig,
     GptOssForCausalLM,
     Lfm2Config,
@@ -32,6 +32,7 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PaliGemmaConfig,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedConfig,
@@ -128,11 +129,12 @@ def gemma3(folder: Path) -> Path:
     return _write(Gemma3ForCausalLM, config, folder)
 
 
-def gemma3_multimodal(folder: Path) -> Path:
+def paligemma(folder: Path) -> Path:
     """The configuration of a model whose image tokens see one another in both directions; no weights."""
-    text = Gemma3TextConfig(**_COMMON | {"tie_word_embeddings": True}, num_hidden_layers=2, num_attention_heads=4)
+    text = GemmaConfig(**_COMMON, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=64)
     vision = SiglipVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    config = Gemma3Config(text_config=text, vision_config=vision, architectures=["Gemma3ForConditionalGeneration"])
+    config = PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=192)
+    config.architectures = ["PaliGemmaForConditionalGeneration"]
     config.save_pretrained(folder)
     return folder
 
