@@ -5,7 +5,9 @@ answer itself, the measure is the KL divergence to vLLM's own cache, as in `test
 """
 
 import json
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from engines import (
     tiny_exact_engine,
 )
 from safetensors.torch import save_file
+from servers import Server
 from support import refuses, supports
 
 from vllm_int8kv import models
@@ -175,6 +178,23 @@ def test_structured_output():
     for output in outputs:
         answer = json.loads(output.outputs[0].text)
         assert sorted(answer) == ["city", "year"] and isinstance(answer["year"], int)
+
+
+@supports("data parallel behind the server", "both engines answer, and as one does alone")
+def test_data_parallel_server(tmp_path):
+    prompts = ["a b c d e f g", "1 2 3 4 5"] * 4
+    options = "--enforce-eager --max-model-len 256 --max-num-seqs 4 --kv-cache-memory-bytes 67108864"
+    with Server([*options.split(), "--data-parallel-size", "2"], tmp_path / "log.txt") as server:
+
+        def complete(prompt: str) -> str:
+            answer = server.client().completions.create(model="smollm2", prompt=prompt, temperature=0, max_tokens=4)
+            return answer.choices[0].text
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(complete, prompts))
+        served = re.findall(r'^vllm:prompt_tokens_total\{engine="(\d)".*\} ([1-9])', server.metrics(), re.MULTILINE)
+    assert answers == [" h i j k", " 6 7"] * 4, answers
+    assert {engine for engine, _ in served} == {"0", "1"}
 
 
 @supports("pooling with a decoder (embeddings)", "cosine to vLLM's own cache above 0.999")
