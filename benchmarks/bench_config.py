@@ -9,6 +9,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from benchmarks.record import Device
+
 OPTIONS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -27,11 +29,6 @@ RESERVED_ENGINE_ARGS = {
 class Mode(StrEnum):
     offline = "offline"
     online = "online"
-
-
-class Device(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 class Dataset(StrEnum):

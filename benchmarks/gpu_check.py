@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_check.py --out /data/records
 
-Needs PyTorch for CUDA, this package with its CUDA kernels, pytest, pytest-timeout and hypothesis; vLLM only to compare
-with it. Every stage has a time limit and runs whatever became of the one before.
+Needs PyTorch for CUDA, this package with its CUDA kernels, hypothesis, numpy, psutil, pytest, pytest-timeout, PyYAML,
+rich and typer; vLLM and FlashInfer only to compare with them. Every stage has a time limit and runs whatever became of
+the one before.
 """
 
 import shutil

@@ -5,11 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from benchmarks.peers import QUERY_DTYPE, Peer, Shape
-
-
-class Device(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
+from benchmarks.record import Device
 
 
 class What(StrEnum):

@@ -31,9 +31,10 @@ if not __package__:  # run as a script: this folder has a `kernels`, which trans
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
 from benchmarks import cuda_peers, record, timing
-from benchmarks.kernel_cases import Case, Device, What, bytes_moved, choose_cases
+from benchmarks.kernel_cases import Case, What, bytes_moved, choose_cases
 from benchmarks.layers import CheckError, Layers
 from benchmarks.peers import Peer
+from benchmarks.record import Device
 from benchmarks.timing import Budget, ReadBandwidth, ReadMeter, Timing
 from vllm_int8kv import ops
 

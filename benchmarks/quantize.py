@@ -37,11 +37,6 @@ DEFAULT_ELEMENTS = 1 << 27
 """Shapes with more elements are measured on CPU with --all only: the paper's loop takes minutes for them."""
 
 
-class DeviceName(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class Errors(StrEnum):
     none = "none"
     uniform = "uniform"
@@ -167,7 +162,7 @@ def summary(lines: list[record.Record]) -> Table:
 
 
 def main(
-    device: Annotated[DeviceName, typer.Option(help="where the kernels run")] = DeviceName.cpu,
+    device: Annotated[record.Device, typer.Option(help="where the kernels run")] = record.Device.cpu,
     every: Annotated[bool, typer.Option("--all", help="all ten shapes on CPU, too")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="TOKENSxCHANNELS; may be repeated")] = None,
     errors: Annotated[Errors, typer.Option(help="which errors to measure; default: all, with --shape none")] = None,

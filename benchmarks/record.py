@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
+from enum import StrEnum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,13 @@ GENERATED = ("benchmarks/results", "benchmarks/plots")
 """What a benchmark or a report writes: changes there do not make a measurement dirty."""
 
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
+
+
+class Device(StrEnum):
+    """Where kernels and engines run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)

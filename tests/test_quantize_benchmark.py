@@ -25,7 +25,7 @@ def run(monkeypatch, out, **options):
     quantize = load("quantize")
     monkeypatch.setattr(quantize.timing, "cold_copies", lambda nbytes: 2)
     defaults = {
-        "device": quantize.DeviceName.cpu,
+        "device": quantize.record.Device.cpu,
         "every": False,
         "shape": ["40x70"],
         "errors": quantize.Errors.uniform,
