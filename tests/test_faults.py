@@ -1,5 +1,6 @@
 """What breaks from outside: full disks, killed conversions, killed engines. Nothing half-written is believed."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -116,7 +117,12 @@ LOADED_CPU_SECONDS = 12
 
 
 def engines(demo: psutil.Process) -> list[psutil.Process]:
-    return [child for child in demo.children(recursive=True) if "vllm_int8kv.demo_engine" in child.cmdline()]
+    found = []
+    for child in demo.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # gone meanwhile
+            if "vllm_int8kv.demo_engine" in child.cmdline():
+                found.append(child)
+    return found
 
 
 @pytest.mark.engine
