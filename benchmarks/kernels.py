@@ -174,7 +174,7 @@ def leave_out_unusable(layers: Layers, left_out: Counter[str]) -> None:
         try:
             layers.check(peer)
         except Exception as error:  # whatever a foreign kernel raises, the rest is measured
-            left_out[f"{peer.name}: {type(error).__name__}: {str(error).splitlines()[0]}"] += 1
+            left_out[f"{peer.name}: {repr(error)[:200]}"] += 1
             layers.peers = [other for other in layers.peers if other is not peer]
 
 
@@ -195,7 +195,7 @@ def main(
             print(f"not here: {name} ({why})")
     counts = [int(count) for count in threads.split(",")] if threads else sorted({1, os.cpu_count() or 1})
     cases = [case for case in choose_cases(device, quick) if not only or case.what in only]
-    budget = Budget(seconds=0.2, min_samples=3) if quick else Budget()
+    budget = Budget(seconds=0.2, min_samples=3) if quick else Budget(seconds=1.0 if device == Device.cuda else 2.0)
     if out is None and not quick:
         out = record.RESULTS
     console, failures, groups, left_out = Console(), [], [], Counter()

@@ -117,4 +117,7 @@ class Layers:
         def run(turn: int) -> None:
             attend(self.query, caches[turn % len(caches)], out)
 
+        if self.device == "cuda":  # some compile at the first call, or keep something of each cache
+            for copy in range(len(caches)):
+                run(copy)
         return run
