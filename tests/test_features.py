@@ -284,7 +284,7 @@ def test_encoder_is_refused(create_config, tmp_path):
 
 
 @refuses(
-    "multimodal models whose images attend to themselves in full (PaliGemma, Gemma-3)",
+    "multimodal models whose images attend to themselves in full (PaliGemma)",
     'by this plugin; accepted without images (`limit_mm_per_prompt={"image": 0}`)',
 )
 def test_bidirectional_images_are_refused(create_config, tmp_path):

@@ -19,7 +19,7 @@ def stream(client: openai.OpenAI):
 
 
 def test_a_killed_engine_core_fails_its_requests_and_ends_the_server(tmp_path):
-    """No client takes half an answer for a whole one, nothing is left, and the next server answers."""
+    """No client of a stream takes half an answer for a whole one, and nothing is left."""
     models.smollm2()
     with Server(OPTIONS, tmp_path / "log.txt") as server:
         processes = server.processes()
