@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks import accuracy_record
 from benchmarks.accuracy_record import AccuracyRecord
 from benchmarks.accuracy_tables import OURS, PLAIN, find
-from benchmarks.plots import digest
+from benchmarks.plots import save
 from vllm_int8kv.sensitivity import draw_bars
 
 PANELS = {(OURS, 1): "int8_custom", (PLAIN, 128): "plain INT8, keys with 128x outliers"}
@@ -30,12 +30,8 @@ def draw_layers(found: list[dict[str, AccuracyRecord]], path: Path) -> None:
         axes.set_title(f"{title}: all layers {line.metrics['kl_all_layers']:.1e}", fontsize=10)
     newest = panels[PANELS[OURS, 1]]
     tokens = sum(newest.case["texts"].values())
-    figure.supxlabel(
-        f"{newest.case['model']}, {tokens:,} tokens, one layer in INT8 at a time, {newest.utc[:10]}", fontsize=8
-    )
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
-    plt.close(figure)
+    caption = f"{newest.case['model']}, {tokens:,} tokens, one layer in INT8 at a time, {newest.utc[:10]}"
+    save(figure, found, path, caption)
 
 
 PLOTS = {"layers": (layers_plot_data, draw_layers)}

@@ -6,6 +6,7 @@ from benchmarks import accuracy_record
 from benchmarks.accuracy_record import AccuracyRecord
 from benchmarks.markdown import markdown
 from benchmarks.schemes import SCHEMES
+from vllm_int8kv.eval_report import PATH_MEANINGS
 
 PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
 """Plain INT8 per (token, KV head), the quantizer of vLLM's int8_per_token_head, which does not exist on CPU."""
@@ -17,13 +18,6 @@ CACHES = {
 }
 COMPILED = "auto:enforce_eager=false"
 """The same cache, but other arithmetic: models are not compiled for these measurements."""
-PATHS = {
-    "decode": "decode steps",
-    "prefill": "prefill",
-    "chunked": "prefill in chunks",
-    "prefix": "prefix-cache hits",
-}
-"""The ways tokens read the cache, `evaluate.PATHS`."""
 
 
 def find(records: list[AccuracyRecord], impl: str, **case: object) -> AccuracyRecord | None:
@@ -65,8 +59,7 @@ def engine_table(results: Path) -> str:
             ]
         )
     ours = clean[OURS]
-    texts = ", ".join(f"{name} ({count:,})" for name, count in ours.case["texts"].items())
-    note = f"Texts and their tokens: {texts}. ± is half a 95% bootstrap interval."
+    note = f"{texts(ours)} ± is half a 95% bootstrap interval."
     noise = find(records, COMPILED, dtype="bfloat16", stress=1)
     if noise is not None:
         note += (
@@ -79,7 +72,7 @@ def engine_table(results: Path) -> str:
 def paths_table(results: Path) -> str:
     """What tokens lose by how they read the cache, where every path was measured in one run."""
     records = accuracy_record.latest(accuracy_record.read("engine", results / "accuracy"))
-    complete = [line for line in records if line.metrics["paths"].keys() == set(PATHS)]
+    complete = [line for line in records if line.metrics["paths"].keys() == PATH_MEANINGS.keys()]
     found = {
         label: find(complete, impl, stress=1, dtype="float32")
         for impl, label in {"auto": "unquantized", **CACHES}.items()
@@ -87,11 +80,18 @@ def paths_table(results: Path) -> str:
     measured = {label: line for label, line in found.items() if line is not None}
     if not measured:
         return "_Not measured yet: `python benchmarks/accuracy.py engine`._"
-    rows = [[label, *(divergence(line, path) for path in PATHS), needles(line)] for label, line in measured.items()]
-    head = ["KV cache", *PATHS.values(), "hidden numbers found"]
+    rows = [
+        [label, *(divergence(line, path) for path in PATH_MEANINGS), needles(line)] for label, line in measured.items()
+    ]
+    head = ["KV cache", *PATH_MEANINGS.values(), "hidden numbers found"]
     newest = next(iter(measured.values()))
-    texts = ", ".join(f"{name} ({count:,})" for name, count in newest.case["texts"].items())
-    return f"{markdown(head, rows)}\n\nTexts and their tokens: {texts}.\n\n{source(newest)}"
+    return f"{markdown(head, rows)}\n\n{texts(newest)}\n\n{source(newest)}"
+
+
+def texts(line: AccuracyRecord) -> str:
+    """What was scored, for below a table."""
+    sizes = ", ".join(f"{name} ({count:,})" for name, count in line.case["texts"].items())
+    return f"Texts and their tokens: {sizes}."
 
 
 def needles(line: AccuracyRecord) -> str:

@@ -77,22 +77,15 @@ def to_record(plan: Plan, rounds: list[dict], num_threads: int) -> record.Record
     times_us = [time_us for answer in rounds for time_us in answer["times_us"]]
     taken = asdict(summarize(times_us, cpu_us=0.0)) | {"cpu_per_wall": None}
     case = {name: value for name, value in asdict(plan).items() if name != "kv_cache_dtype"}
-    return record.Record(
+    return record.of_run(
+        record.environment(),
         what="end_to_end",
         case=case | {"model": Path(plan.model).name, "dtype": "bfloat16"},
         impl=plan.kv_cache_dtype,
         resolved_backend=BACKENDS[plan.kv_cache_dtype],
-        bytes_moved=None,
-        gb_per_s=None,
-        read_gb_per_s=None,
-        frac_of_peak=None,
         tok_per_s=round(plan.num_seqs / taken["median_us"] * 1e6, 2),
-        checked=True,
-        rel_error=None,
         num_threads=num_threads,
-        utc=record.utc_now(),
         **taken,
-        **record.environment(),
     )
 
 

@@ -36,7 +36,6 @@ from benchmarks.layers import CheckError, Layers
 from benchmarks.peers import Peer
 from benchmarks.record import Device
 from benchmarks.timing import Budget, ReadBandwidth, ReadMeter, Timing
-from vllm_int8kv import ops
 
 DEFAULT_OUT = "benchmarks/results, with --quick none"
 
@@ -44,20 +43,22 @@ ATTEMPTS = 3
 """How often a case is timed anew because something else was using the cores."""
 
 
-def measure(case: Case, layers: Layers, meter: ReadMeter, budget: Budget, idle: bool) -> list[record.Record]:
+def measure(
+    case: Case, layers: Layers, meter: ReadMeter, budget: Budget, idle: bool, left_out: Counter[str]
+) -> list[record.Record]:
     """Check and time every implementation with the current number of threads.
 
     Args:
         idle: insist on a CPU that does nothing else.
+        left_out: counts why others were left out, see `check`.
 
     Raises:
         CheckError: one does not match its reference or does not run with that many cores; nothing is recorded.
     """
-    errors = {peer.name: layers.check(peer) for peer in layers.peers}
+    errors = check(layers, left_out)
+    peers = [peer for peer in layers.peers if peer.name in errors]
     step = layers.write_call if case.what == What.write else layers.attend_call
-    calls = {peer.name: step(peer) for peer in layers.peers}
-    on_gpu = layers.device == Device.cuda
-    idle = idle and not on_gpu
+    calls = {peer.name: step(peer) for peer in peers}
     for _ in range(ATTEMPTS):
         before = meter.measure()  # also evicts what the checks left in the last-level cache
         timings = timing.interleave(calls, budget, meter.clock)
@@ -68,13 +69,23 @@ def measure(case: Case, layers: Layers, meter: ReadMeter, budget: Budget, idle: 
         raise CheckError(f"the machine is busy: a plain read got {read.timing.cpu_per_wall} cores")
     for name, taken in timings.items():
         # Nothing can use more cores than there are; what looks like it is the granularity of the CPU clock.
-        if (
-            not on_gpu
-            and torch.get_num_threads() < os.cpu_count()
-            and taken.cpu_per_wall > 1.1 * torch.get_num_threads() + 0.1
-        ):
+        if torch.get_num_threads() < os.cpu_count() and taken.cpu_per_wall > 1.1 * torch.get_num_threads() + 0.1:
             raise CheckError(f"{name} used {taken.cpu_per_wall} cores")
-    return [to_record(case, peer, layers, timings[peer.name], read, errors[peer.name]) for peer in layers.peers]
+    return [to_record(case, peer, layers, timings[peer.name], read, errors[peer.name]) for peer in peers]
+
+
+def check(layers: Layers, left_out: Counter[str]) -> dict[str, float]:
+    """The relative error of every implementation; on a GPU, where what is installed may not suit the card or the
+    shape, the others are left out instead of raising, and `left_out` counts why."""
+    errors = {}
+    for peer in layers.peers:
+        try:
+            errors[peer.name] = layers.check(peer)
+        except Exception as error:  # whatever a foreign kernel raises, the rest is measured
+            if layers.device == Device.cpu or peer is layers.peers[0]:
+                raise
+            left_out[f"{peer.name}: {repr(error)[:200]}"] += 1
+    return errors
 
 
 def to_record(
@@ -168,16 +179,6 @@ def load_peers(case: Case, device: Device) -> list[Peer]:
     return cpu_peers.load(every_isa=case.what == What.isa)
 
 
-def leave_out_unusable(layers: Layers, left_out: Counter[str]) -> None:
-    """Leave out the others that cannot run a case on a GPU, where what is installed may not suit the card."""
-    for peer in layers.peers[1:]:
-        try:
-            layers.check(peer)
-        except Exception as error:  # whatever a foreign kernel raises, the rest is measured
-            left_out[f"{peer.name}: {repr(error)[:200]}"] += 1
-            layers.peers = [other for other in layers.peers if other is not peer]
-
-
 def main(
     device: Annotated[Device, typer.Option(help="where to run")] = Device.cpu,
     threads: Annotated[str, typer.Option(help="thread counts, comma-separated; default: 1 and all cores")] = "",
@@ -188,8 +189,7 @@ def main(
 ) -> None:
     """Check and time the operators; one JSON line per case and implementation."""
     if device == Device.cuda:
-        if not (torch.cuda.is_available() and ops.has_cuda_kernels()):
-            sys.exit("--device cuda needs a GPU that PyTorch can use and a vllm-int8kv with CUDA kernels")
+        timing.require_gpu()
         threads = "1"  # nothing of what is timed runs on the CPU
         for name, why in cuda_peers.missing().items():
             print(f"not here: {name} ({why})")
@@ -199,7 +199,7 @@ def main(
     if out is None and not quick:
         out = record.RESULTS
     console, failures, groups, left_out = Console(), [], [], Counter()
-    meter = ReadMeter(device)
+    meter, is_idle = ReadMeter(device), not quick and device == Device.cpu
     for count in counts:
         torch.set_num_threads(count)
         keep(read_record(meter.measure(samples=9), device), out)
@@ -211,12 +211,10 @@ def main(
             progress.update(task, description=f"{case.what} {case.shape.num_seqs} x {case.shape.seq_len}", refresh=True)
             torch.set_num_threads(os.cpu_count() or 1)
             layers = Layers(case.shape, load_peers(case, device), seed, device)
-            if device == Device.cuda:
-                leave_out_unusable(layers, left_out)
             for count in counts:
                 torch.set_num_threads(count)
                 try:
-                    groups.append(measure(case, layers, meter, budget, idle=not quick))
+                    groups.append(measure(case, layers, meter, budget, is_idle, left_out))
                     for line in groups[-1]:
                         keep(line, out)
                 except CheckError as error:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -29,6 +30,16 @@ def digest(found: list[Group]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def save(figure: Any, found: list[Group], path: Path, caption: str) -> None:
+    """Write a plot with the digest of its records, and close it."""
+    import matplotlib.pyplot as plt  # only the plots need it, and it is slow to import
+
+    figure.supxlabel(caption, fontsize=8)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
+    plt.close(figure)
+
+
 def draw_decode(found: list[Group], path: Path) -> None:
     """Bandwidth against context length; the dashed line is what the memory can deliver."""
     import matplotlib.pyplot as plt  # only the plot needs it, and it is slow to import
@@ -52,10 +63,7 @@ def draw_decode(found: list[Group], path: Path) -> None:
     axes.set_ylabel("KV cache read, GB/s")
     axes.set_title("Decode attention: 8 sequences, 32/8 heads, head size 128")
     device = newest.device.split(",")[0]
-    figure.supxlabel(f"{device}, {newest.num_threads} threads, {newest.utc[:10]}", fontsize=8)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
-    plt.close(figure)
+    save(figure, found, path, f"{device}, {newest.num_threads} threads, {newest.utc[:10]}")
 
 
 def draw_pressure(found: list[Group], path: Path) -> None:
@@ -81,10 +89,7 @@ def draw_pressure(found: list[Group], path: Path) -> None:
     axes.set_ylabel("output tokens/s, prefill included")
     case = newest.case
     axes.set_title(f"{case['model']}, {case['input_len']} in, {case['output_len']} out, the same KV memory")
-    figure.supxlabel(f"{newest.device.split(',')[0]}, {newest.num_threads} core, {newest.utc[:10]}", fontsize=8)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
-    plt.close(figure)
+    save(figure, found, path, f"{newest.device.split(',')[0]}, {newest.num_threads} core, {newest.utc[:10]}")
 
 
 PLOTS: dict[str, tuple[Callable[[Path], list[Group]], Callable[[list[Group], Path], None]]] = {

@@ -173,8 +173,8 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
 ) -> None:
     """Check and time the ladder; one JSON line per shape, variant and operation."""
-    if device == "cuda" and not (torch.cuda.is_available() and ops.has_cuda_kernels()):
-        sys.exit("--device cuda needs a GPU that PyTorch can use and a vllm-int8kv with CUDA kernels")
+    if device == "cuda":
+        timing.require_gpu()
     shapes = [parse_shape(text) for text in shape or ()]
     if not shape:
         shapes = [s for s in SHAPES if every or device == "cuda" or s.num_elements <= DEFAULT_ELEMENTS]

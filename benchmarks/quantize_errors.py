@@ -134,22 +134,15 @@ def _record(
     on_gpu = x.device.type == "cuda"
     clock = timing.gpu_clock if on_gpu else timing.wall_clock
     (taken,) = timing.interleave({"": lambda _: round_trip_only(x)}, BUDGET, clock).values()
-    return record.Record(
+    return record.of_run(
+        environment,
         what="quantize_error",
         case=case,
         impl=impl,
         resolved_backend=f"int8kv {'cuda' if on_gpu else ops.cpu_isa()}",
-        bytes_moved=None,
-        gb_per_s=None,
-        read_gb_per_s=None,
-        frac_of_peak=None,
         metrics={name: float(f"{value:.6g}") for name, value in found.items()},
-        checked=True,
-        rel_error=None,
         num_threads=torch.get_num_threads(),
-        utc=record.utc_now(),
         **asdict(taken),
-        **environment,
     )
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.plots import digest
+from benchmarks.plots import save
 from benchmarks.quantize_tables import error_plot_data, rate_plot_data
 from benchmarks.tables import Group
 
@@ -27,7 +27,7 @@ def draw_rates(found: list[Group], path: Path) -> None:
     axes.set_ylabel("bytes that must move, GB/s")
     axes.set_title("Per-channel quantization, scales given, operands cold")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, found, path, f"{newest.device.split(',')[0]}, {newest.utc[:10]}")
+    save(figure, found, path, f"{newest.device.split(',')[0]}, {newest.utc[:10]}")
 
 
 def draw_errors(found: list[Group], path: Path) -> None:
@@ -52,7 +52,7 @@ def draw_errors(found: list[Group], path: Path) -> None:
     axes.set_ylabel("error")
     axes.set_title("Errors of uniform data: measured, and by their closed forms (dashed)")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, found, path, f"U(-1, 1), one scale per channel, {lines[-1].utc[:10]}")
+    save(figure, found, path, f"U(-1, 1), one scale per channel, {lines[-1].utc[:10]}")
 
 
 def _elements(group: Group) -> int:
@@ -62,15 +62,6 @@ def _elements(group: Group) -> int:
 
 def _rate(group: Group, name: str) -> float:
     return group[name].gb_per_s if name in group else 0.0
-
-
-def _save(figure, found: list[Group], path: Path, caption: str) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.supxlabel(caption, fontsize=8)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Description": digest(found)})
-    plt.close(figure)
 
 
 PLOTS = {"quantize": (rate_plot_data, draw_rates), "quantize_error": (error_plot_data, draw_errors)}

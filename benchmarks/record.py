@@ -42,7 +42,7 @@ class Record:
     schema: int = SCHEMA
     what: str
     """the file it belongs to: decode, isa, verify, prefill, write, read_bandwidth, end_to_end, quantize,
-    quantize_error, throughput, online, soak"""
+    quantize_error, throughput, online, soak, fuzz"""
     case: dict
     """all sizes, dtypes and seeds"""
     impl: str
@@ -103,6 +103,12 @@ def check_fields(line: Any, schema: int) -> None:
             raise ValueError(f"{name} must be {hint}, got {getattr(line, name)!r}")
     if line.schema != schema:
         raise ValueError(f"schema {line.schema} is not supported; supported: {schema}")
+
+
+def of_run(environment: dict, **fields: Any) -> Record:
+    """The record of something that ran as a whole: it counts no bytes and has no reference of its own."""
+    uncounted = ("bytes_moved", "gb_per_s", "read_gb_per_s", "frac_of_peak", "rel_error")
+    return Record(checked=True, utc=utc_now(), **dict.fromkeys(uncounted), **environment, **fields)
 
 
 def parse(line: str) -> Record:

@@ -78,23 +78,16 @@ def to_record(config: BenchConfig, case: Case, runs: list[Run], sweep: Sweep) ->
     num_gpus = config.replicas * config.world_size if config.device == Device.cuda else 0
     environment["device"] = " + ".join(f"{num_gpus} x {device}" if num_gpus else device for device in devices)
     backends = sorted({backend for replica in first.replicas for backend in replica["backends"]})
-    return Record(
+    return record.of_run(
+        environment,
         what=WHAT[config.mode],
         case=describe(config, case, sweep),
         impl=first.impl,
         resolved_backend=", ".join(backends),
-        bytes_moved=None,
-        gb_per_s=None,
-        read_gb_per_s=None,
-        frac_of_peak=None,
         tok_per_s=round(median(run.output_tok_per_s for run in runs), 2),
-        checked=True,
-        rel_error=None,
         num_threads=config.replicas * config.cpus_per_replica,
         metrics=metrics(case, runs, sweep),
-        utc=record.utc_now(),
         **taken,
-        **environment,
     )
 
 

@@ -1,7 +1,7 @@
 """The tables of the READMEs as Markdown, from the records of one device, the last measured."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import record
@@ -17,12 +17,19 @@ Group = dict[str, Record]
 
 def groups(what: str, results: Path) -> list[Group]:
     """The newest complete measurements of a kind on CPU, on the one measured last."""
-    records = [line for line in record.read(what, results) if line.cuda is None]
+    found = by_case(line for line in record.read(what, results) if line.cuda is None)
+    return [group for group in found if group.keys() >= LABELS.keys()]
+
+
+def by_case(records: Iterable[Record]) -> list[Group]:
+    """The newest records of each case and number of threads, on the device measured last."""
+    records = list(records)
+    last = max(reversed(records), key=lambda line: line.utc, default=None)
     found: dict[tuple, Group] = {}
     for line in record.latest(records):
-        if line.device == records[-1].device:
+        if line.device == last.device:
             found.setdefault((*line.key[:2], line.num_threads), {})[line.impl] = line
-    return [group for group in found.values() if group.keys() >= LABELS.keys()]
+    return list(found.values())
 
 
 def faster(group: Group, impl: str) -> float:
@@ -187,14 +194,10 @@ GPU_WHATS = ("decode", "verify", "write", "prefill")
 
 def gpu_table(results: Path) -> str:
     """Every case on the GPU measured last, and how many times faster we are than each of the others there."""
-    records = [line for what in GPU_WHATS for line in record.read(what, results) if line.cuda is not None]
-    if not records:
+    found = by_case(line for what in GPU_WHATS for line in record.read(what, results) if line.cuda is not None)
+    measured = [group for group in found if "int8_custom" in group]
+    if not measured:
         return "_Never measured: `make gpu-check` on a machine with a GPU._"
-    newest = max(records, key=lambda line: line.utc)
-    found: dict[tuple, Group] = {}
-    for line in record.latest(line for line in records if line.device == newest.device):
-        found.setdefault(line.key[:2], {})[line.impl] = line
-    measured = [group for group in found.values() if "int8_custom" in group]
     others = sorted({impl for group in measured for impl in group} - {"int8_custom"})
     rows = []
     for group in measured:

@@ -5,12 +5,15 @@ does once per step for all layers, the read-out of the clocks, and the choice of
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from vllm_int8kv import ops
 
 CallOnce = Callable[[int], object]
 """Runs an implementation once; the argument counts the calls, so that each can take other (cold) operands."""
@@ -95,6 +98,12 @@ def gpu_clock(call: CallOnce, turn: int) -> tuple[int, int]:
     end.record()
     end.synchronize()
     return round(begin.elapsed_time(end) * 1e6), 0
+
+
+def require_gpu() -> None:
+    """Raises SystemExit unless `--device cuda` can run here."""
+    if not (torch.cuda.is_available() and ops.has_cuda_kernels()):
+        sys.exit("--device cuda needs a GPU that PyTorch can use and a vllm-int8kv with CUDA kernels")
 
 
 def interleave(calls: dict[str, CallOnce], budget: Budget, clock: Clock = wall_clock) -> dict[str, Timing]:

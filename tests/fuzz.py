@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -51,28 +52,18 @@ def write(found: dict[str, dict[str, int]], examples: int, seconds: float, resul
     """Append the record of a run that found nothing."""
     sys.path.insert(0, str(sanitize.ROOT))
     from benchmarks import record
+    from benchmarks.timing import summarize
     from vllm_int8kv import ops
 
-    line = record.Record(
+    line = record.of_run(
+        record.environment(),
         what="fuzz",
         case={"examples": examples, "sanitizers": "address, undefined"},
         impl="int8_custom",
         resolved_backend=f"INT8_KV {ops.cpu_isa()}",
-        median_us=seconds * 1e6,
-        p10_us=seconds * 1e6,
-        p90_us=seconds * 1e6,
-        n=1,
-        bytes_moved=None,
-        gb_per_s=None,
-        read_gb_per_s=None,
-        frac_of_peak=None,
         metrics=found,
-        checked=True,
-        rel_error=None,
         num_threads=1,
-        cpu_per_wall=None,
-        utc=record.utc_now(),
-        **record.environment(),
+        **asdict(summarize([seconds * 1e6], cpu_us=0.0)) | {"cpu_per_wall": None},
     )
     record.append(line, results)
 

@@ -1,23 +1,15 @@
 """The accuracy tables and the plot of layers, from made-up records."""
 
-import importlib
-from pathlib import Path
+from benchmark_modules import benchmarks_on_path as benchmarks_on_path  # the fixture
+from benchmark_modules import module
 
-import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
 PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
 SHAPE = {"num_kv_heads": 2, "head_size": 64, "itemsize": 2}
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def append(what, impl, metrics, folder, stress=1, tokens=16):
     case = {"model": "a model", "stress": stress, "dtype": "float32", "texts": {"prose": tokens}}
-    accuracy_record = importlib.import_module("benchmarks.accuracy_record")
+    accuracy_record = module("accuracy_record")
     accuracy_record.append(what, case, impl, metrics, folder / "accuracy")
 
 
@@ -27,7 +19,7 @@ def scores(**paths):
 
 
 def test_paths_table_takes_runs_of_every_path(tmp_path):
-    tables = importlib.import_module("benchmarks.accuracy_tables")
+    tables = module("accuracy_tables")
     assert "Not measured yet" in tables.paths_table(tmp_path)
     append("engine", "int8_custom", scores(decode=9.0), tmp_path, tokens=99)
     assert "Not measured yet" in tables.paths_table(tmp_path)
@@ -42,8 +34,8 @@ def test_paths_table_takes_runs_of_every_path(tmp_path):
 
 
 def test_layers_plot_marks_what_is_skipped_and_notices_other_records(tmp_path):
-    plots = importlib.import_module("benchmarks.accuracy_plots")
-    problem = importlib.import_module("benchmarks.plots").plot_problem
+    plots = module("accuracy_plots")
+    problem = module("plots").plot_problem
     layers = [{"layer": layer, "kl_per_token": kl, "e_o": 0.01, "shape": SHAPE} for layer, kl in ((0, 1.0), (1, 9.0))]
     report = {"layers": layers, "kl_all_layers": 11.0, "policy": {1: "auto"}}
     append("layers", "int8_custom", report, tmp_path)

@@ -1,7 +1,6 @@
 """What breaks from outside: full disks, killed conversions, killed engines. Nothing half-written is believed."""
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import tiny_models
 from engines import greedy_tokens, tiny_exact_engine
+from processes import hear_sigint
 
 from vllm_int8kv import models
 
@@ -147,9 +147,7 @@ def test_a_demo_interrupted_at_any_moment_ends_and_starts_again(tmp_path):
     moments += [(running, like_a_terminal, 130), (starting, psutil.Process.terminate, -signal.SIGTERM)]
     for has_come, interrupt, expected in moments:
         with log.open("w") as file:
-            # A suite started in the background ignores SIGINT, and so would everything it starts.
-            default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-            options = {"env": os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, "preexec_fn": default}
+            options = {"env": os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, "preexec_fn": hear_sigint}
             process = subprocess.Popen(DEMO, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options)
         demo = psutil.Process(process.pid)
         try:

@@ -1,26 +1,17 @@
 """The cases of `kernels.py`, and what of its GPU side a CPU can run."""
 
-import importlib
 import sys
 from pathlib import Path
 
 import pytest
+from benchmark_modules import benchmarks_on_path as benchmarks_on_path  # the fixture
+from benchmark_modules import module
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
     "decode": dict(num_seqs=3, seq_len=100, query_len=1, num_heads=8, num_kv_heads=2, head_size=64, block_size=16),
     "verify": dict(num_seqs=2, seq_len=70, query_len=4, num_heads=6, num_kv_heads=2, head_size=64, block_size=16),
     "prefill": dict(num_seqs=1, seq_len=50, query_len=50, num_heads=4, num_kv_heads=1, head_size=128, block_size=16),
 }
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def test_gpu_cases_reach_from_one_short_sequence_to_long_and_large_batches():

@@ -1,36 +1,29 @@
 """The throughput benchmark: requests to replicas that die, sweeps that stop, nodes without the plugin, real engines."""
 
-import functools
-import importlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from benchmark_modules import ROOT, module
+from benchmark_modules import benchmarks_on_path as benchmarks_on_path  # the fixture
+from processes import hear_sigint
 from ray.cluster_utils import Cluster
 
 from vllm_int8kv import models
 
-ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "bench" / "cpu_smoke.yaml"
 DEADLINE_S = 240
 
 
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
-
-
 @pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def pickled_by_value():
     # Classes of this file go to Ray's workers whole: they cannot import it.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
@@ -216,12 +209,6 @@ def test_a_lost_node_costs_no_request(two_nodes, config):
     assert all(row.error is None for row in outcome.rows.values())
 
 
-def shared_memory(processes):
-    """The files of the shared memory between vLLM's engine and its workers."""
-    maps = [Path("/proc", str(process.pid), "maps") for process in processes if process.is_running()]
-    return {Path(name) for file in maps for name in re.findall(r"/dev/shm/psm_\w+", file.read_text())}
-
-
 @pytest.mark.engine
 def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     """What CI must show: two replicas, both caches, every request answered once, Ctrl-C clean, the rest continued."""
@@ -230,14 +217,13 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), str(SMOKE), "--out", str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log.txt").open("w") as log:
-        # A suite started in the background ignores SIGINT, and so would everything it starts.
-        default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=default)
+        options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+        process = subprocess.Popen(command, preexec_fn=hear_sigint, **options)
         deadline = time.monotonic() + DEADLINE_S
         while not list(tmp_path.glob("requests/*")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
-        shared = shared_memory(children)
+        shared = module("cluster").shared_memory()
         process.send_signal(signal.SIGINT)
         code = process.wait(60)
     assert code == 130, (tmp_path / "log.txt").read_text()[-3000:]

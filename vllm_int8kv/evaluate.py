@@ -169,14 +169,19 @@ def evaluate(
     progress = Progress(*columns, console=console, disable=verbose)
     with tempfile.TemporaryDirectory(prefix="vllm-int8kv-") as folder, progress:
         results: dict[str, dict[str, Any]] = {}
+        plan = replace(plan, folder=folder)
         for index, cache in enumerate(caches):
-            label = str(index)
-            own = {"kv_cache_dtype": cache.kv_cache_dtype, "int8_kv": cache.int8_kv, "folder": folder, "label": label}
-            own["engine_options"] = plan.engine_options | cache.engine_options
-            results[cache.name] = _run_cache(
-                replace(plan, **own), cache.name, is_reference=index == 0, progress=progress, verbose=verbose
+            own = replace(
+                plan,
+                kv_cache_dtype=cache.kv_cache_dtype,
+                int8_kv=cache.int8_kv,
+                engine_options=plan.engine_options | cache.engine_options,
+                label=str(index),
             )
-            plan = replace(plan, token_ids=results[REFERENCE]["token_ids"], folder=folder)
+            results[cache.name] = _run_cache(
+                own, cache.name, is_reference=index == 0, progress=progress, verbose=verbose
+            )
+            plan = replace(plan, token_ids=results[REFERENCE]["token_ids"])
         reference = _load(plan, "0", "decode", 1)
         measured = {}
         for index, cache in enumerate(caches):

@@ -40,7 +40,8 @@ def write(result: Result, minutes: float, connections: int, results: Path) -> No
 
     deciles = statistics.quantiles(result.latencies, n=10)
     record.append(
-        record.Record(
+        record.of_run(
+            record.environment(),
             what="soak",
             case={
                 "model": "smollm2",
@@ -58,18 +59,10 @@ def write(result: Result, minutes: float, connections: int, results: Path) -> No
             p10_us=1e6 * deciles[0],
             p90_us=1e6 * deciles[-1],
             n=len(result.latencies),
-            bytes_moved=None,
-            gb_per_s=None,
-            read_gb_per_s=None,
-            frac_of_peak=None,
             tok_per_s=result.output_tokens / (60 * minutes),
             metrics=summary(result),
-            checked=True,
-            rel_error=None,
             num_threads=0,
             cpu_per_wall=None,
-            utc=record.utc_now(),
-            **record.environment(),
         ),
         results,
     )
