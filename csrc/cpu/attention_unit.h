@@ -39,6 +39,7 @@ struct Scratch {
 struct Unit : AttentionUnit {
   const PagedAttentionParams &p;
   Scratch &s;
+  float *out;  // [total_rows][partial_size], of the split in hand
   int32_t num_terms;
   int32_t num_queries_per_kv;
   int32_t head_size;
@@ -48,6 +49,7 @@ struct Unit : AttentionUnit {
       : AttentionUnit(unit),
         p(params),
         s(*reinterpret_cast<Scratch *>(scratch)),
+        out(s.out),
         num_terms(params.dtype == DType::kFloat32 ? 2 : 1),
         num_queries_per_kv(params.num_heads / params.cache.num_kv_heads),
         head_size(params.cache.head_size),
@@ -96,8 +98,8 @@ struct Unit : AttentionUnit {
 };
 
 // Equalizes and rotates the queries and turns them into integer terms.
-void load_queries(Unit &u) {
-  const PagedAttentionParams &p = u.p;
+void load_queries(const PagedAttentionParams &p, const AttentionUnit &unit, char *scratch) {
+  Unit u(p, unit, scratch);
   Scratch &s = u.s;
   const int64_t bytes = element_size(p.dtype);
   const int32_t num_rows = u.total_rows();

@@ -61,10 +61,11 @@ struct Kernels {
   // [head_begin, head_end).
   void (*quantize_tokens)(const ReshapeAndCacheParams &, int64_t token_begin, int64_t token_end,
                           int32_t head_begin, int32_t head_end);
-  // Attends a unit over splits [split_begin, split_end). With `partials`
-  // [split_end - split_begin, total_rows, partial_size] it leaves one partial
-  // result per split there, else it merges them in order and writes out and
-  // lse.
+  // Leaves the queries of a unit in `scratch` as `attend` wants them.
+  void (*load_queries)(const PagedAttentionParams &, const AttentionUnit &, char *scratch);
+  // Attends a unit, whose queries are in `scratch`, over splits [split_begin, split_end). With
+  // `partials` [split_end - split_begin, total_rows, partial_size] it leaves one partial result per
+  // split there, else it merges them in order and writes out and lse.
   void (*attend)(const PagedAttentionParams &, const AttentionUnit &, int32_t split_begin,
                  int32_t split_end, float *partials, char *scratch);
   // Merges `num_splits` partial results of the rows of one of the unit's heads in order and writes

@@ -113,20 +113,17 @@ Plan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
   for (size_t i = 0; i < plan.units.size(); ++i) {
     PlannedUnit &unit = plan.units[i];
     const int32_t num_splits = unit.split_end - unit.split_begin;
-    int64_t num_items = num_threads == 1 ? 1 : (unit.cost + target - 1) / target;
-    if (num_items > num_splits) num_items = num_splits;
     const int32_t index = static_cast<int32_t>(i);
-    if (num_items <= 1) {
+    if (num_threads == 1 || unit.cost <= target || num_splits < 2) {
       plan.items.push_back({index, unit.split_begin, unit.split_end, -1});
       continue;
     }
+    // An item per split: the finer they are, the less a thread waits for the other's last one.
     const int64_t split_floats = unit.total_rows() * partial_size(p.cache.head_size);
     unit.partials = plan.workspace_floats;
-    for (int64_t item = 0; item < num_items; ++item) {
-      const int32_t begin = static_cast<int32_t>(num_splits * item / num_items);
-      const int32_t end = static_cast<int32_t>(num_splits * (item + 1) / num_items);
-      plan.items.push_back({index, unit.split_begin + begin, unit.split_begin + end,
-                            unit.partials + begin * split_floats});
+    for (int32_t split = 0; split < num_splits; ++split) {
+      const int32_t begin = unit.split_begin + split;
+      plan.items.push_back({index, begin, begin + 1, unit.partials + split * split_floats});
     }
     for (int32_t head = 0; head < unit.num_unit_heads; ++head) plan.merges.push_back({index, head});
     plan.workspace_floats += num_splits * split_floats;
@@ -154,27 +151,31 @@ void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
   const Kernels &kernels = cpu_kernels();
   const Plan plan = make_plan(p, pool.num_threads);
   const std::unique_ptr<float[]> workspace(new float[plan.workspace_floats]);
-  // Threads take the next item when they are done with one.
+  const size_t scratch_bytes = kernels.scratch_bytes();
+  // Threads take the next item when they are done with one. `body` gets the thread's scratch and
+  // the unit whose queries are in it, -1 at first.
   const auto for_each = [&](size_t count, const auto &body) {
     if (count == 0) return;
     std::atomic<size_t> next{0};
-    parallel_for(pool, pool.num_threads, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        for (size_t i = next++; i < count; i = next++) body(i);
-      }
+    parallel_for(pool, pool.num_threads, [&](int64_t, int64_t) {
+      char *scratch = thread_scratch(scratch_bytes);
+      int32_t loaded = -1;
+      for (size_t i = next++; i < count; i = next++) body(i, scratch, loaded);
     });
   };
-  const size_t scratch_bytes = kernels.scratch_bytes();
-  for_each(plan.items.size(), [&](size_t i) {
+  for_each(plan.items.size(), [&](size_t i, char *scratch, int32_t &loaded) {
     const WorkItem &item = plan.items[i];
+    const PlannedUnit &unit = plan.units[item.unit];
+    // 2.7 us at 32 rows of 128, a tenth of what a split takes.
+    if (loaded != item.unit) kernels.load_queries(p, unit, scratch);
+    loaded = item.unit;
     float *partials = item.partials < 0 ? nullptr : workspace.get() + item.partials;
-    kernels.attend(p, plan.units[item.unit], item.split_begin, item.split_end, partials,
-                   thread_scratch(scratch_bytes));
+    kernels.attend(p, unit, item.split_begin, item.split_end, partials, scratch);
   });
-  for_each(plan.merges.size(), [&](size_t i) {
+  for_each(plan.merges.size(), [&](size_t i, char *scratch, int32_t &) {
     const PlannedUnit &unit = plan.units[plan.merges[i].unit];
     kernels.combine(p, unit, plan.merges[i].unit_head, unit.split_end - unit.split_begin,
-                    workspace.get() + unit.partials, thread_scratch(scratch_bytes));
+                    workspace.get() + unit.partials, scratch);
   });
 }
 

@@ -21,6 +21,10 @@ namespace int8kv::cpu::INT8KV_ISA {
 
 namespace {
 
+// Where no weight of a tile exceeds this, kMaxTerm divided by it could overflow: the tile counts
+// nothing.
+constexpr float kMinWeight = 1e-34f;
+
 // The parts of a tile that lie in one block each, in order: f(first slot,
 // relative to the tile; first slot, relative to the block; number of slots;
 // chunk).
@@ -133,13 +137,11 @@ f32x16 weigh_row(Unit &u, int32_t row, float shift, int32_t tile_slots, f32x16 &
 // The weights of one row as integer terms relative to `to_term`.
 void quantize_weights(Unit &u, int32_t row, float to_term, int32_t tile_slots) {
   const int32_t *weights = u.products(row, 0);
-  const auto narrow = [](f32x16 v) { return narrow_to_16(to_ints(v)); };
   for (int32_t i = 0; i < tile_slots; i += kLanes) {
     const f32x16 x = load<f32x16>(weights + i) * to_term;
-    const f32x16 term = round_even(x);
-    store(u.weights(row, 0) + i, narrow(term));
+    store(u.weights(row, 0) + i, round_to_16(x));
     if (u.num_terms == 2) {
-      store(u.weights(row, 1) + i, narrow(round_even((x - term) * kSecondTerm)));
+      store(u.weights(row, 1) + i, round_to_16((x - round_even(x)) * kSecondTerm));
     }
   }
 }
@@ -172,7 +174,7 @@ void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
     s.maxes[row] = tile_max[i];
     s.sums[row] = s.sums[row] * s.rescales[i] + sum;
     s.weight_scales[i] = weight_max / kMaxTerm;
-    to_terms[i] = weight_max > 0.0f ? kMaxTerm / weight_max : 0.0f;
+    to_terms[i] = weight_max > kMinWeight ? kMaxTerm / weight_max : 0.0f;
   }
   for (int32_t i = 0; i < num_rows; ++i) quantize_weights(u, first + i, to_terms[i], tile_slots);
 }
@@ -200,7 +202,7 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                  });
   for (int32_t i = 0; i < u.num_rows; ++i) {
     const int32_t row = unit_head * u.num_rows + i;
-    float *out = s.out + row * partial_size(u.head_size) + kPartialHeader;
+    float *out = u.out + row * partial_size(u.head_size) + kPartialHeader;
     const int32_t *first = s.products + static_cast<int64_t>(i) * u.head_size;
     const int32_t *second = first + static_cast<int64_t>(u.num_rows) * u.head_size;
     const float rescale = s.rescales[i], scale = s.weight_scales[i];
@@ -214,11 +216,11 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
   }
 }
 
-// Leaves the partial result of one split in scratch.out: the state, whether the query is finite,
-// then the values.
+// Leaves the partial result of one split in u.out: the state, whether the query is finite, then the
+// values.
 void attend_split(Unit &u, int32_t split) {
   Scratch &s = u.s;
-  std::memset(s.out, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
+  std::memset(u.out, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
   for (int32_t row = 0; row < u.total_rows(); ++row) {
     s.maxes[row] = kMinusInfinity;
     s.sums[row] = 0.0f;
@@ -237,7 +239,7 @@ void attend_split(Unit &u, int32_t split) {
     }
   }
   for (int32_t row = 0; row < u.total_rows(); ++row) {
-    float *header = s.out + row * partial_size(u.head_size);
+    float *header = u.out + row * partial_size(u.head_size);
     header[0] = s.maxes[row];
     header[1] = s.sums[row];
     header[2] = s.is_finite[row];
@@ -303,17 +305,13 @@ void write_out(Unit &u, Rows rows) {
 void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t split_begin,
             int32_t split_end, float *partials, char *scratch) {
   Unit u(params, unit, scratch);
-  load_queries(u);
   const int64_t size = u.total_rows() * partial_size(u.head_size);
   const Rows all{0, u.total_rows()};
   if (!partials) clear_total(u, all);
   for (int32_t split = split_begin; split < split_end; ++split) {
+    if (partials) u.out = partials + (split - split_begin) * size;
     attend_split(u, split);
-    if (partials) {
-      std::memcpy(partials + (split - split_begin) * size, u.s.out, sizeof(float) * size);
-    } else {
-      merge_split(u, all, u.s.out);
-    }
+    if (!partials) merge_split(u, all, u.out);
   }
   if (!partials) write_out(u, all);
 }
@@ -339,7 +337,7 @@ size_t scratch_bytes() { return sizeof(Scratch); }
 void quantize_tokens(const ReshapeAndCacheParams &, int64_t, int64_t, int32_t, int32_t);
 
 const Kernels &attention_kernels() {
-  static constexpr Kernels kernels{quantize_tokens, attend, combine, scratch_bytes};
+  static constexpr Kernels kernels{quantize_tokens, load_queries, attend, combine, scratch_bytes};
   return kernels;
 }
 

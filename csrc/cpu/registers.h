@@ -255,6 +255,16 @@ INT8KV_INLINE i32x16 to_ints(f32x16 x) {
 #endif
 }
 
+// x * 2^n for whole n <= 0 and x near 1; below the normal range 0 or, with AVX-512, subnormal.
+INT8KV_INLINE f32x16 scale_by_power_of_two(f32x16 x, f32x16 n) {
+#if defined(__AVX512F__)
+  return as<f32x16>(_mm512_maskz_scalef_ps(kAllLanes, get(x, 0), get(n, 0)));
+#else
+  const i32x16 exponent = to_ints(max(n, splat(-127.0f))) + 127;
+  return x * as<f32x16>(exponent << 23);
+#endif
+}
+
 INT8KV_INLINE u32x16 widen(u16x16 x) {
 #if defined(__AVX512F__)
   return __builtin_convertvector(x, u32x16);
@@ -272,7 +282,7 @@ INT8KV_INLINE u32x16 widen(u16x16 x) {
 #endif
 }
 
-// Values outside of the range of int16 are not allowed.
+// Values outside of the range of int16 are not allowed; with AVX-512 their low bits are taken.
 INT8KV_INLINE i16x16 narrow_to_16(i32x16 values) {
 #if defined(__AVX512F__)
   return __builtin_convertvector(values, i16x16);

@@ -22,28 +22,36 @@ INT8KV_INLINE float reduce_add(f32x16 v) {
   return (v + exchange<1>(v))[0];
 }
 
-// Round half to even for |x| < 2^22: the sum has no bits left for a fraction.
-INT8KV_INLINE f32x16 round_even(f32x16 x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-  return (x + kMagic) - kMagic;
+// A sum with it has no bits left for a fraction where |x| < 2^22.
+constexpr float kRoundingSum = 12582912.0f;  // 1.5 * 2^23
+
+// Round half to even for |x| < 2^22.
+INT8KV_INLINE f32x16 round_even(f32x16 x) { return (x + kRoundingSum) - kRoundingSum; }
+
+// The same for |x| < 2^15, as integers.
+INT8KV_INLINE i16x16 round_to_16(f32x16 x) {
+#if defined(__AVX512F__)
+  return narrow_to_16(as<i32x16>(x + kRoundingSum));  // the sum's low bits; others would saturate
+#else
+  return narrow_to_16(to_ints(round_even(x)));
+#endif
 }
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -87.
+// exp(x) for x <= 0, within 2 units in the last place; 0 where that is below the normal range, with
+// AVX-512 below all numbers.
 INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
-  const f32x16 clamped = max(x, splat(-87.0f));
-  const f32x16 n = round_even(clamped * 1.44269504089f);
-  // ln 2 in two parts: n * 0.693359375 is exact.
-  const f32x16 f = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  f32x16 y = splat(1.9875691500e-4f);  // the polynomial of Cephes' expf
-  y = y * f + 1.3981999507e-3f;
-  y = y * f + 8.3334519073e-3f;
-  y = y * f + 4.1665795894e-2f;
-  y = y * f + 1.6666665459e-1f;
-  y = y * f + 5.0000001201e-1f;
-  y = y * (f * f) + f + 1.0f;
-  const i32x16 power = (to_ints(n) + 127) << 23;
-  y *= as<f32x16>(power);
-  return select(less(x, splat(-87.0f)), f32x16{}, y);
+  constexpr float kLog2e = 1.44269504089f;
+  const f32x16 clamped = max(x, splat(-150.0f));  // exp(-inf) is 0, -inf + inf is not
+  const f32x16 n = round_even(clamped * kLog2e);
+  const f32x16 f = clamped * kLog2e - n;
+  // 2^f for |f| <= 1/2, relative error 1.1e-7: minimax of degree 5 with p(0) = 1.
+  f32x16 y = splat(1.326472731e-3f);
+  y = y * f + 9.671512991e-3f;
+  y = y * f + 5.550733581e-2f;
+  y = y * f + 2.402224243e-1f;
+  y = y * f + 6.931470037e-1f;
+  y = y * f + 1.0f;
+  return scale_by_power_of_two(y, n);
 }
 
 // tanh within 4 units in the last place: its series near 0, where (1 - e) / (1 + e) would cancel.
