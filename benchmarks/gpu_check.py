@@ -29,14 +29,16 @@ SANITIZER_ERROR = 99
 TESTS = (
     "test_ops_contract.py",
     "test_reshape_and_cache.py",
+    "test_gather_cache.py",
     "test_paged_attention.py",
+    "test_prefill.py",
     "test_quantize_per_channel.py",
     "test_ops_errors.py",
     "test_cuda.py",
 )
 """The contract is first: it holds torch.library.opcheck."""
 SANITIZED = {
-    "memcheck": "cuda and (test_mixed_batches or test_options or test_slot_mappings or test_kv_heads)",
+    "memcheck": "cuda and (test_mixed_batches or test_options or test_slot_mappings or test_kv_heads or test_it_is)",
     "racecheck": "cuda and test_mixed_batches and bf16",
 }
 """Tests per tool of compute-sanitizer, which slows kernels down a hundred times, as pytest -k takes them."""
@@ -58,7 +60,10 @@ def stages(out: Path) -> Iterator[Stage]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     yield Stage("tests", [*pytest, "-k", "cuda", *(str(tests / name) for name in TESTS)], 120)
     if sanitizer := shutil.which("compute-sanitizer"):
-        files = [str(tests / name) for name in ("test_reshape_and_cache.py", "test_paged_attention.py")]
+        files = [
+            str(tests / name)
+            for name in ("test_reshape_and_cache.py", "test_gather_cache.py", "test_paged_attention.py")
+        ]
         for tool, cases in SANITIZED.items():
             checked = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "all"]
             yield Stage(tool, [*checked, *pytest, "-x", "-k", cases, *files], 75)

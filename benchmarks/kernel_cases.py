@@ -76,6 +76,7 @@ def gpu_cases() -> Iterator[Case]:
         yield Case(What.write, replace(model, num_seqs=num_tokens, seq_len=100))
     for num_tokens in (2048, 8192):
         yield Case(What.prefill, replace(model, seq_len=num_tokens, query_len=num_tokens))
+    yield Case(What.prefill, replace(model, seq_len=32768, query_len=2048))  # the last chunk of a long prompt
 
 
 def quick_cases() -> Iterator[Case]:

@@ -12,7 +12,8 @@ from functools import cache
 
 import torch
 
-from vllm_int8kv import cache_layout, ops, reference
+from vllm_int8kv import cache_layout, ops, prefill, reference, varlen_attention
+from vllm_int8kv.varlen_attention import VarlenAttention
 
 QUERY_DTYPE = torch.bfloat16
 
@@ -107,7 +108,8 @@ class Int8Custom(Peer):
         self.device = device
 
     def backend(self, shape: Shape) -> str:
-        return f"INT8_KV {self.isa or self.device}"
+        library = "" if self._prefill_library(shape) is None else ", FlashAttention"
+        return f"INT8_KV {self.isa or self.device}{library}"
 
     def slot_bytes(self, head_size: int) -> int:
         return cache_layout.content_bytes(head_size)
@@ -133,6 +135,9 @@ class Int8Custom(Peer):
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
         key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
+        library = self._prefill_library(shape)
+        if library is not None:
+            return self._plan_prefill(shape, batch, library)
 
         def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
             self._choose_isa()
@@ -145,6 +150,40 @@ class Int8Custom(Peer):
                 softmax_scale=shape.softmax_scale,
                 key_equalizer=key_equalizer,
                 out=out,
+            )
+
+        return attend
+
+    def _prefill_library(self, shape: Shape) -> VarlenAttention | None:
+        """What the plugin gives prompts of this length to, instead of its own kernel."""
+        if shape.query_len <= prefill.MAX_DECODE_QUERY_LEN:
+            return None
+        return varlen_attention.find(self.device, QUERY_DTYPE, shape.head_size)
+
+    def _plan_prefill(self, shape: Shape, batch: Batch, library: VarlenAttention) -> Attend:
+        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
+        plan = prefill.make_plan(
+            batch.query_start_loc.tolist(),
+            batch.seq_lens.tolist(),
+            num_decodes=0,
+            sliding_window=None,
+            max_rows=shape.query_len + prefill.MAX_CONTEXT_ROWS,
+            device=batch.seq_lens.device,
+        )
+        size = (2, plan.num_rows, shape.num_kv_heads, shape.head_size)
+        key, value = torch.empty(size, dtype=QUERY_DTYPE, device=self.device)
+
+        def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
+            return prefill.attend(
+                query,
+                cache,
+                batch.block_table,
+                plan,
+                (key, value),
+                library,
+                softmax_scale=shape.softmax_scale,
+                out=out,
+                key_equalizer=key_equalizer,
             )
 
         return attend

@@ -71,6 +71,38 @@ struct ReshapeAndCacheParams {
   bool rotate_keys;
 };
 
+// Keys and values of stretches of sequences, as floats.
+struct GatherCacheParams {
+  KVCache cache;
+  void* key;    // [num_rows, num_kv_heads, head_size], strides below, last one 1
+  void* value;  // same shape and dtype as key
+  int64_t key_token_stride, key_head_stride;      // elements
+  int64_t value_token_stride, value_head_stride;  // elements
+  const int32_t* block_table;  // [num_seqs, max_blocks_per_seq], row stride below
+  int64_t block_table_stride;  // elements
+  const int32_t* cu_seq_lens;  // [num_seqs + 1], the rows of a sequence; later rows are left alone
+  const int32_t* seq_starts;   // [num_seqs], position of a sequence's first row
+  const float* key_equalizer;  // [num_kv_heads, head_size] or null; K is multiplied by it
+  int64_t num_rows;
+  int32_t num_seqs;
+  DType dtype;
+  bool rotate_keys;  // undo the rotation
+
+  // The sequence of a row below cu_seq_lens[num_seqs].
+  INT8KV_HD int32_t seq_of(int64_t row) const {
+    int32_t low = 0, high = num_seqs - 1;
+    while (low < high) {
+      const int32_t middle = (low + high + 1) / 2;
+      if (cu_seq_lens[middle] <= row) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+};
+
 // The rungs of the ladder from plain to fast: quantize_per_channel.cpp and quantize_per_channel.cu.
 enum class CpuVariant : int32_t { kColumnStrided, kRowMajor, kTiled, kSimd, kVectorized };
 enum class CudaVariant : int32_t { kNaive, kTiled, kCoarsened, kVectorized, kFused };

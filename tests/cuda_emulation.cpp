@@ -1,6 +1,7 @@
 // The CUDA operators on the host: the kernel files and a C interface for test_cuda_emulation.py.
 #include "cuda_emulation.h"
 
+#include "../csrc/cuda/gather_cache.cu"
 #include "../csrc/cuda/paged_attention.cu"
 #include "../csrc/cuda/quantize_per_channel.cu"
 #include "../csrc/cuda/reshape_and_cache.cu"
@@ -20,6 +21,8 @@ void set_l2_bytes(int64_t bytes) { emulation::l2_cache_bytes = bytes; }
 int reshape_and_cache(const ReshapeAndCacheParams* params) {
   return launch_reshape_and_cache(*params, nullptr);
 }
+
+int gather_cache(const GatherCacheParams* params) { return launch_gather_cache(*params, nullptr); }
 
 int64_t workspace_bytes(const PagedAttentionParams* params, int max_partials) {
   return static_cast<int64_t>(paged_attention_workspace_bytes(*params, max_partials));

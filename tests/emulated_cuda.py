@@ -44,6 +44,24 @@ class ReshapeAndCacheParams(ctypes.Structure):
     ]
 
 
+class GatherCacheParams(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("cache", KVCache),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        *[(f"{x}_{d}_stride", ctypes.c_int64) for x in ("key", "value") for d in ("token", "head")],
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("cu_seq_lens", ctypes.c_void_p),
+        ("seq_starts", ctypes.c_void_p),
+        ("key_equalizer", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("num_seqs", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("rotate_keys", ctypes.c_bool),
+    ]
+
+
 class PagedAttentionParams(ctypes.Structure):
     _fields_: ClassVar = [
         ("cache", KVCache),
@@ -140,6 +158,38 @@ def reshape_and_cache(
         rotate_keys,
     )
     assert kernels.reshape_and_cache(ctypes.byref(params)) == 0
+
+
+def gather_cache(
+    kernels: ctypes.CDLL,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    seq_starts: torch.Tensor,
+    *,
+    rotate_keys: bool = True,
+    key_equalizer: torch.Tensor | None = None,
+) -> None:
+    """`ops.gather_cache` by the CUDA kernel."""
+    params = GatherCacheParams(
+        cache_of(kv_cache),
+        pointer(key),
+        pointer(value),
+        *key.stride()[:2],
+        *value.stride()[:2],
+        pointer(block_table),
+        block_table.stride(0),
+        pointer(cu_seq_lens),
+        pointer(seq_starts),
+        pointer(key_equalizer),
+        key.shape[0],
+        len(seq_starts),
+        DTYPES[key.dtype],
+        rotate_keys,
+    )
+    assert kernels.gather_cache(ctypes.byref(params)) == 0
 
 
 def paged_attention(

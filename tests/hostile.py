@@ -182,6 +182,19 @@ def read_args(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def gather_args(device: str = "cpu") -> dict[str, Any]:
+    """4 tokens from the second of a sequence and all 3 of another, as `read_args` has them; a row is left over."""
+    read = read_args(device)
+    return {
+        "key": torch.zeros(8, 2, 64, device=device),
+        "value": torch.zeros(8, 2, 64, device=device),
+        "kv_cache": read["kv_cache"],
+        "block_table": read["block_table"],
+        "cu_seq_lens": torch.tensor([0, 4, 7], dtype=torch.int32, device=device),
+        "seq_starts": torch.tensor([1, 0], dtype=torch.int32, device=device),
+    }
+
+
 def _to_device(view: torch.Tensor, device: str) -> torch.Tensor:
     """Copy a strided view to a device with its strides and what lies in its gaps."""
     storage = view.as_strided((view.untyped_storage().nbytes() // view.itemsize,), (1,), 0)

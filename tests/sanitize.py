@@ -21,6 +21,7 @@ TESTS = [
     "test_fuzz.py",
     "test_ops_errors.py",
     "test_reshape_and_cache.py",
+    "test_gather_cache.py",
     "test_int8_quant.py",
     "test_paged_attention.py",
     "test_quantize_per_channel.py",

@@ -71,6 +71,27 @@ def test_cache_write_is_bit_equal(kernels, head_size, dtype):
         assert hostile.same_bits(got, want)
 
 
+@pytest.mark.parametrize(
+    "head_size, dtype", [(32, torch.float32), (80, torch.bfloat16), (192, torch.float16), (512, torch.bfloat16)]
+)
+def test_gather_is_bit_equal(kernels, head_size, dtype):
+    sizes = {"num_kv_heads": 2, "head_size": head_size, "block_size": 48}
+    batch = hostile.make_batch([(1, 70), (1, 5), (1, 130)], num_heads=2, **sizes, outliers=True)
+    # From the middle of a block across its end, nothing, and everything.
+    ints = ([0, 60, 60, 190], [9, 2, 0])
+    place = batch.block_table, *(torch.tensor(x, dtype=torch.int32) for x in ints)
+    equalizer = torch.rand(2, head_size) + 0.5
+    for mode, options in zip(MODES, [{"rotate_keys": False}, {"key_equalizer": equalizer}], strict=True):
+        kernels.set_mode(*mode)
+        # One of the two starts on an odd element and has gaps between its rows.
+        got = torch.full((200, 2, head_size), -7.0, dtype=dtype), torch.full((200, 2, head_size + 1), -7.0, dtype=dtype)
+        want = tuple(x.clone() for x in got)
+        emulated_cuda.gather_cache(kernels, got[0], got[1][..., 1:], batch.kv_cache, *place, **options)
+        reference.gather_cache(want[0], want[1][..., 1:], batch.kv_cache, *place, **options)
+        for x, y in zip(got, want, strict=True):
+            assert hostile.same_bits(x, y)
+
+
 LENS = [(1, 1), (1, 65), (1, 600), (5, 18), (3, 290), (19, 70), (17, 17)]
 
 

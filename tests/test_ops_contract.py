@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hostile import assert_attention_close, make_batch, read_args, same_bits, write_args
+from hostile import assert_attention_close, gather_args, make_batch, read_args, same_bits, write_args
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +13,12 @@ def test_opcheck_reshape_and_cache(device):
     for key_equalizer in (None, torch.ones(2, 64, device=device)):
         args = (*write_args(device).values(), True, key_equalizer)
         torch.library.opcheck(torch.ops.int8kv.reshape_and_cache.default, args)
+
+
+def test_opcheck_gather_cache(device):
+    for key_equalizer in (None, torch.ones(2, 64, device=device)):
+        args = (*gather_args(device).values(), True, key_equalizer)
+        torch.library.opcheck(torch.ops.int8kv.gather_cache.default, args)
 
 
 @pytest.mark.parametrize("with_options", [False, True])

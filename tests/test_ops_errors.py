@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import read_args, write_args
+from hostile import gather_args, read_args, write_args
 
 from vllm_int8kv import ops
 
@@ -105,6 +105,23 @@ READ_ERRORS = [
     ("out", lambda args: torch.zeros(1, 4, 64).expand(4, 4, 64), "out is written and must not be expanded"),
     ("sliding_window", lambda _: 2**31, r"sliding_window must be 0 \(none\) or positive, got 2147483648"),
 ]
+GATHER_ERRORS = [
+    *CACHE_ERRORS,
+    ("key", zeros(8, 8, 64), "key has 8 KV heads but kv_cache has 2"),
+    ("key", zeros(8, 2, 80), "key has head_size 80 but kv_cache has 64"),
+    ("key", zeros(8, 2, 64, dtype=torch.int8), "key must be Float, Half or BFloat16, got Char"),
+    ("key", lambda args: torch.zeros(1, 2, 64).expand(8, 2, 64), "key is written and must not be expanded"),
+    ("value", zeros(7, 2, 64), r"value must have the shape of key, \[8, 2, 64\], got \[7, 2, 64\]"),
+    ("value", zeros(8, 2, 64, dtype=torch.bfloat16), "value must be Float, got BFloat16"),
+    ("value", changed("value", every_second), "value must be contiguous along head_size, got stride 2"),
+    ("block_table", zeros(2, 2, dtype=torch.int64), "block_table must be Int, got Long"),
+    ("block_table", ints([0, 1]), "block_table must have num_seqs = 2 rows, got 1"),
+    ("cu_seq_lens", zeros(3), "cu_seq_lens must be Int, got Float"),
+    ("cu_seq_lens", ints([0, 4, 7]), r"cu_seq_lens must be \[num_seqs \+ 1\], got \[1, 3\]"),
+    ("cu_seq_lens", ints(0, 4), r"cu_seq_lens must have num_seqs \+ 1 = 3 entries, got 2"),
+    ("seq_starts", zeros(2, dtype=torch.int64), "seq_starts must be Int, got Long"),
+    ("seq_starts", ints([1, 0]), r"seq_starts must be \[num_seqs\], got \[1, 2\]"),
+]
 # What a kernel on a GPU cannot look at without waiting for it; there the caller vouches.
 VALUE_ERRORS = [
     ("block_table", ints([2, 3], [1, 7]), r"block_table\[0, 1\] is 3 but kv_cache has 3 blocks"),
@@ -118,6 +135,16 @@ VALUE_ERRORS = [
     ("query_start_loc", ints(0, 2, 1), "query_start_loc must not decrease .* got 2, 1 for sequence 1"),
     ("query_start_loc", ints(0, -1, 4), "query_start_loc must not decrease .* got 0, -1 for sequence 0"),
     ("query_start_loc", ints(0, 1, 5), "query_start_loc must not .* exceed the 4 tokens of query, got 1, 5"),
+]
+
+GATHER_VALUE_ERRORS = [
+    ("block_table", ints([3, 0], [1, 7]), r"block_table\[0, 0\] is 3 but kv_cache has 3 blocks"),
+    ("block_table", ints([2], [1]), r"sequence 0 is gathered up to slot 18, which takes 2 blocks, .* has 1 columns"),
+    ("cu_seq_lens", ints(1, 4, 7), "cu_seq_lens must start at 0, got 1"),
+    ("cu_seq_lens", ints(0, 4, 2), "cu_seq_lens must not decrease .* got 4, 2 for sequence 1"),
+    ("cu_seq_lens", ints(0, 4, 9), "cu_seq_lens must not .* exceed the 8 rows of key, got 4, 9"),
+    ("seq_starts", ints(1, -1), r"seq_starts\[1\] must not be negative, got -1"),
+    ("seq_starts", ints(1, 2**31 - 1), "sequence 1 is gathered up to slot 2147483650, which takes 134217729 blocks"),
 ]
 
 
@@ -139,6 +166,23 @@ def test_paged_attention_refuses(device, name, bad_value, text):
     args = read_args(device)
     with pytest.raises(RuntimeError, match=text):
         ops.paged_attention(**{**args, name: bad_value(args)})
+
+
+@each_error(GATHER_ERRORS)
+def test_gather_cache_refuses(device, name, bad_value, text):
+    args = gather_args(device)
+    with pytest.raises(RuntimeError, match=text):
+        ops.gather_cache(**{**args, name: bad_value(args)})
+    assert not args["key"].any() and not args["value"].any()
+
+
+@each_error(GATHER_VALUE_ERRORS)
+def test_gather_cache_refuses_on_cpu(name, bad_value, text):
+    args = gather_args()
+    args |= {"seq_starts": torch.tensor([14, 0], dtype=torch.int32), name: bad_value(args)}
+    with pytest.raises(RuntimeError, match=text):
+        ops.gather_cache(**args)
+    assert not args["key"].any()
 
 
 @pytest.mark.parametrize("sliding_window", [0, -1])
@@ -186,6 +230,13 @@ def test_reshape_and_cache_refuses_another_device(cuda, name):
     args = write_args(cuda)
     with pytest.raises(RuntimeError, match=f"{name} must be on the device of kv_cache"):
         ops.reshape_and_cache(**{**args, name: args[name].cpu()})
+
+
+@pytest.mark.parametrize("name", ["key", "value", "block_table", "cu_seq_lens", "seq_starts"])
+def test_gather_cache_refuses_another_device(cuda, name):
+    args = gather_args(cuda)
+    with pytest.raises(RuntimeError, match=f"{name} must be on the device of kv_cache"):
+        ops.gather_cache(**{**args, name: args[name].cpu()})
 
 
 def test_set_cpu_isa_refuses_a_name():

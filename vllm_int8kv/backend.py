@@ -7,6 +7,7 @@ so an answer does not depend on how a prompt was chunked or on prefix-cache hits
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -25,8 +26,9 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, SinkFullAttentionSpec
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from vllm_int8kv import cache_layout, calibration, ops
+from vllm_int8kv import cache_layout, calibration, ops, prefill, varlen_attention
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
 from vllm_int8kv.startup_log import log_cache_format
 
@@ -129,6 +131,14 @@ class Int8KVMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor
     """[num_seqs + 1] int32, prefix sum of the query lengths"""
     causal: bool
+    prefill: prefill.PrefillPlan | None = None
+    """for the sequences that FlashAttention may attend"""
+
+
+def max_prefill_rows(vllm_config: VllmConfig, sliding_window: int | None) -> int:
+    """Rows of the prefill workspace: any step's own tokens, and as much context as a window needs or as is allowed."""
+    context = min(vllm_config.model_config.max_model_len, max(prefill.MAX_CONTEXT_ROWS, sliding_window or 0))
+    return vllm_config.scheduler_config.max_num_batched_tokens + context
 
 
 class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
@@ -147,6 +157,11 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
         if device.type == "cpu" and options.cpu_isa is not None:
             ops.set_cpu_isa(options.cpu_isa)
         log_cache_format(kv_cache_spec, vllm_config, options, device)
+        self.sliding_window: int | None = getattr(kv_cache_spec, "sliding_window", None)
+        dtype, head_size = vllm_config.model_config.dtype, kv_cache_spec.head_size
+        self.plans_prefill = varlen_attention.find(device.type, dtype, head_size) is not None
+        if self.plans_prefill:
+            self._init_reorder_batch_threshold(prefill.MAX_DECODE_QUERY_LEN, supports_spec_as_decode=True)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -163,6 +178,23 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
             seq_lens=common_attn_metadata.seq_lens,
             query_start_loc=common_attn_metadata.query_start_loc,
             causal=causal,
+            prefill=self.plan_prefill(common_attn_metadata) if self.plans_prefill else None,
+        )
+
+    def plan_prefill(self, batch: CommonAttentionMetadata) -> prefill.PrefillPlan | None:
+        """How prompts are attended; None without any, or where they do not come after all decodes."""
+        query_start_loc = batch.query_start_loc_cpu.tolist()
+        is_prompt = [end - begin > prefill.MAX_DECODE_QUERY_LEN for begin, end in pairwise(query_start_loc)]
+        if not any(is_prompt) or not all(is_prompt[is_prompt.index(True) :]):
+            return None
+        exact = batch.seq_lens_cpu_upper_bound  # for prompts it is
+        return prefill.make_plan(
+            query_start_loc,
+            (batch.seq_lens if exact is None else exact).tolist(),
+            num_decodes=is_prompt.index(True),
+            sliding_window=self.sliding_window,
+            max_rows=max_prefill_rows(self.vllm_config, self.sliding_window),
+            device=self.device,
         )
 
     def update_block_table(
@@ -205,6 +237,13 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         self.rotate_keys = options.rotate_keys
         self.key_equalizer: torch.Tensor | None = None
         self.calibration_state = calibration.new_state(options.equalize_keys)
+        self.prefill_attention = varlen_attention.find(
+            current_platform.device_type,
+            self.vllm_config.model_config.dtype,
+            head_size,
+            alibi=alibi_slopes is not None,
+            softcap=bool(logits_soft_cap),
+        )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # Only now does the parameter hold the checkpoint's values, in the model dtype.
@@ -224,15 +263,25 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         )
 
     def take_workspace(self, query: torch.Tensor) -> None:
-        """Allocate and free what attention over the largest batch needs, so that vLLM's memory profile counts it.
+        """Allocate what attention over the largest batch needs, so that vLLM's memory profile counts it.
 
         The partial results of split sequences depend on the number of sequences only; these have no tokens.
         """
+        if self.prefill_attention is not None:
+            self.prefill_workspace(max_prefill_rows(self.vllm_config, self.sliding_window), query)
         num_seqs, device = self.vllm_config.scheduler_config.max_num_seqs, query.device
         zeros = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
         kv_cache = cache_layout.allocate(1, self.num_kv_heads, cache_layout.SLOT_GROUP, self.head_size, device)
         batch = (kv_cache, zeros[:num_seqs, None], zeros[:num_seqs], zeros)
         ops.paged_attention(query[:0], *batch, softmax_scale=self.scale)
+
+    def prefill_workspace(self, num_rows: int, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values for `prefill.attend`, shared by all layers."""
+        shape = (num_rows, self.num_kv_heads, self.head_size)
+        if not is_workspace_manager_initialized():
+            return query.new_empty(shape), query.new_empty(shape)
+        key, value = current_workspace_manager().get_simultaneous((shape, query.dtype), (shape, query.dtype))
+        return key, value
 
     def do_kv_cache_update(
         self,
@@ -283,21 +332,38 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
             key_equalizer = (
                 get_forward_context().no_compile_layers[layer.kv_sharing_target_layer_name].impl.key_equalizer
             )
-        num_tokens = attn_metadata.num_actual_tokens
-        ops.paged_attention(
-            query[:num_tokens],
-            kv_cache,
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.query_start_loc,
-            softmax_scale=self.scale,
-            out=output[:num_tokens],
-            causal=attn_metadata.causal,
-            sliding_window=self.sliding_window,
-            softcap=self.logits_soft_cap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
-            rotate_keys=self.rotate_keys,
-            key_equalizer=key_equalizer,
-        )
+        options = {
+            "softmax_scale": self.scale,
+            "causal": attn_metadata.causal,
+            "sliding_window": self.sliding_window,
+            "softcap": self.logits_soft_cap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+            "rotate_keys": self.rotate_keys,
+            "key_equalizer": key_equalizer,
+        }
+        block_table, seq_lens = attn_metadata.block_table, attn_metadata.seq_lens
+        num_seqs, num_tokens = len(seq_lens), attn_metadata.num_actual_tokens
+        plan = attn_metadata.prefill
+        if plan is not None and self.prefills(plan):
+            workspace = self.prefill_workspace(plan.num_rows, query)
+            prefill.attend(query, kv_cache, block_table, plan, workspace, self.prefill_attention, out=output, **options)
+            num_seqs, num_tokens = plan.num_decodes, plan.num_decode_tokens
+        if num_tokens:
+            ops.paged_attention(
+                query[:num_tokens],
+                kv_cache,
+                block_table[:num_seqs],
+                seq_lens[:num_seqs],
+                attn_metadata.query_start_loc[: num_seqs + 1],
+                out=output[:num_tokens],
+                **options,
+            )
         return output
+
+    def prefills(self, plan: prefill.PrefillPlan) -> bool:
+        """Whether FlashAttention can attend the planned prompts in this layer."""
+        if self.prefill_attention is None:
+            return False
+        counts_from_diagonal = self.sliding_window is not None or self.alibi_slopes is not None
+        return not (plan.has_long_sequences and counts_from_diagonal)

@@ -40,6 +40,36 @@ def reshape_and_cache(
     torch.ops.int8kv.reshape_and_cache(key, value, kv_cache, slot_mapping, rotate_keys, key_equalizer)
 
 
+def gather_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    seq_starts: torch.Tensor,
+    *,
+    rotate_keys: bool = True,
+    key_equalizer: torch.Tensor | None = None,
+) -> None:
+    """Dequantize stretches of sequences, for attention libraries that know no INT8 cache.
+
+    Every device gives the same bits: codes times scales, the rotation undone, times the equalizer, in fp32, rounded
+    once.
+
+    Args:
+        key, value: [num_rows, num_kv_heads, head_size], fp32, fp16 or bf16, written; any token and head stride.
+        kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] int8.
+        block_table: [num_seqs, max_blocks_per_seq] int32.
+        cu_seq_lens: [num_seqs + 1] int32, prefix sum of the lengths of the stretches: the rows of each sequence.
+            Later rows are left alone.
+        seq_starts: [num_seqs] int32, position within its sequence of a stretch's first token.
+        rotate_keys, key_equalizer: as in `reshape_and_cache`.
+    """
+    torch.ops.int8kv.gather_cache(
+        key, value, kv_cache, block_table, cu_seq_lens, seq_starts, rotate_keys, key_equalizer
+    )
+
+
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,

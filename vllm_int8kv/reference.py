@@ -105,6 +105,35 @@ def dequantize(kv_cache: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor
     return key, value
 
 
+def gather_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    seq_starts: torch.Tensor,
+    *,
+    rotate_keys: bool = True,
+    key_equalizer: torch.Tensor | None = None,
+) -> None:
+    """Meaning of `ops.gather_cache`."""
+    bounds = cu_seq_lens.tolist()
+    for seq, start in enumerate(seq_starts.tolist()):
+        rows = slice(bounds[seq], bounds[seq + 1])
+        slots = torch.arange(start, start + rows.stop - rows.start, device=kv_cache.device)
+        blocks = block_table[seq, slots // kv_cache.shape[2]].long()
+        # The planes of whole blocks, one block per row, then each row's slot of it.
+        keys, values = (
+            x[torch.arange(len(slots), device=x.device), :, slots % kv_cache.shape[2]]
+            for x in dequantize(kv_cache[blocks], torch.float32)
+        )
+        if rotate_keys:  # is its own inverse
+            keys = hadamard_rotate(keys)
+        if key_equalizer is not None:
+            keys = keys * key_equalizer
+        key[rows], value[rows] = keys.to(key.dtype), values.to(value.dtype)
+
+
 def visible_keys(
     query_positions: torch.Tensor, num_keys: int, causal: bool, sliding_window: int | None
 ) -> torch.Tensor:

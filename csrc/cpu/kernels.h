@@ -25,6 +25,7 @@ void parallel_for(const ParallelFor &pool, int64_t size, const F &f) {
 }
 
 void reshape_and_cache(const ReshapeAndCacheParams &params, const ParallelFor &pool);
+void gather_cache(const GatherCacheParams &params, const ParallelFor &pool);
 void paged_attention(const PagedAttentionParams &params, const ParallelFor &pool);
 
 // Query rows of one sequence that are attended together: the same rows of one

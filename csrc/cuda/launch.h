@@ -24,6 +24,12 @@ constexpr int32_t kDefaultMaxPartials = 32;
 // Requires: cache.data, cache.block_stride and cache.head_stride multiples of 16 bytes.
 cudaError_t launch_reshape_and_cache(const ReshapeAndCacheParams& params, cudaStream_t stream);
 
+// Writes keys and values of stretches of sequences as floats; rows from the smaller of num_rows and
+// cu_seq_lens[num_seqs] on are left alone.
+//
+// Requires: the alignment of launch_reshape_and_cache().
+cudaError_t launch_gather_cache(const GatherCacheParams& params, cudaStream_t stream);
+
 // Bytes of device memory that launch_paged_attention() needs:
 //   num_seqs * num_heads * max_partials * (head_size + 2) * 4
 size_t paged_attention_workspace_bytes(const PagedAttentionParams& params, int32_t max_partials);

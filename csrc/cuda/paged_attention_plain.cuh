@@ -11,9 +11,6 @@ namespace int8kv {
 constexpr int kPlainSlots = 32;
 constexpr int kMaxPairs = kMaxHeadSize / 64;
 
-INT8KV_DEVICE float low_code(uint16_t codes) { return static_cast<int8_t>(codes & 0xff); }
-INT8KV_DEVICE float high_code(uint16_t codes) { return static_cast<int8_t>(codes >> 8); }
-
 INT8KV_DEVICE float warp_max(float x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));

@@ -17,6 +17,9 @@ struct Row {
 
 INT8KV_HD int row_pair(int lane, int i) { return lane + 32 * i; }
 
+INT8KV_DEVICE float low_code(uint16_t codes) { return static_cast<int8_t>(codes & 0xff); }
+INT8KV_DEVICE float high_code(uint16_t codes) { return static_cast<int8_t>(codes >> 8); }
+
 // Elements [index] and [index + 1]; one load where the address allows it.
 INT8KV_DEVICE float2 load_pair(const void* base, int64_t index, DType dtype) {
   if (dtype == DType::kFloat32) {
@@ -36,6 +39,32 @@ INT8KV_DEVICE float2 load_pair(const void* base, int64_t index, DType dtype) {
   }
   return make_float2(half_bits_to_float(static_cast<uint16_t>(bits & 0xffffu)),
                      half_bits_to_float(static_cast<uint16_t>(bits >> 16)));
+}
+
+INT8KV_DEVICE uint16_t to_16_bits(float x, DType dtype) {
+  return dtype == DType::kBFloat16 ? float_to_bf16_bits(x) : float_to_half_bits(x);
+}
+
+// The way back; finite values.
+INT8KV_DEVICE void store_pair(void* base, int64_t index, DType dtype, float first, float second) {
+  if (dtype == DType::kFloat32) {
+    float* x = static_cast<float*>(base) + index;
+    if (reinterpret_cast<uintptr_t>(x) % 8 == 0) {
+      *reinterpret_cast<float2*>(x) = make_float2(first, second);
+    } else {
+      x[0] = first;
+      x[1] = second;
+    }
+    return;
+  }
+  uint16_t* x = static_cast<uint16_t*>(base) + index;
+  const uint16_t low = to_16_bits(first, dtype), high = to_16_bits(second, dtype);
+  if (reinterpret_cast<uintptr_t>(x) % 4 == 0) {
+    *reinterpret_cast<uint32_t*>(x) = low | static_cast<uint32_t>(high) << 16;
+  } else {
+    x[0] = low;
+    x[1] = high;
+  }
 }
 
 template <int kPairs>
