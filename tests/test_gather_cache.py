@@ -79,7 +79,7 @@ def test_any_integers_are_gathered_or_refused(block_table, cu_seq_lens, seq_star
         begin, end = cu_seq_lens[seq : seq + 2]
         blocks = range(start // 16, -(-(start + end - begin) // 16)) if begin < end else ()
         valid &= begin <= end <= 8 and start >= 0
-        valid &= all(i < 2 and 0 <= block_table[2 * seq + i] < 3 for i in blocks)
+        valid &= all(0 <= i < 2 and 0 <= block_table[2 * seq + i] < 3 for i in blocks)
     if valid:
         ops.gather_cache(**args)
         assert args["key"].isfinite().all() and not args["key"][cu_seq_lens[2] :].any()

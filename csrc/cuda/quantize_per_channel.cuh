@@ -6,20 +6,10 @@
 #pragma once
 
 #include "../int8_quant.h"
+#include "elements.cuh"
 #include "primitives.cuh"
 
 namespace int8kv {
-
-template <int kBytes>
-INT8KV_DEVICE float load_element(const void* x, int64_t i, DType dtype) {
-  if constexpr (kBytes == 4) return static_cast<const float*>(x)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(x)[i];
-  return dtype == DType::kFloat16 ? half_bits_to_float(bits) : bf16_bits_to_float(bits);
-}
-
-INT8KV_DEVICE uint16_t to_16_bits(float x, DType dtype) {
-  return dtype == DType::kFloat16 ? float_to_half_bits(x) : float_to_bf16_bits(x);
-}
 
 // The elements of 16 bytes.
 template <int kBytes>
