@@ -2,9 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from vllm_int8kv import backend, ops
+from vllm_int8kv import backend, ops, prefill
 
 
 def test_metadata_are_the_buffers_of_vllm():
@@ -15,7 +16,7 @@ def test_metadata_are_the_buffers_of_vllm():
         "query_start_loc": torch.arange(5, dtype=torch.int32),
     }
     common = SimpleNamespace(causal=True, num_actual_tokens=4, **buffers)
-    metadata = backend.Int8KVMetadataBuilder.build(None, 0, common)
+    metadata = backend.Int8KVMetadataBuilder.build(SimpleNamespace(plans_prefill=False), 0, common)
     assert metadata.block_table is buffers["block_table_tensor"]
     assert metadata.seq_lens is buffers["seq_lens"]
     assert metadata.query_start_loc is buffers["query_start_loc"]
@@ -31,8 +32,63 @@ def test_profiling_takes_the_workspace_of_the_largest_batch(monkeypatch):
 
     monkeypatch.setattr(ops, "paged_attention", attend)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=256))
-    layer = SimpleNamespace(vllm_config=config, num_kv_heads=2, head_size=64, scale=0.125)
+    layer = SimpleNamespace(vllm_config=config, num_kv_heads=2, head_size=64, scale=0.125, prefill_attention=None)
     backend.Int8KVImpl.take_workspace(layer, torch.randn(8, 4, 64))
     ((query, _, block_table, seq_lens, query_start_loc),) = batches
     assert query.shape == (0, 4, 64)
     assert (block_table.shape, seq_lens.shape, query_start_loc.shape) == ((256, 1), (256,), (257,))
+
+
+def config(max_num_batched_tokens: int = 512, max_model_len: int = 40960) -> SimpleNamespace:
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=8),
+        model_config=SimpleNamespace(max_model_len=max_model_len),
+    )
+
+
+@pytest.mark.parametrize(
+    "max_model_len, window, rows",
+    [(1024, None, 512 + 1024), (131072, None, 512 + 32768), (131072, 65536, 512 + 65536), (131072, 4096, 512 + 32768)],
+)
+def test_the_prefill_workspace_holds_a_step_and_its_windows(max_model_len, window, rows):
+    assert backend.max_prefill_rows(config(max_model_len=max_model_len), window) == rows
+
+
+def test_profiling_reserves_the_prefill_workspace(monkeypatch):
+    sizes = []
+    layer = SimpleNamespace(
+        vllm_config=config(),
+        num_kv_heads=2,
+        head_size=64,
+        scale=0.125,
+        sliding_window=None,
+        prefill_attention=print,
+        prefill_workspace=lambda num_rows, query: sizes.append(num_rows),
+    )
+    backend.Int8KVImpl.take_workspace(layer, torch.randn(8, 4, 64))
+    assert sizes == [512 + prefill.MAX_CONTEXT_ROWS]
+
+
+@pytest.mark.parametrize(
+    "query_lens, num_decodes",
+    [
+        ([1, 1, 1], None),
+        ([1, 16, 17, 40], 2),
+        ([17], 0),
+        ([1, 30, 0, 0], 1),  # a padded batch
+        ([30, 1], None),  # a decode after a prompt: all by our own kernel
+        ([0, 0], None),
+    ],
+)
+def test_what_is_a_prompt(query_lens, num_decodes):
+    builder = SimpleNamespace(vllm_config=config(), sliding_window=None, device=torch.device("cpu"))
+    batch = SimpleNamespace(
+        query_start_loc_cpu=torch.tensor([0, *query_lens]).cumsum(0),
+        seq_lens=torch.tensor(query_lens) + 5,
+        seq_lens_cpu_upper_bound=None,
+    )
+    plan = backend.Int8KVMetadataBuilder.plan_prefill(builder, batch)
+    assert (None if plan is None else plan.num_decodes) == num_decodes
+    if plan is not None:
+        assert plan.num_decode_tokens == sum(query_lens[:num_decodes])
+        assert plan.groups[-1].tokens.stop == sum(query_lens)

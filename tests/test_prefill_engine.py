@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from engines import engine, prompt_logprobs
+from engines import engine, kl_per_token, prompt_logprobs
 from plain_attention import plain_attention
 
 from vllm_int8kv import ops, prefill, varlen_attention
+
+MAX_KL = 1e-5
+"""Between the two ways, nats per token: at most 2e-7 was seen. Other roundings of a layer flip codes of the next."""
 
 pytestmark = pytest.mark.engine
 
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.engine
         (tiny_models.mistral, False),
         (tiny_models.bloom, False),  # ALiBi: prompts longer than the workspace go to our own kernel
     ],
-    ids=lambda x: x.__name__ if callable(x) else "",
+    ids=["llama", "gemma2", "gpt_oss", "mistral", "bloom"],
 )
 def test_prompts_through_a_library(
     model: Callable[[Path], Path], is_split: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,8 +57,9 @@ def test_prompts_through_a_library(
     monkeypatch.setattr(varlen_attention, "find", lambda *args, **needs: library)
     monkeypatch.setattr(prefill, "MAX_CONTEXT_ROWS", 16)
     with engine(folder, **options) as llm:
+        own_query_lens.clear()  # of the warm-up
         got = prompt_logprobs(llm)
-    torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+    assert kl_per_token(want, got) <= MAX_KL
     assert min(call["max_query_len"] for call in calls) > prefill.MAX_DECODE_QUERY_LEN
     assert any(call["causal"] for call in calls)
     assert any(not call["causal"] for call in calls) == is_split

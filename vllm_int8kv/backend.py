@@ -25,7 +25,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, SinkFullAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheLayout,
+    KVCacheSpec,
+    SinkFullAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from vllm_int8kv import cache_layout, calibration, ops, prefill, varlen_attention
@@ -131,7 +137,7 @@ class Int8KVMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor
     """[num_seqs + 1] int32, prefix sum of the query lengths"""
     causal: bool
-    prefill: prefill.PrefillPlan | None = None
+    prefill_plan: prefill.PrefillPlan | None = None
     """for the sequences that FlashAttention may attend"""
 
 
@@ -157,7 +163,9 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
         if device.type == "cpu" and options.cpu_isa is not None:
             ops.set_cpu_isa(options.cpu_isa)
         log_cache_format(kv_cache_spec, vllm_config, options, device)
-        self.sliding_window: int | None = getattr(kv_cache_spec, "sliding_window", None)
+        # A full-attention group may say that some of its layers have a window; others then see all keys.
+        is_sliding = isinstance(kv_cache_spec, SlidingWindowSpec)
+        self.sliding_window: int | None = kv_cache_spec.sliding_window if is_sliding else None
         dtype, head_size = vllm_config.model_config.dtype, kv_cache_spec.head_size
         self.plans_prefill = varlen_attention.find(device.type, dtype, head_size) is not None
         if self.plans_prefill:
@@ -178,12 +186,14 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
             seq_lens=common_attn_metadata.seq_lens,
             query_start_loc=common_attn_metadata.query_start_loc,
             causal=causal,
-            prefill=self.plan_prefill(common_attn_metadata) if self.plans_prefill else None,
+            prefill_plan=self.plan_prefill(common_attn_metadata) if self.plans_prefill else None,
         )
 
     def plan_prefill(self, batch: CommonAttentionMetadata) -> prefill.PrefillPlan | None:
         """How prompts are attended; None without any, or where they do not come after all decodes."""
         query_start_loc = batch.query_start_loc_cpu.tolist()
+        while len(query_start_loc) > 1 and query_start_loc[-1] == query_start_loc[-2]:
+            query_start_loc.pop()  # a padded batch ends with sequences that have no tokens
         is_prompt = [end - begin > prefill.MAX_DECODE_QUERY_LEN for begin, end in pairwise(query_start_loc)]
         if not any(is_prompt) or not all(is_prompt[is_prompt.index(True) :]):
             return None
@@ -344,7 +354,7 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         }
         block_table, seq_lens = attn_metadata.block_table, attn_metadata.seq_lens
         num_seqs, num_tokens = len(seq_lens), attn_metadata.num_actual_tokens
-        plan = attn_metadata.prefill
+        plan = attn_metadata.prefill_plan
         if plan is not None and self.prefills(plan):
             workspace = self.prefill_workspace(plan.num_rows, query)
             prefill.attend(query, kv_cache, block_table, plan, workspace, self.prefill_attention, out=output, **options)

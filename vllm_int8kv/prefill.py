@@ -132,11 +132,11 @@ def make_plan(
     """Plan the sequences from `num_decodes` on.
 
     Args:
-        query_start_loc, seq_lens: of the whole batch, on the host.
+        query_start_loc, seq_lens: of the whole batch, on the host; further `seq_lens` are padding.
         sliding_window: of the KV cache group: keys that no query sees may have been given back.
     """
     query_lens = [end - begin for begin, end in pairwise(query_start_loc[num_decodes:])]
-    seq_lens = seq_lens[num_decodes:]
+    seq_lens = seq_lens[num_decodes : len(query_start_loc) - 1]
     hidden = 0 if sliding_window is None else sliding_window - 1
     first_keys = [
         0 if sliding_window is None else max(0, seq_len - query_len - hidden)
