@@ -159,12 +159,30 @@ inline void check_rows(const Tensor& key, const Tensor& value, const KVCache& ca
   check_type(value, "value", key.scalar_type());
 }
 
-// Checks integers that say where a sequence lies.
 inline void check_ints(const Tensor& t, const char* name, const Tensor& kv_cache) {
   check_type(t, name, ScalarType::Int);
   INT8KV_CHECK(t.numel() == 0 || t.stride(t.dim() - 1) == 1, name,
                " must be contiguous along its last dimension");
   check_device(t, name, kv_cache);
+}
+
+// Checks the integers that say where sequences lie: `each` has one per sequence, `bounds` is a
+// prefix sum. Returns num_seqs.
+inline int32_t check_sequences(const Tensor& each, const char* each_name, const Tensor& bounds,
+                               const char* bounds_name, const Tensor& block_table,
+                               const Tensor& kv_cache) {
+  check_dim(each, each_name, 1, "[num_seqs]");
+  check_dim(bounds, bounds_name, 1, "[num_seqs + 1]");
+  check_dim(block_table, "block_table", 2, "[num_seqs, max_blocks_per_seq]");
+  check_ints(each, each_name, kv_cache);
+  check_ints(bounds, bounds_name, kv_cache);
+  check_ints(block_table, "block_table", kv_cache);
+  const int64_t num_seqs = each.size(0);
+  INT8KV_CHECK(bounds.size(0) == num_seqs + 1, bounds_name,
+               " must have num_seqs + 1 = ", num_seqs + 1, " entries, got ", bounds.size(0));
+  INT8KV_CHECK(block_table.size(0) == num_seqs, "block_table must have num_seqs = ", num_seqs,
+               " rows, got ", block_table.size(0));
+  return static_cast<int32_t>(num_seqs);
 }
 
 inline ReshapeAndCacheParams cache_params(const Tensor& key, const Tensor& value,
@@ -209,18 +227,8 @@ inline GatherCacheParams gather_params(const Tensor& key, const Tensor& value,
   check_no_overlap(key, "key");
   check_no_overlap(value, "value");
   p.dtype = float_type(key, "key");
-  check_dim(seq_starts, "seq_starts", 1, "[num_seqs]");
-  check_dim(cu_seq_lens, "cu_seq_lens", 1, "[num_seqs + 1]");
-  check_dim(block_table, "block_table", 2, "[num_seqs, max_blocks_per_seq]");
-  check_ints(seq_starts, "seq_starts", kv_cache);
-  check_ints(cu_seq_lens, "cu_seq_lens", kv_cache);
-  check_ints(block_table, "block_table", kv_cache);
-  const int64_t num_seqs = seq_starts.size(0);
-  INT8KV_CHECK(cu_seq_lens.size(0) == num_seqs + 1,
-               "cu_seq_lens must have num_seqs + 1 = ", num_seqs + 1, " entries, got ",
-               cu_seq_lens.size(0));
-  INT8KV_CHECK(block_table.size(0) == num_seqs, "block_table must have num_seqs = ", num_seqs,
-               " rows, got ", block_table.size(0));
+  p.num_seqs =
+      check_sequences(seq_starts, "seq_starts", cu_seq_lens, "cu_seq_lens", block_table, kv_cache);
   check_device(key, "key", kv_cache);
   check_device(value, "value", kv_cache);
   p.key = key.mutable_data_ptr();
@@ -236,7 +244,6 @@ inline GatherCacheParams gather_params(const Tensor& key, const Tensor& value,
   p.key_equalizer = optional_floats(key_equalizer, "key_equalizer", kv_cache,
                                     {p.cache.num_kv_heads, p.cache.head_size});
   p.num_rows = key.size(0);
-  p.num_seqs = static_cast<int32_t>(num_seqs);
   p.rotate_keys = rotate_keys;
   return p;
 }
@@ -262,19 +269,8 @@ inline PagedAttentionParams attention_params(
       p.num_heads > 0 && p.cache.num_kv_heads > 0 && p.num_heads % p.cache.num_kv_heads == 0,
       "query has ", p.num_heads, " heads, which is no multiple of the ", p.cache.num_kv_heads,
       " KV heads of kv_cache");
-  check_dim(seq_lens, "seq_lens", 1, "[num_seqs]");
-  check_dim(query_start_loc, "query_start_loc", 1, "[num_seqs + 1]");
-  check_dim(block_table, "block_table", 2, "[num_seqs, max_blocks_per_seq]");
-  check_ints(seq_lens, "seq_lens", kv_cache);
-  check_ints(query_start_loc, "query_start_loc", kv_cache);
-  check_ints(block_table, "block_table", kv_cache);
-  const int64_t num_seqs = seq_lens.size(0);
-  p.num_seqs = static_cast<int32_t>(num_seqs);
-  INT8KV_CHECK(query_start_loc.size(0) == num_seqs + 1,
-               "query_start_loc must have num_seqs + 1 = ", num_seqs + 1, " entries, got ",
-               query_start_loc.size(0));
-  INT8KV_CHECK(block_table.size(0) == num_seqs, "block_table must have num_seqs = ", num_seqs,
-               " rows, got ", block_table.size(0));
+  p.num_seqs = check_sequences(seq_lens, "seq_lens", query_start_loc, "query_start_loc",
+                               block_table, kv_cache);
   check_device(query, "query", kv_cache);
   check_device(out, "out", kv_cache);
   if (lse) {

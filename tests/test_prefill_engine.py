@@ -44,9 +44,9 @@ def test_prompts_through_a_library(
 
     calls, own_query_lens = [], []
 
-    def library(*args, **call):
+    def library(call: varlen_attention.VarlenCall) -> torch.Tensor:
         calls.append(call)
-        return plain_attention(*args, **call)
+        return plain_attention(call)
 
     def own(query, kv_cache, block_table, seq_lens, query_start_loc, **call):
         own_query_lens.append(int(query_start_loc.diff().max()))
@@ -60,8 +60,8 @@ def test_prompts_through_a_library(
         own_query_lens.clear()  # of the warm-up
         got = prompt_logprobs(llm)
     assert kl_per_token(want, got) <= MAX_KL
-    assert min(call["max_query_len"] for call in calls) > prefill.MAX_DECODE_QUERY_LEN
-    assert any(call["causal"] for call in calls)
-    assert any(not call["causal"] for call in calls) == is_split
+    assert min(call.max_query_len for call in calls) > prefill.MAX_DECODE_QUERY_LEN
+    assert any(call.causal for call in calls)
+    assert any(not call.causal for call in calls) == is_split
     if is_split:
         assert max(own_query_lens) <= prefill.MAX_DECODE_QUERY_LEN

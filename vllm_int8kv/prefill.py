@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from vllm_int8kv import ops
-from vllm_int8kv.varlen_attention import VarlenAttention
+from vllm_int8kv.varlen_attention import VarlenAttention, VarlenCall
 
 MAX_DECODE_QUERY_LEN = 16
 """Query tokens of a sequence that `ops.paged_attention` takes in one pass over its keys; more make a prompt."""
@@ -215,12 +215,11 @@ def attend(
             key, value = (x[: piece.num_rows] for x in workspace)
             place = (block_table[group.seqs], piece.cu_seq_lens, piece.seq_starts)
             ops.gather_cache(key, value, kv_cache, *place, rotate_keys=rotate_keys, key_equalizer=key_equalizer)
-            piece_out = out[rows] if lse is None else torch.empty_like(out[rows])
-            piece_lse = attention(
-                query[rows],
-                key,
-                value,
-                out=piece_out,
+            call = VarlenCall(
+                query=query[rows],
+                key=key,
+                value=value,
+                out=out[rows] if lse is None else torch.empty_like(out[rows]),
                 query_start_loc=group.query_start_loc,
                 cu_seq_lens=piece.cu_seq_lens,
                 max_query_len=group.max_query_len,
@@ -231,7 +230,8 @@ def attend(
                 softcap=softcap,
                 alibi_slopes=alibi_slopes,
             )
-            lse = piece_lse if lse is None else _merge(out[rows], lse, piece_out, piece_lse)
+            piece_lse = attention(call)
+            lse = piece_lse if lse is None else _merge(out[rows], lse, call.out, piece_lse)
         if sinks is not None:  # a score more in the sum, which attends to nothing
             out[rows] *= torch.sigmoid(lse - sinks[:, None]).t()[..., None].to(out.dtype)
 

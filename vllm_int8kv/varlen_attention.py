@@ -1,6 +1,7 @@
 """FlashAttention as it is found on this machine, for `prefill.py`: vLLM's own, or the one inside PyTorch."""
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -8,30 +9,33 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 MAX_HEAD_SIZE = 256
 
 
-class VarlenAttention(Protocol):
-    """Attention over contiguous keys and values of several sequences, by somebody else's kernel.
+@dataclass(frozen=True)
+class VarlenCall:
+    """Attention over contiguous keys and values of several sequences."""
 
-    Where `causal`, queries are the last tokens of their keys. `window` is (left, right), -1 for none, counted from
-    that diagonal. Writes `out` and returns lse, [num_heads, num_tokens] fp32, natural log.
-    """
+    query: torch.Tensor
+    """[num_tokens, num_heads, head_size]; where `causal`, the last tokens of their sequence's keys"""
+    key: torch.Tensor
+    """[num_rows, num_kv_heads, head_size]"""
+    value: torch.Tensor
+    out: torch.Tensor
+    """like `query`, written"""
+    query_start_loc: torch.Tensor
+    """[num_seqs + 1] int32, the tokens of each sequence"""
+    cu_seq_lens: torch.Tensor
+    """[num_seqs + 1] int32, the rows of each sequence"""
+    max_query_len: int
+    max_seq_len: int
+    softmax_scale: float
+    causal: bool
+    window: tuple[int, int]
+    """keys seen to the left and to the right of the diagonal, -1 for all"""
+    softcap: float
+    alibi_slopes: torch.Tensor | None
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        out: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        cu_seq_lens: torch.Tensor,
-        max_query_len: int,
-        max_seq_len: int,
-        softmax_scale: float,
-        causal: bool,
-        window: tuple[int, int],
-        softcap: float,
-        alibi_slopes: torch.Tensor | None,
-    ) -> torch.Tensor: ...
+
+VarlenAttention = Callable[[VarlenCall], torch.Tensor]
+"""Somebody else's kernel: writes `out` and returns lse, [num_heads, num_tokens] fp32, natural log."""
 
 
 def find(
@@ -58,37 +62,22 @@ def _from_vllm(head_size: int, alibi: bool, softcap: bool) -> VarlenAttention | 
     if version is None:
         return None
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        out: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        cu_seq_lens: torch.Tensor,
-        max_query_len: int,
-        max_seq_len: int,
-        softmax_scale: float,
-        causal: bool,
-        window: tuple[int, int],
-        softcap: float,
-        alibi_slopes: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attention(call: VarlenCall) -> torch.Tensor:
         _, lse = flash_attn_varlen_func(
-            q=query,
-            k=key,
-            v=value,
-            max_seqlen_q=max_query_len,
-            cu_seqlens_q=query_start_loc,
-            max_seqlen_k=max_seq_len,
-            cu_seqlens_k=cu_seq_lens,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=list(window),
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
+            q=call.query,
+            k=call.key,
+            v=call.value,
+            max_seqlen_q=call.max_query_len,
+            cu_seqlens_q=call.query_start_loc,
+            max_seqlen_k=call.max_seq_len,
+            cu_seqlens_k=call.cu_seq_lens,
+            softmax_scale=call.softmax_scale,
+            causal=call.causal,
+            window_size=list(call.window),
+            softcap=call.softcap,
+            alibi_slopes=call.alibi_slopes,
             return_softmax_lse=True,
-            out=out,
+            out=call.out,
             fa_version=version,
         )
         return lse
@@ -96,41 +85,26 @@ def _from_vllm(head_size: int, alibi: bool, softcap: bool) -> VarlenAttention | 
     return attention
 
 
-def _torch_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    out: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    softmax_scale: float,
-    causal: bool,
-    window: tuple[int, int],
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-) -> torch.Tensor:
+def _torch_attention(call: VarlenCall) -> torch.Tensor:
     """What `torch.nn.attention.varlen` calls, FlashAttention 2; its Python side knows no ALiBi."""
-    if softcap:
-        raise ValueError(f"PyTorch's FlashAttention has no softcap, got {softcap}")
-    left, right = (None if side < 0 else side for side in window)
-    attended, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        query_start_loc,
-        cu_seq_lens,
-        max_query_len,
-        max_seq_len,
+    if call.softcap:
+        raise ValueError(f"PyTorch's FlashAttention has no softcap, got {call.softcap}")
+    left, right = (None if side < 0 else side for side in call.window)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        call.query,
+        call.key,
+        call.value,
+        call.query_start_loc,
+        call.cu_seq_lens,
+        call.max_query_len,
+        call.max_seq_len,
         0.0,  # no dropout
-        causal,
+        call.causal,
         False,
-        scale=softmax_scale,
+        scale=call.softmax_scale,
         window_size_left=left,
         window_size_right=right,
-        alibi_slopes=alibi_slopes,
+        alibi_slopes=call.alibi_slopes,
     )
-    out.copy_(attended)
+    call.out.copy_(out)
     return lse
