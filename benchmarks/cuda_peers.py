@@ -1,4 +1,5 @@
-"""What `kernels.py --device cuda` compares with: attention of PyTorch, and of vLLM and FlashInfer where installed."""
+"""What `kernels.py --device cuda` compares with: PyTorch's attention, and that of vLLM, FlashInfer and xFormers where
+installed."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -134,6 +135,39 @@ class FlashInfer(Paged16Or8):
         return lambda query, cache, out: wrapper.run(query, cache, out=out)
 
 
+class XFormers(Paged16Or8):
+    """xFormers' split-K kernel on pages, in Triton: bf16, at most 16 query tokens, pages of whole blocks of 64 keys."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__("xformers", QUERY_DTYPE, device)
+
+    def allocate(self, shape: Shape) -> torch.Tensor:
+        # It wants all pages of K in one piece, then all of V.
+        size = (2, shape.num_blocks, shape.block_size, shape.num_kv_heads, shape.head_size)
+        return torch.zeros(size, dtype=QUERY_DTYPE, device=self.device).transpose(0, 1)
+
+    def plan(self, shape: Shape, batch: Batch) -> Attend:
+        from xformers.ops import fmha
+
+        mask = fmha.attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+            [shape.query_len] * shape.num_seqs,
+            [shape.seq_len] * shape.num_seqs,
+            block_tables=batch.block_table,
+            page_size=shape.block_size,
+            device=batch.block_table.device,
+        )
+        grouped = (1, -1, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads, shape.head_size)
+
+        def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
+            key, value = (cache[:, half].flatten(0, 1)[None, :, :, None].expand(grouped) for half in (0, 1))
+            got = fmha.memory_efficient_attention_forward(
+                query.view(grouped), key, value, mask, scale=shape.softmax_scale, op=fmha.triton_splitk.FwOp
+            )
+            return out.copy_(got.view(out.shape))
+
+        return attend
+
+
 class Triton(Paged16Or8):
     """vLLM's Triton kernels with FP8 codes of scale 1."""
 
@@ -255,7 +289,18 @@ def _flashinfer() -> Iterator[Peer]:
     yield FlashInfer(FP8)
 
 
-OPTIONAL = {"FlashAttention of vLLM": _flash_attention, "vLLM's Triton kernels": _triton, "FlashInfer": _flashinfer}
+def _xformers() -> Iterator[Peer]:
+    import_module("triton")
+    import_module("xformers.ops.fmha")
+    yield XFormers()
+
+
+OPTIONAL = {
+    "FlashAttention of vLLM": _flash_attention,
+    "vLLM's Triton kernels": _triton,
+    "FlashInfer": _flashinfer,
+    "xFormers": _xformers,
+}
 
 
 @cache

@@ -69,6 +69,9 @@ def gpu_cases() -> Iterator[Case]:
                 if num_seqs * seq_len <= MAX_GPU_TOKENS:
                     yield Case(What.decode, replace(model, num_seqs=num_seqs, seq_len=seq_len))
     model = GPU_MODELS["Llama-3.1-8B"]
+    for seq_len in (8192, 32768):
+        for num_seqs in (1, 8):  # blocks as xFormers wants them
+            yield Case(What.decode, replace(model, num_seqs=num_seqs, seq_len=seq_len, block_size=64))
     for num_seqs in (1, 8):
         for query_len in (4, 8):
             yield Case(What.verify, replace(model, num_seqs=num_seqs, seq_len=32768, query_len=query_len))

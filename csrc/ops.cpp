@@ -141,10 +141,11 @@ void paged_attention_cuda(Tensor out, Tensor query, Tensor kv_cache, Tensor bloc
       out, query, kv_cache, block_table, seq_lens, query_start_loc, lse, alibi_slopes, sinks,
       key_equalizer, softmax_scale, causal, sliding_window, softcap, rotate_keys);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
-  const size_t bytes = paged_attention_workspace_bytes(p, kDefaultMaxPartials);
+  const int32_t max_partials = max_partials_of(p.cache);
+  const size_t bytes = paged_attention_workspace_bytes(p, max_partials);
   const Tensor workspace =
       torch::stable::new_empty(kv_cache, {static_cast<int64_t>(bytes)}, ScalarType::Char);
-  check_launch(launch_paged_attention(p, kDefaultMaxPartials, workspace.mutable_data_ptr(), bytes,
+  check_launch(launch_paged_attention(p, max_partials, workspace.mutable_data_ptr(), bytes,
                                       current_stream(kv_cache)),
                "paged_attention", p.cache, p.num_tokens);
 }

@@ -147,6 +147,7 @@ OPTIONS = {
     "no-rotation": {"rotate_keys": False},
     "equalizer": {"key_equalizer": torch.linspace(0.2, 9.0, 128).view(2, 64)},
     "one-partial": {"max_partials": 1},
+    "many-partials": {"max_partials": 128},
 }
 
 

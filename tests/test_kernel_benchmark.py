@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_modules import benchmarks_on_path as benchmarks_on_path  # the fixture
 from benchmark_modules import module
 
@@ -33,6 +34,26 @@ def test_peers_that_run_on_cpu_answer_as_their_format_stores(shape):
     layers = module("layers").Layers(peers.Shape(**shape), found, seed=0)
     errors = {peer.name: layers.check(peer) for peer in found}
     assert all(0 < error < 0.005 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("name", ["decode", "verify"])
+def test_xformers_gets_what_its_mask_asks_for(monkeypatch, name):
+    """Its kernel needs a GPU; here attention by its mask, written out, over keys and values as it is given them."""
+    fmha = pytest.importorskip("xformers.ops.fmha", reason="needs xformers, of the bench extra")
+
+    def forward(query, key, value, mask, *, scale, op):
+        assert op is fmha.triton_splitk.FwOp
+        bias = mask.materialize((query.shape[1], mask.k_seqinfo.padding * len(mask.block_tables)))
+        pages = (x[:, : bias.shape[-1]] for x in (key, value))
+        rows = (x[0].permute(1, 2, 0, 3).float() for x in (query, *pages))
+        out = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=bias, scale=scale)
+        return out.permute(2, 0, 1, 3)[None].to(query.dtype)
+
+    monkeypatch.setattr(fmha, "memory_efficient_attention_forward", forward)
+    peers, cuda_peers = module("peers"), module("cuda_peers")
+    shape = peers.Shape(**SHAPES[name] | {"block_size": 64})
+    peer = cuda_peers.XFormers(device="cpu")
+    assert 0 < module("layers").Layers(shape, [peer], seed=0).check(peer) < 0.005
 
 
 def test_what_is_not_installed_is_named_with_the_reason():

@@ -14,10 +14,15 @@
 namespace int8kv {
 
 // Partial results that one sequence may leave per head in the workspace: query_len * num_splits
-// never exceeds it. More fill the chip better at small batches; the workspace grows with it. Which
-// splits a row gets depends on its own sequence and on this number only, so one constant keeps its
-// bits independent of the batch.
-constexpr int32_t kDefaultMaxPartials = 32;
+// never exceeds it. 256 work items fill the multiprocessors of the largest chips twice, with few KV
+// heads they must come from more splits; the workspace grows with it. Which splits a row gets
+// depends on its own sequence and on this number only, so that its bits are independent of the
+// batch.
+inline int32_t max_partials_of(const KVCache& cache) {
+  int32_t partials = 32;
+  while (partials < 128 && partials * cache.num_kv_heads < 256) partials *= 2;
+  return partials;
+}
 
 // Quantizes params.num_tokens keys and values into their slots.
 //
