@@ -83,6 +83,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{num_gpu} GPU cases skipped")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a GPU, so that `-m cuda` selects it."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "cuda" in item.fixturenames or "cuda" in [x for x in parameters if isinstance(x, str)]:
+            item.add_marker("cuda")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-support", action="store_true", help="record the tests' support table when they passed")
 
