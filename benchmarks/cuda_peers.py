@@ -54,6 +54,8 @@ class Sdpa(Paged16Or8):
         super().__init__("sdpa, not paged", QUERY_DTYPE, device)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
+        if len(set(shape.seq_lens)) > 1:
+            raise ValueError("it takes sequences of one length")
         dense: dict[int, list[torch.Tensor]] = {}
 
         def gather(cache: torch.Tensor) -> list[torch.Tensor]:
@@ -121,9 +123,10 @@ class FlashInfer(Paged16Or8):
         import flashinfer
 
         workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-        indptr = torch.arange(shape.num_seqs + 1, dtype=torch.int32, device="cuda") * shape.blocks_per_seq
-        last_page = torch.full_like(batch.seq_lens, (shape.seq_len - 1) % shape.block_size + 1)
-        pages = (indptr, batch.block_table.flatten(), last_page)
+        counts = (batch.seq_lens + shape.block_size - 1) // shape.block_size
+        indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        used = torch.arange(shape.blocks_per_seq, device="cuda") < counts[:, None]
+        pages = (indptr, batch.block_table[used], (batch.seq_lens - 1) % shape.block_size + 1)
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_size, shape.block_size)
         options = {"q_data_type": QUERY_DTYPE, "kv_data_type": self.dtype, "sm_scale": shape.softmax_scale}
         if shape.query_len == 1:
@@ -151,7 +154,7 @@ class XFormers(Paged16Or8):
 
         mask = fmha.attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
             [shape.query_len] * shape.num_seqs,
-            [shape.seq_len] * shape.num_seqs,
+            shape.seq_lens,
             block_tables=batch.block_table,
             page_size=shape.block_size,
             device=batch.block_table.device,

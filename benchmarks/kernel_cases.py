@@ -1,10 +1,10 @@
 """What `kernels.py` measures."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
-from benchmarks.peers import QUERY_DTYPE, Peer, Shape
+from benchmarks.peers import QUERY_DTYPE, Peer, RaggedShape, Shape
 from benchmarks.record import Device
 
 
@@ -72,6 +72,9 @@ def gpu_cases() -> Iterator[Case]:
     for seq_len in (8192, 32768):
         for num_seqs in (1, 8):  # blocks as xFormers wants them
             yield Case(What.decode, replace(model, num_seqs=num_seqs, seq_len=seq_len, block_size=64))
+    for num_seqs, longest in ((8, 32768), (64, 16384)):
+        sizes = asdict(replace(model, num_seqs=num_seqs, seq_len=longest))
+        yield Case(What.decode, RaggedShape(**sizes, shortest=256))
     for num_seqs in (1, 8):
         for query_len in (4, 8):
             yield Case(What.verify, replace(model, num_seqs=num_seqs, seq_len=32768, query_len=query_len))
@@ -100,7 +103,7 @@ def bytes_moved(case: Case, peer: Peer) -> int | None:
     if case.what == What.write:
         fresh = 2 * shape.num_kv_heads * shape.head_size * QUERY_DTYPE.itemsize
         return shape.num_tokens * (fresh + slot)
-    return shape.num_seqs * shape.seq_len * slot
+    return sum(shape.seq_lens) * slot
 
 
 def choose_cases(device: Device, quick: bool) -> list[Case]:

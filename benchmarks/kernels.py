@@ -35,6 +35,7 @@ from benchmarks.kernel_cases import Case, What, bytes_moved, choose_cases
 from benchmarks.layers import CheckError, Layers
 from benchmarks.peers import Peer
 from benchmarks.record import Device
+from benchmarks.tables import batch_text
 from benchmarks.timing import Budget, ReadBandwidth, ReadMeter, Timing
 
 DEFAULT_OUT = "benchmarks/results, with --quick none"
@@ -159,7 +160,7 @@ def summary(groups: list[list[record.Record]]) -> Table:
             for name in others
         )
         table.add_row(
-            f"{ours.what} {sizes['num_seqs']} x {sizes['seq_len']}",
+            f"{ours.what} {batch_text(sizes)}",
             f"{sizes['num_heads']}/{sizes['num_kv_heads']} x {sizes['head_size']}",
             str(ours.num_threads),
             f"{ours.median_us:.1f}",
@@ -208,7 +209,7 @@ def main(
     with torch.inference_mode(), Progress(*bars, console=console, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(cases) * len(counts))
         for case in cases:
-            progress.update(task, description=f"{case.what} {case.shape.num_seqs} x {case.shape.seq_len}", refresh=True)
+            progress.update(task, description=f"{case.what} {batch_text(asdict(case.shape))}", refresh=True)
             torch.set_num_threads(os.cpu_count() or 1)
             layers = Layers(case.shape, load_peers(case, device), seed, device)
             for count in counts:

@@ -21,7 +21,7 @@ class Layers:
         order = torch.randperm(shape.num_blocks, generator=self.generator, device=device)
         self.batch = Batch(
             block_table=order.int().view(shape.num_seqs, -1),
-            seq_lens=torch.full((shape.num_seqs,), shape.seq_len, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(shape.seq_lens, dtype=torch.int32, device=device),
             query_start_loc=torch.arange(shape.num_seqs + 1, dtype=torch.int32, device=device) * shape.query_len,
         )
         first = {peer.name: peer.allocate(shape) for peer in peers}
@@ -40,14 +40,14 @@ class Layers:
     def _fill(self, caches: dict[str, torch.Tensor]) -> None:
         """Write every sequence's past; its last `query_len` tokens are left for `write_call`."""
         shape = self.shape
-        past = shape.seq_len - shape.query_len
         in_block = torch.arange(shape.block_size, device=self.device)
         checked = {0, shape.num_seqs // 3, 2 * shape.num_seqs // 3, shape.num_seqs - 1}
         keys, values, slots = [], [], []
-        for seq, blocks in enumerate(self.batch.block_table.long()):
-            seq_slots = (blocks[:, None] * shape.block_size + in_block).flatten()[: shape.seq_len]
-            key = self._normal(shape.seq_len, shape.num_kv_heads)
-            value = self._normal(shape.seq_len, shape.num_kv_heads)
+        for seq, (blocks, seq_len) in enumerate(zip(self.batch.block_table.long(), shape.seq_lens, strict=True)):
+            past = seq_len - shape.query_len
+            seq_slots = (blocks[:, None] * shape.block_size + in_block).flatten()[:seq_len]
+            key = self._normal(seq_len, shape.num_kv_heads)
+            value = self._normal(seq_len, shape.num_kv_heads)
             for peer in self.peers:
                 if past:
                     peer.write(shape, key[:past], value[:past], caches[peer.name], seq_slots[:past])
@@ -64,7 +64,7 @@ class Layers:
     def _exact(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention in fp32, one KV head at a time to bound the memory of a long prefill."""
         shape = self.shape
-        positions = torch.arange(shape.seq_len - shape.query_len, shape.seq_len, device=self.device)
+        positions = torch.arange(len(key) - shape.query_len, len(key), device=self.device)
         mask = reference.visible_keys(positions, len(key), True, None)
         heads = query.float().chunk(shape.num_kv_heads, dim=1)
         out = [

@@ -43,8 +43,25 @@ class Shape:
         return self.num_seqs * self.query_len
 
     @property
+    def seq_lens(self) -> list[int]:
+        return [self.seq_len] * self.num_seqs
+
+    @property
     def softmax_scale(self) -> float:
         return self.head_size**-0.5
+
+
+@dataclass(frozen=True)
+class RaggedShape(Shape):
+    """A batch of sequences from `shortest` to `seq_len` tokens, each a constant factor longer than the one before."""
+
+    shortest: int = 16
+
+    @property
+    def seq_lens(self) -> list[int]:
+        growth = (self.seq_len / self.shortest) ** (1 / max(1, self.num_seqs - 1))
+        lens = [round(self.seq_len / growth**seq) for seq in range(self.num_seqs)]
+        return lens[::2] + lens[1::2][::-1]  # long and short ones among each other
 
 
 @dataclass(frozen=True)

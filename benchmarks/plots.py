@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.tables import LABELS, Group, groups, sizes
+from benchmarks.tables import LABELS, Group, gpu_decode_groups, groups, sizes
 from benchmarks.throughput_tables import capacity, pressure_data
 
 MAX_PLOT_BYTES = 150_000
@@ -41,29 +41,43 @@ def save(figure: Any, found: list[Group], path: Path, caption: str) -> None:
 
 
 def draw_decode(found: list[Group], path: Path) -> None:
-    """Bandwidth against context length; the dashed line is what the memory can deliver."""
+    """Bandwidth against context length on CPU."""
+    newest = found[-1]["int8_custom"]
+    caption = f"{newest.device.split(',')[0]}, {newest.num_threads} threads, {newest.utc[:10]}"
+    _draw_bandwidth(found, LABELS, "streaming read", path, caption)
+
+
+def draw_gpu_decode(found: list[Group], path: Path) -> None:
+    """The same on a GPU, with everything that was installed there."""
+    newest = found[-1]["int8_custom"]
+    names = {impl: impl for group in found for impl in group}
+    _draw_bandwidth(found, names, "read or copy", path, f"{newest.device}, {newest.utc[:10]}")
+
+
+def _draw_bandwidth(found: list[Group], labels: dict[str, str], bound_label: str, path: Path, caption: str) -> None:
+    """A line per implementation; the dashed one is what the memory can deliver."""
     import matplotlib.pyplot as plt  # only the plot needs it, and it is slow to import
 
-    contexts = [sizes(group)[1] for group in found]
+    contexts = [group["int8_custom"].case["seq_len"] for group in found]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     bound = [max(line.read_gb_per_s for line in group.values()) for group in found]
     axes.plot(contexts, bound, "--", color="black")
     beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate("streaming read", (contexts[-1], bound[-1]), **beside)
-    for impl, label in LABELS.items():
-        rates = [group[impl].gb_per_s for group in found]
-        (line,) = axes.plot(contexts, rates, marker="o")
-        axes.annotate(label, (contexts[-1], rates[-1]), **beside, color=line.get_color())
-    newest = found[-1]["int8_custom"]
+    axes.annotate(bound_label, (contexts[-1], bound[-1]), **beside)
+    for impl, label in labels.items():
+        points = [(x, group[impl].gb_per_s) for x, group in zip(contexts, found, strict=True) if impl in group]
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o")
+        axes.annotate(label, points[-1], **beside, color=line.get_color())
+    case = found[-1]["int8_custom"].case
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.set_xlim(contexts[0] * 0.8, contexts[-1] * 4)
     axes.set_ylim(0, 1.1 * max(bound))
     axes.set_xlabel("context, tokens per sequence")
     axes.set_ylabel("KV cache read, GB/s")
-    axes.set_title("Decode attention: 8 sequences, 32/8 heads, head size 128")
-    device = newest.device.split(",")[0]
-    save(figure, found, path, f"{device}, {newest.num_threads} threads, {newest.utc[:10]}")
+    heads = f"{case['num_heads']}/{case['num_kv_heads']} heads, head size {case['head_size']}"
+    axes.set_title(f"Decode attention: {case['num_seqs']} sequences, {heads}")
+    save(figure, found, path, caption)
 
 
 def draw_pressure(found: list[Group], path: Path) -> None:
@@ -94,6 +108,7 @@ def draw_pressure(found: list[Group], path: Path) -> None:
 
 PLOTS: dict[str, tuple[Callable[[Path], list[Group]], Callable[[list[Group], Path], None]]] = {
     "decode": (decode_plot_data, draw_decode),
+    "decode_gpu": (gpu_decode_groups, draw_gpu_decode),
     "memory_pressure": (pressure_data, draw_pressure),
 }
 """By file name: where the data comes from and who draws it."""

@@ -189,13 +189,37 @@ def end_to_end_table(results: Path) -> str:
     return f"{markdown(head, rows)}\n\n{source(found)}"
 
 
+def batch_text(case: dict) -> str:
+    """The batch of a kernel case in words."""
+    text = f"{case['num_seqs']} x {case['seq_len']:,}"
+    if "shortest" in case:
+        return f"{case['num_seqs']} x {case['shortest']:,} to {case['seq_len']:,}"
+    return text if case["query_len"] in (1, case["seq_len"]) else f"{text}, {case['query_len']:,} fresh"
+
+
 GPU_WHATS = ("decode", "verify", "write", "prefill")
+
+
+def gpu_groups(results: Path) -> list[Group]:
+    """The newest measurements on the GPU measured last."""
+    found = by_case(line for what in GPU_WHATS for line in record.read(what, results) if line.cuda is not None)
+    return [group for group in found if "int8_custom" in group]
+
+
+def gpu_decode_groups(results: Path) -> list[Group]:
+    """Decode of the shape of Llama-3.1-8B, 8 sequences of one length in blocks of 16, by context: for the plot."""
+    shape = {"num_seqs": 8, "num_heads": 32, "num_kv_heads": 8, "head_size": 128, "block_size": 16}
+    found = []
+    for group in gpu_groups(results):
+        ours = group["int8_custom"]
+        if ours.what == "decode" and shape.items() <= ours.case.items() and "shortest" not in ours.case:
+            found.append(group)
+    return sorted(found, key=lambda group: group["int8_custom"].case["seq_len"])
 
 
 def gpu_table(results: Path) -> str:
     """Every case on the GPU measured last, and how many times faster we are than each of the others there."""
-    found = by_case(line for what in GPU_WHATS for line in record.read(what, results) if line.cuda is not None)
-    measured = [group for group in found if "int8_custom" in group]
+    measured = gpu_groups(results)
     if not measured:
         return "_Never measured: `make gpu-check` on a machine with a GPU._"
     others = sorted({impl for group in measured for impl in group} - {"int8_custom"})
@@ -204,8 +228,9 @@ def gpu_table(results: Path) -> str:
         ours = group["int8_custom"]
         ratios = [times(faster(group, impl)) if impl in group else "-" for impl in others]
         bandwidth = ["-", "-"] if ours.gb_per_s is None else [f"{ours.gb_per_s:,.0f}", f"{ours.frac_of_peak:.0%}"]
-        case = f"{ours.what} {ours.case['num_seqs']} x {ours.case['seq_len']:,}"
-        rows.append([case, shape_text(ours), f"{ours.median_us:,.1f}", *bandwidth, *ratios])
+        rows.append(
+            [f"{ours.what} {batch_text(ours.case)}", shape_text(ours), f"{ours.median_us:,.1f}", *bandwidth, *ratios]
+        )
     head = [
         "sequences x context",
         "shape",
@@ -214,7 +239,8 @@ def gpu_table(results: Path) -> str:
         "of bandwidth",
         *(f"vs {impl}" for impl in others),
     ]
-    return f"{markdown(head, rows)}\n\n{source(measured)}"
+    plot = "![decode bandwidth against context length on a GPU](plots/decode_gpu.png)\n\n"
+    return f"{plot if gpu_decode_groups(results) else ''}{markdown(head, rows)}\n\n{source(measured)}"
 
 
 def support_table(results: Path) -> str:

@@ -19,7 +19,9 @@ def test_gpu_cases_reach_from_one_short_sequence_to_long_and_large_batches():
     cases = list(module("kernel_cases").gpu_cases())
     decode = [case.shape for case in cases if case.what == "decode"]
     assert {(shape.num_heads, shape.num_kv_heads) for shape in decode} == {(32, 8), (28, 4), (8, 1), (16, 8)}
-    assert {shape.seq_len for shape in decode} == {1024, 8192, 32768, 131072}
+    ragged = [shape for shape in decode if len(set(shape.seq_lens)) > 1]
+    assert ragged and all(min(shape.seq_lens) == 256 for shape in ragged)
+    assert {shape.seq_len for shape in decode if shape not in ragged} == {1024, 8192, 32768, 131072}
     assert {shape.num_seqs for shape in decode if shape.seq_len == 1024} == {1, 8, 64, 256}
     assert {case.what for case in cases} == {"decode", "verify", "write", "prefill"}
     assert len(set(cases)) == len(cases)
@@ -54,6 +56,17 @@ def test_xformers_gets_what_its_mask_asks_for(monkeypatch, name):
     shape = peers.Shape(**SHAPES[name] | {"block_size": 64})
     peer = cuda_peers.XFormers(device="cpu")
     assert 0 < module("layers").Layers(shape, [peer], seed=0).check(peer) < 0.005
+
+
+def test_a_ragged_batch_is_attended_to_its_lengths():
+    peers, cuda_peers = module("peers"), module("cuda_peers")
+    shape = peers.RaggedShape(**SHAPES["decode"] | {"num_seqs": 5, "seq_len": 300}, shortest=20)
+    assert sorted(shape.seq_lens) == [20, 39, 77, 152, 300]
+    assert 0 < module("layers").Layers(shape, [peers.Int8Custom()], seed=0).check(peers.Int8Custom()) < 0.005
+    case = module("kernel_cases").Case(module("kernel_cases").What.decode, shape)
+    assert module("kernel_cases").bytes_moved(case, peers.Int8Custom()) == 588 * 2 * 132
+    with pytest.raises(ValueError, match="sequences of one length"):
+        cuda_peers.Sdpa(device="cpu").plan(shape, None)
 
 
 def test_what_is_not_installed_is_named_with_the_reason():

@@ -187,15 +187,19 @@ def test_report_writes_tables_and_plots_and_notices_changes(record, measured, re
 
 
 def test_records_of_a_gpu_have_their_own_table(record, measured, report, tmp_path):
-    on_gpu = replace(measured, device="a GPU", cuda="13.0")
+    on_gpu = replace(measured, device="a GPU", cuda="13.0", case=measured.case | {"block_size": 16})
+    ragged = replace(on_gpu, case=on_gpu.case | {"shortest": 64})
     for line in (replace(measured, impl="auto"), replace(measured, impl="fp8"), measured):
         record.append(line, tmp_path)
-    record.append(on_gpu, tmp_path)
+    for line in (on_gpu, ragged):
+        record.append(line, tmp_path)
     record.append(replace(on_gpu, impl="flashinfer fp8", median_us=30.0, p90_us=30.0), tmp_path)
     (tmp_path / "README.md").write_text(MARKERS)
     assert report() is None
     text = (tmp_path / "README.md").read_text()
     assert "| 8 x 512 | 2 | 20 |" in text, "the CPU's table"
+    assert "| decode 8 x 64 to 512 | 32/8 heads x 128 | 20.0 | 10 | 50% | - |" in text
+    assert "plots/decode_gpu.png" in text and (tmp_path / "plots" / "decode_gpu.png").exists()
     assert "vs flashinfer fp8 |" in text and "| decode 8 x 512 | 32/8 heads x 128 | 20.0 | 10 | 50% | 1.50x |" in text
 
 
