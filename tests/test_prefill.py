@@ -1,6 +1,8 @@
 """Prompts through an attention library: every key is seen once, whatever the workspace holds."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +123,53 @@ def test_the_library_at_hand(cuda, name, head_size, dtype):
     want, _ = attend(batch, max_rows, **options)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got[:num_tokens], want[:num_tokens], atol=4 * eps, rtol=4 * eps)
+
+
+def test_flash_attention_of_vllm_is_called_as_it_is_written(monkeypatch):
+    """Its extension loads on a GPU only, so its arguments are read from the source and plain attention answers."""
+    fa_utils = pytest.importorskip("vllm.v1.attention.backends.fa_utils", reason="needs vLLM")
+    source = Path(fa_utils.__file__).parents[3] / "vllm_flash_attn" / "flash_attn_interface.py"
+    (function,) = (
+        node
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+    )
+    parameters = {argument.arg for argument in function.args.args}
+
+    def flash_attn_varlen_func(**given):
+        assert given.keys() <= parameters
+        assert given["fa_version"] == 3 and given["return_softmax_lse"] and len(given["window_size"]) == 2
+        call = varlen_attention.VarlenCall(
+            query=given["q"],
+            key=given["k"],
+            value=given["v"],
+            out=given["out"],
+            query_start_loc=given["cu_seqlens_q"],
+            cu_seq_lens=given["cu_seqlens_k"],
+            max_query_len=given["max_seqlen_q"],
+            max_seq_len=given["max_seqlen_k"],
+            window=tuple(given["window_size"]),
+            **{name: given[name] for name in ("softmax_scale", "causal", "softcap", "alibi_slopes")},
+        )
+        return given["out"], plain_attention(call)
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **needs: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    library = varlen_attention.find("cuda", torch.bfloat16, 64)
+    batch = make_batch(LENS, num_heads=6)
+    got = attend(batch, 100, library, softmax_scale=0.125)
+    assert_attention_close(got, batch, softmax_scale=0.125)
+
+
+def test_pytorch_knows_what_its_flash_attention_is_given():
+    arguments = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
+    assert arguments >= {"scale", "window_size_left", "window_size_right", "alibi_slopes"}
+
+
+def test_an_older_gpu_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert varlen_attention.find("cuda", torch.float16, 64) is None
 
 
 def test_what_has_no_library():
