@@ -81,7 +81,8 @@ def test_profiling_reserves_the_prefill_workspace(monkeypatch):
     ],
 )
 def test_what_is_a_prompt(query_lens, num_decodes):
-    builder = SimpleNamespace(vllm_config=config(), sliding_window=None, device=torch.device("cpu"))
+    sizes = {"sliding_window": None, "reorder_batch_threshold": prefill.MAX_DECODE_QUERY_LEN}
+    builder = SimpleNamespace(vllm_config=config(), device=torch.device("cpu"), **sizes)
     batch = SimpleNamespace(
         query_start_loc_cpu=torch.tensor([0, *query_lens]).cumsum(0),
         seq_lens=torch.tensor(query_lens) + 5,

@@ -194,7 +194,7 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
         query_start_loc = batch.query_start_loc_cpu.tolist()
         while len(query_start_loc) > 1 and query_start_loc[-1] == query_start_loc[-2]:
             query_start_loc.pop()  # a padded batch ends with sequences that have no tokens
-        is_prompt = [end - begin > prefill.MAX_DECODE_QUERY_LEN for begin, end in pairwise(query_start_loc)]
+        is_prompt = [end - begin > self.reorder_batch_threshold for begin, end in pairwise(query_start_loc)]
         if not any(is_prompt) or not all(is_prompt[is_prompt.index(True) :]):
             return None
         exact = batch.seq_lens_cpu_upper_bound  # for prompts it is

@@ -5,8 +5,8 @@ rows per key, where only the library's kernels reach the speed of the tensor cor
 cheap: with 32 query heads, 8 KV heads and head_size 128, a chunk of 2048 tokens over 32768 keys takes 1.1 TFLOP and
 0.2 GB through memory.
 
-Fresh tokens are read back from the cache like all others, as the CPU does: an answer does not depend on how its
-prompt was chunked or on prefix-cache hits.
+Fresh tokens are read back from the cache like all others, as the CPU does: what a token attends to does not depend on
+how its prompt was chunked or on prefix-cache hits.
 """
 
 from collections.abc import Sequence
@@ -137,11 +137,10 @@ def make_plan(
     """
     query_lens = [end - begin for begin, end in pairwise(query_start_loc[num_decodes:])]
     seq_lens = seq_lens[num_decodes : len(query_start_loc) - 1]
-    hidden = 0 if sliding_window is None else sliding_window - 1
-    first_keys = [
-        0 if sliding_window is None else max(0, seq_len - query_len - hidden)
-        for query_len, seq_len in zip(query_lens, seq_lens, strict=True)
-    ]
+    first_keys = [0] * len(query_lens)
+    if sliding_window is not None:
+        lens = zip(query_lens, seq_lens, strict=True)
+        first_keys = [max(0, seq_len - query_len - sliding_window + 1) for query_len, seq_len in lens]
 
     def to_device(values: Sequence[int]) -> torch.Tensor:
         on_host = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
