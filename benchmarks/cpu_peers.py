@@ -105,8 +105,17 @@ def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return key_cache, value_cache
 
 
+def missing() -> dict[str, str]:
+    """What vLLM does not run on this CPU, by kv_cache_dtype, with its reason."""
+    try:
+        _get_attn_isa(QUERY_DTYPE, block_size=128, head_size=128, kv_cache_dtype="fp8")
+    except NotImplementedError as error:
+        return {"fp8": str(error)}
+    return {}
+
+
 def load(every_isa: bool = False) -> list[Peer]:
-    """The implementations, ours first, and with the instruction sets of older CPUs if asked to.
+    """The implementations this CPU can run, ours first, and with the instruction sets of older CPUs if asked to.
 
     Raises:
         RuntimeError: vLLM here is not its CPU build.
@@ -115,9 +124,5 @@ def load(every_isa: bool = False) -> list[Peer]:
         raise RuntimeError(f"these benchmarks need vLLM's CPU build, got platform {current_platform.device_name!r}")
     current_platform.import_kernels()
     slower = [Int8Custom(isa) for isa in ops.cpu_isas()[:-1]] if every_isa else []
-    return [
-        Int8Custom(),
-        *slower,
-        VllmCpu("auto", torch.bfloat16, tolerance=0.005),
-        VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005),
-    ]
+    caches = [VllmCpu("auto", torch.bfloat16, tolerance=0.005), VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005)]
+    return [Int8Custom(), *slower, *(peer for peer in caches if peer.name not in missing())]

@@ -7,6 +7,7 @@ Every engine is a process of its own, started in turn (A B C A B C ...). Its seq
 real text and prefill first; then the steps in which all of them decode are timed at the client, from one output
 to the next. Before anything is recorded, the first token of at least 3 of 4 sequences must be the one `auto` gives.
 Every round ends with a record per format over the rounds so far, so that an interrupted run keeps what it measured.
+A format that vLLM does not run on this CPU is named and left out.
 """
 
 import json
@@ -25,7 +26,7 @@ from rich.progress import Progress
 if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import record
+from benchmarks import cpu_peers, record
 from benchmarks.timing import summarize
 from vllm_int8kv import models
 
@@ -101,12 +102,14 @@ def main(
     """Measure decoding end to end; one JSON line per format."""
     counts = [int(count) for count in threads.split(",")] if threads else [max(1, (os.cpu_count() or 1) - 1)]
     model = model or str(models.smollm2())
-    plans = {impl: Plan(model, impl, num_seqs, context, steps) for impl in IMPLS}
-    console, failed = Console(), False
+    console, failed, missing = Console(), False, cpu_peers.missing()
+    for impl, why in missing.items():
+        console.print(f"not here: {impl} ({why})", markup=False)
+    plans = {impl: Plan(model, impl, num_seqs, context, steps) for impl in IMPLS if impl not in missing}
     with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(counts) * rounds * len(IMPLS))
+        task = progress.add_task("", total=len(counts) * rounds * len(plans))
         for count in counts:
-            answers: dict[str, list[dict]] = {impl: [] for impl in IMPLS}
+            answers: dict[str, list[dict]] = {impl: [] for impl in plans}
             for turn in range(1, rounds + 1):
                 for impl, plan in plans.items():
                     progress.update(task, description=f"{impl}, {count} threads, round {turn} of {rounds}")

@@ -171,6 +171,15 @@ def summary(groups: list[list[record.Record]]) -> Table:
     return table
 
 
+def missing_peers(device: Device) -> dict[str, str]:
+    """What cannot be compared with here, and why."""
+    if device == Device.cuda:
+        return cuda_peers.missing()
+    from benchmarks import cpu_peers  # needs vLLM
+
+    return cpu_peers.missing()
+
+
 def load_peers(case: Case, device: Device) -> list[Peer]:
     """The implementations for a case, ours first."""
     if device == Device.cuda:
@@ -192,8 +201,8 @@ def main(
     if device == Device.cuda:
         timing.require_gpu()
         threads = "1"  # nothing of what is timed runs on the CPU
-        for name, why in cuda_peers.missing().items():
-            print(f"not here: {name} ({why})")
+    for name, why in missing_peers(device).items():
+        print(f"not here: {name} ({why})")
     counts = [int(count) for count in threads.split(",")] if threads else sorted({1, os.cpu_count() or 1})
     cases = [case for case in choose_cases(device, quick) if not only or case.what in only]
     budget = Budget(seconds=0.2, min_samples=3) if quick else Budget(seconds=1.0 if device == Device.cuda else 2.0)

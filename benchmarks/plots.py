@@ -7,17 +7,17 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.tables import LABELS, Group, gpu_decode_groups, groups, sizes
+from benchmarks.tables import LABELS, Group, gpu_decode_groups, impls_of, machines, sizes
 from benchmarks.throughput_tables import capacity, pressure_data
 
 MAX_PLOT_BYTES = 150_000
 
 
 def decode_plot_data(results: Path) -> list[Group]:
-    """Decode at 8 sequences, GQA 4, head size 128 and the most threads measured, by context."""
+    """Decode at 8 sequences, GQA 4, head size 128 and the most threads measured, by context; of the first machine."""
     found = [
         group
-        for group in groups("decode", results)
+        for group in next(iter(machines("decode", results)), [])
         if (case := group["auto"].case)["num_seqs"] == 8 and case["num_heads"] == 32 and case["head_size"] == 128
     ]
     most = max((group["auto"].num_threads for group in found), default=0)
@@ -44,7 +44,8 @@ def draw_decode(found: list[Group], path: Path) -> None:
     """Bandwidth against context length on CPU."""
     newest = found[-1]["int8_custom"]
     caption = f"{newest.device.split(',')[0]}, {newest.num_threads} threads, {newest.utc[:10]}"
-    _draw_bandwidth(found, LABELS, "streaming read", path, caption)
+    labels = {impl: LABELS[impl] for impl in impls_of(found)}
+    _draw_bandwidth(found, labels, "streaming read", path, caption)
 
 
 def draw_gpu_decode(found: list[Group], path: Path) -> None:

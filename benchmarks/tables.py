@@ -1,7 +1,8 @@
-"""The tables of the READMEs as Markdown, from the records of one device, the last measured."""
+"""The tables of the READMEs as Markdown, from the newest records."""
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from benchmarks import record
@@ -15,21 +16,62 @@ Group = dict[str, Record]
 """The records of one case with one thread count, by implementation."""
 
 
-def groups(what: str, results: Path) -> list[Group]:
-    """The newest complete measurements of a kind on CPU, on the one measured last."""
-    found = by_case(line for line in record.read(what, results) if line.cuda is None)
-    return [group for group in found if group.keys() >= LABELS.keys()]
+def machines(what: str, results: Path) -> list[list[Group]]:
+    """The newest complete measurements of a kind on CPU, a list per machine in the order they were first measured on.
+
+    Which formats there are depends on the machine: vLLM's fp8 cache needs AVX-512.
+    """
+    found = by_device(line for line in record.read(what, results) if line.cuda is None)
+    return [complete for same in found.values() if (complete := _complete(same))]
+
+
+def _complete(found: list[Group]) -> list[Group]:
+    wanted = {"int8_custom", "auto", *(impl for group in found for impl in group)}
+    return [group for group in found if group.keys() >= wanted]
+
+
+def by_device(records: Iterable[Record]) -> dict[str, list[Group]]:
+    """The newest records of each case and number of threads, by device in the order of first records."""
+    found: dict[str, dict[tuple, Group]] = {}
+    for line in record.latest(records):
+        found.setdefault(line.device, {}).setdefault((*line.key[:2], line.num_threads), {})[line.impl] = line
+    return {device: list(cases.values()) for device, cases in found.items()}
 
 
 def by_case(records: Iterable[Record]) -> list[Group]:
     """The newest records of each case and number of threads, on the device measured last."""
     records = list(records)
     last = max(reversed(records), key=lambda line: line.utc, default=None)
-    found: dict[tuple, Group] = {}
-    for line in record.latest(records):
-        if line.device == last.device:
-            found.setdefault((*line.key[:2], line.num_threads), {})[line.impl] = line
-    return list(found.values())
+    return by_device(records)[last.device] if last else []
+
+
+def per_machine(what: str, results: Path, table: Callable[[list[Group]], str]) -> str:
+    """A table for each machine measured on, with where its numbers come from."""
+    found = machines(what, results)
+    if not found:
+        return missing(what)
+    blocks = [f"{table(measured)}\n\n{source(measured)}" for measured in found]
+    return (
+        blocks[0]
+        if len(blocks) == 1
+        else "\n\n".join(
+            f"**{measured[0]['auto'].device}**\n\n{block}" for measured, block in zip(found, blocks, strict=True)
+        )
+    )
+
+
+def impls_of(found: list[Group]) -> list[str]:
+    """The implementations that every group has, ours first."""
+    return [impl for impl in LABELS if all(impl in group for group in found)]
+
+
+def gain_heads(found: list[Group]) -> list[str]:
+    """Columns for how many times faster we are than each of the others."""
+    return [f"vs {'bf16' if impl == 'auto' else impl}" for impl in impls_of(found)[1:]]
+
+
+def latencies(group: Group, impls: list[str]) -> list[str]:
+    return [f"{group[impl].median_us:,.0f}" for impl in impls]
 
 
 def faster(group: Group, impl: str) -> float:
@@ -60,10 +102,11 @@ def shape_text(line: Record) -> str:
 
 def decode_table(results: Path) -> str:
     """The shape of an 8B model."""
-    found = groups("decode", results)
-    if not found:
-        return missing("decode")
-    rows = []
+    return per_machine("decode", results, _decode_of)
+
+
+def _decode_of(found: list[Group]) -> str:
+    impls, rows = impls_of(found), []
     for group in sorted(found, key=lambda g: (g["auto"].num_threads, *sizes(g))):
         ours = group["int8_custom"]
         num_seqs, seq_len = sizes(group)
@@ -73,16 +116,15 @@ def decode_table(results: Path) -> str:
                 [
                     f"{num_seqs} x {seq_len}",
                     str(ours.num_threads),
-                    *(f"{group[impl].median_us:,.0f}" for impl in LABELS),
+                    *latencies(group, impls),
                     f"{ours.gb_per_s:.1f}",
                     f"{ours.frac_of_peak:.0%}",
-                    times(faster(group, "auto")),
-                    times(faster(group, "fp8")),
+                    *(times(faster(group, impl)) for impl in impls[1:]),
                 ]
             )
-    head = ["sequences x context", "threads", *(f"{label}, us" for label in LABELS.values())]
-    main = markdown([*head, "GB/s", "of read bandwidth", "vs bf16", "vs fp8"], rows)
-    return f"32 query heads, 8 KV heads, head size 128:\n\n{main}\n\n{source(found)}"
+    head = ["sequences x context", "threads", *(f"{LABELS[impl]}, us" for impl in impls)]
+    main = markdown([*head, "GB/s", "of read bandwidth", *gain_heads(found)], rows)
+    return f"32 query heads, 8 KV heads, head size 128:\n\n{main}"
 
 
 def sizes(group: Group) -> tuple[int, int]:
@@ -97,9 +139,11 @@ def num_tokens(group: Group) -> int:
 
 def decode_ranges_table(results: Path) -> str:
     """Per head shape and thread count: the least, median and largest gain over contexts and batches."""
-    found = groups("decode", results)
-    if not found:
-        return missing("decode")
+    intro = "Least, median and largest gain over all contexts and batch sizes measured:"
+    return f"{intro}\n\n{per_machine('decode', results, _decode_ranges_of)}"
+
+
+def _decode_ranges_of(found: list[Group]) -> str:
     by_shape: dict[tuple, list[Group]] = {}
     for group in found:
         case = group["auto"].case
@@ -108,20 +152,21 @@ def decode_ranges_table(results: Path) -> str:
     rows = []
     for (_, _, num_threads), same in sorted(by_shape.items()):
         row = [shape_text(same[0]["auto"]), str(num_threads), str(len(same))]
-        for impl in ("auto", "fp8"):
+        for impl in impls_of(found)[1:]:
             gains = sorted(faster(group, impl) for group in same)
             row.append(", ".join(times(gain) for gain in (gains[0], gains[len(gains) // 2], gains[-1])))
         rows.append([*row, str(sum(faster(group, "auto") < 1 for group in same))])
-    head = ["query/KV heads x head size", "threads", "cases", "vs bf16", "vs fp8", "slower than bf16"]
-    intro = "Least, median and largest gain over all contexts and batch sizes measured:"
-    return f"{intro}\n\n{markdown(head, rows)}\n\n{source(found)}"
+    head = ["query/KV heads x head size", "threads", "cases", *gain_heads(found), "slower than bf16"]
+    return markdown(head, rows)
 
 
 def isa_table(results: Path) -> str:
     """Decode with the kernels for older CPUs; vLLM always runs its best."""
-    found = groups("isa", results)
-    if not found:
-        return missing("isa")
+    intro = "32 query heads, 8 KV heads, head size 128:"
+    return f"{intro}\n\n{per_machine('isa', results, _isa_of)}"
+
+
+def _isa_of(found: list[Group]) -> str:
     rows = []
     for group in sorted(found, key=lambda g: (g["auto"].num_threads, *sizes(g))):
         for impl, line in group.items():
@@ -129,29 +174,28 @@ def isa_table(results: Path) -> str:
             row = [f"{num_seqs} x {seq_len}", str(line.num_threads), f"{impl.split()[0]}: {line.resolved_backend}"]
             row += [f"{line.median_us:,.0f}", f"{line.gb_per_s:.1f}"]
             rows.append([*row, times(group["auto"].median_us / line.median_us)])
-    head = ["sequences x context", "threads", "cache: kernels", "us", "GB/s", "vs bf16"]
-    return f"32 query heads, 8 KV heads, head size 128:\n\n{markdown(head, rows)}\n\n{source(found)}"
+    return markdown(["sequences x context", "threads", "cache: kernels", "us", "GB/s", "vs bf16"], rows)
 
 
 def latency_table(what: str, unit: Callable[[Record], str], head: str, results: Path) -> str:
     """Times of a kind of case side by side."""
-    found = groups(what, results)
-    if not found:
-        return missing(what)
-    rows = []
+    return per_machine(what, results, partial(_latencies_of, unit, head))
+
+
+def _latencies_of(unit: Callable[[Record], str], head: str, found: list[Group]) -> str:
+    impls, rows = impls_of(found), []
     for group in sorted(found, key=lambda g: (shape_text(g["auto"]), g["auto"].num_threads, num_tokens(g))):
         rows.append(
             [
                 unit(group["auto"]),
                 shape_text(group["auto"]),
                 str(group["auto"].num_threads),
-                *(f"{group[impl].median_us:,.0f}" for impl in LABELS),
-                times(faster(group, "auto")),
-                times(faster(group, "fp8")),
+                *latencies(group, impls),
+                *(times(faster(group, impl)) for impl in impls[1:]),
             ]
         )
-    columns = [head, "query/KV heads x head size", "threads", *(f"{label}, us" for label in LABELS.values())]
-    return f"{markdown([*columns, 'vs bf16', 'vs fp8'], rows)}\n\n{source(found)}"
+    columns = [head, "query/KV heads x head size", "threads", *(f"{LABELS[impl]}, us" for impl in impls)]
+    return markdown([*columns, *gain_heads(found)], rows)
 
 
 def prefill_table(results: Path) -> str:
@@ -169,9 +213,10 @@ def write_table(results: Path) -> str:
 
 
 def end_to_end_table(results: Path) -> str:
-    found = groups("end_to_end", results)
-    if not found:
-        return missing("end_to_end")
+    return per_machine("end_to_end", results, _end_to_end_of)
+
+
+def _end_to_end_of(found: list[Group]) -> str:
     rows = []
     for group in found:
         for impl, line in group.items():
@@ -186,7 +231,7 @@ def end_to_end_table(results: Path) -> str:
                 ]
             )
     head = ["cache, sequences x context", "threads", "output tokens/s", "ms per step", "p10 to p90", "vs bf16"]
-    return f"{markdown(head, rows)}\n\n{source(found)}"
+    return markdown(head, rows)
 
 
 def batch_text(case: dict) -> str:

@@ -4,13 +4,17 @@ Bounds leave room around what README's table has for more tokens: KL 1.9e-4 for 
 """
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_int8kv import cli, evaluate, models, sensitivity
 from vllm_int8kv.config import read_layer_policy
 from vllm_int8kv.demo import TEXT
+from vllm_int8kv.engine_process import EngineError
 from vllm_int8kv.evaluate import CacheSpec, first_divergence
 
 runner = CliRunner()
@@ -49,15 +53,38 @@ def test_eval_scores_what_the_model_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     report_file = tmp_path / "report.json"
     sizes = ["--samples", "2", "--tokens", "24", "--generate-tokens", "0", "--needle-lengths", "", "--paths", "decode"]
-    dtypes = f"fp8,fp8:kv_cache_memory_bytes={2**28}"
-    result = runner.invoke(cli.app, ["eval", "smollm2", *sizes, "--dtypes", dtypes, "--json", str(report_file)])
+    result = runner.invoke(cli.app, ["eval", "smollm2", *sizes, "--json", str(report_file)])
     assert result.exit_code == 0, result.output
     report = json.loads(report_file.read_text())
     assert report["text_source"] == "samples of the model"
     assert list(report["text_tokens"].values()) == [24, 24]
-    default, larger = (report["caches"][name] for name in dtypes.split(","))
-    assert 1e-3 < default["paths"]["decode"]["kl_per_token"]["value"] < 0.1
-    assert larger["kv_cache_tokens"] == 2**28 // (2 * 30 * 3 * 64) // 128 * 128 > default["kv_cache_tokens"]
+    kl = {name: cache["paths"]["decode"]["kl_per_token"]["value"] for name, cache in report["caches"].items()}
+    assert 0 < kl["int8_custom"] < 1e-3
+    if torch.cpu._is_avx512_supported():
+        assert 1e-3 < kl["fp8"] < 0.1 and report["left_out"] == {}
+    else:
+        assert "requires x86 with AVX-512" in report["left_out"]["fp8"]
+        assert "fp8 is left out, vLLM does not run it here" in " ".join(result.output.split())
+
+
+@pytest.mark.engine
+def test_arguments_of_an_engine_and_an_engine_that_fails(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sizes = {"max_tokens": 24, "num_samples": 1, "generate_tokens": 0}
+    plan = evaluate.make_plan([], paths="decode", needle_lengths="", engine_options="{}", **sizes)
+    plan = replace(plan, model=models.resolve("smollm2"))
+    larger = f"auto:kv_cache_memory_bytes={2**28}"
+    caches = [CacheSpec.parse(larger), CacheSpec.parse("int8_per_token_head")]  # the second is for GPUs only
+    quiet = Console(quiet=True)
+    report = evaluate.evaluate(plan, caches, quiet, name="smollm2", optional=["int8_per_token_head"])
+    assert list(report["caches"]) == ["auto", larger]
+    assert report["caches"][larger]["kv_cache_tokens"] == 2**28 // (2 * 30 * 3 * 64 * 4) // 128 * 128
+    assert report["caches"]["auto"]["kv_cache_tokens"] < report["caches"][larger]["kv_cache_tokens"]
+    assert report["caches"][larger]["paths"]["decode"]["kl_per_token"]["value"] < 1e-6
+    assert list(report["left_out"]) == ["int8_per_token_head"]
+    assert "int8_per_token_head" in report["left_out"]["int8_per_token_head"]
+    with pytest.raises(EngineError, match="kv_cache_dtype='int8_per_token_head' and dtype='auto' ended with exit"):
+        evaluate.evaluate(plan, caches[1:], quiet, name="smollm2")
 
 
 @pytest.mark.engine

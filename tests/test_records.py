@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -186,6 +187,22 @@ def test_report_writes_tables_and_plots_and_notices_changes(record, measured, re
     assert "decode.png was drawn from other records" in report(check=True)
 
 
+def test_every_machine_has_its_table(record, measured, report, tmp_path):
+    older = replace(measured, device="an older CPU")
+    for line in (replace(measured, impl="auto"), replace(measured, impl="fp8"), measured):
+        record.append(line, tmp_path)
+    for line in (replace(older, impl="auto", median_us=50.0, p90_us=50.0), older):  # no fp8 there
+        record.append(line, tmp_path)
+    record.append(replace(older, case=older.case | {"seq_len": 4096}), tmp_path)  # nothing to compare with
+    (tmp_path / "README.md").write_text(MARKERS)
+    assert report() is None
+    decode = (tmp_path / "README.md").read_text().split(":decode -->")[1]
+    first, second = decode.split("**an older CPU**")
+    assert f"**{measured.device}**" in first and "vs fp8" in first
+    assert "vs fp8" not in second and "| 8 x 512 | 2 | 20 | 50 | 10.0 | 50% | 2.5x |" in second
+    assert "4096" not in second
+
+
 def test_records_of_a_gpu_have_their_own_table(record, measured, report, tmp_path):
     on_gpu = replace(measured, device="a GPU", cuda="13.0", case=measured.case | {"block_size": 16})
     ragged = replace(on_gpu, case=on_gpu.case | {"shortest": 64})
@@ -223,15 +240,27 @@ def test_readme_equals_the_committed_records():
 def test_kernels_measure_and_record(record, tmp_path):
     result = run_script("kernels.py", "--quick", "--only", "write", "--threads", "1", "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = record.read("write", tmp_path)
-    assert [line.impl for line in lines] == ["int8_custom", "auto", "fp8"]
-    assert [line.resolved_backend.split()[0] for line in lines] == ["INT8_KV", "CPU_ATTN", "CPU_ATTN"]
-    assert all(line.rel_error < 0.005 for line in lines)
+    backends = {line.impl: line.resolved_backend.split()[0] for line in record.read("write", tmp_path)}
+    wanted = {"int8_custom": "INT8_KV", "auto": "CPU_ATTN"}
+    if torch.cpu._is_avx512_supported():
+        wanted["fp8"] = "CPU_ATTN"
+    else:
+        assert "not here: fp8 (FP8 KV cache on CPU requires x86 with AVX-512" in result.stdout
+    assert backends == wanted
+    assert all(line.rel_error < 0.005 for line in record.read("write", tmp_path))
 
 
-@pytest.mark.parametrize(("agree", "recorded"), [(3, ["auto", "fp8", "int8_custom"]), (2, ["auto", "fp8"])])
-def test_end_to_end_records_what_answers_like_auto(record, monkeypatch, tmp_path, agree, recorded):
+@pytest.mark.parametrize(
+    ("agree", "missing", "recorded"),
+    [
+        (3, {}, ["auto", "fp8", "int8_custom"]),
+        (2, {}, ["auto", "fp8"]),
+        (3, {"fp8": "no AVX-512"}, ["auto", "int8_custom"]),
+    ],
+)
+def test_end_to_end_records_what_answers_like_auto(record, monkeypatch, capsys, tmp_path, agree, missing, recorded):
     end_to_end = importlib.import_module("benchmarks.end_to_end")
+    monkeypatch.setattr(end_to_end.cpu_peers, "missing", lambda: missing)
     order = []
 
     def run_engine(plan, num_threads):
@@ -243,8 +272,9 @@ def test_end_to_end_records_what_answers_like_auto(record, monkeypatch, tmp_path
     with pytest.raises(SystemExit) as exit_:
         end_to_end.main(model="folder/model", num_seqs=4, context=16, steps=3, rounds=2, threads="1", out=tmp_path)
 
-    assert exit_.value.code == (0 if len(recorded) == 3 else 1)
-    assert order == 2 * ["auto", "fp8", "int8_custom"]
+    assert exit_.value.code == (0 if "int8_custom" in recorded else 1)
+    assert order == 2 * [impl for impl in ("auto", "fp8", "int8_custom") if impl not in missing]
+    assert ("not here: fp8 (no AVX-512)" in capsys.readouterr().out) == bool(missing)
     lines = record.read("end_to_end", tmp_path)
     assert [(line.impl, line.n) for line in lines] == [(impl, steps) for steps in (3, 6) for impl in recorded]
     assert {(line.median_us, line.tok_per_s, line.case["model"]) for line in lines} == {(2000.0, 2000.0, "model")}

@@ -90,12 +90,12 @@ def evaluate(
         list[Path] | None, typer.Option(help="A text to score; may be given again. Default: the model writes its own.")
     ] = None,
     dtypes: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="KV cache dtypes to compare with auto; int8_custom:rotate_keys=false sets an option of this plugin, "
-            "fp8:calculate_kv_scales=true one of vLLM."
+            f"fp8:calculate_kv_scales=true one of vLLM. Default: auto,{KV_CACHE_DTYPE}, and fp8 where vLLM has it."
         ),
-    ] = f"auto,{KV_CACHE_DTYPE},fp8",
+    ] = None,
     paths: Annotated[
         str, typer.Option(help="How scored tokens read the cache: decode, prefill, chunked, prefix.")
     ] = "decode,prefill,chunked,prefix",
@@ -147,14 +147,16 @@ def evaluate(
             prefix_stride=prefix_stride,
             generate_tokens=generate_tokens,
         )
-        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
+        names = ["auto", KV_CACHE_DTYPE, "fp8"] if dtypes is None else dtypes.split(",")
+        caches = [CacheSpec.parse(name) for name in names]
         plan = replace(plan, model=resolve(model))
         if sensitivity:
             report = measure_layers(plan, error_console, name=model, verbose=verbose)
             if plot is not None:
                 draw_layers(report, plot)
         else:
-            report = evaluate(plan, caches, error_console, name=model, verbose=verbose)
+            optional = ["fp8"] if dtypes is None else []
+            report = evaluate(plan, caches, error_console, name=model, optional=optional, verbose=verbose)
     except (EngineError, ImportError, ValueError) as error:
         raise fail(str(error)) from None
     (print_layers if sensitivity else print_report)(report, console)

@@ -22,6 +22,11 @@ PR_SET_PDEATHSIG = 1
 class EngineError(RuntimeError):
     """An engine failed; the message ends with its last words."""
 
+    @property
+    def last_line(self) -> str:
+        """What the engine said last: of an exception, its type and message."""
+        return str(self).rstrip().rsplit("\n", 1)[-1]
+
 
 def die_with_parent() -> None:
     """For `subprocess.Popen(preexec_fn=...)`: the kernel sends the child SIGTERM when its parent dies, however."""

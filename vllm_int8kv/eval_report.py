@@ -64,6 +64,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             f"found in the cache (blocks of {report['block_size']})."
         )
     console.print(Text(" ".join(notes)), style="dim")
+    for name, why in report["left_out"].items():
+        console.print(Text(f"{name} is left out, vLLM does not run it here: {why}"), style="yellow")
 
 
 def _print_answers(caches: dict[str, Any], console: Console) -> None:

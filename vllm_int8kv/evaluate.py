@@ -9,7 +9,7 @@ several times what INT8 costs.
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -148,7 +148,13 @@ def make_plan(texts: Sequence[Path], *, paths: str, needle_lengths: str, engine_
 
 
 def evaluate(
-    plan: Plan, caches: Sequence[CacheSpec], console: Console, *, name: str, verbose: bool = False
+    plan: Plan,
+    caches: Sequence[CacheSpec],
+    console: Console,
+    *,
+    name: str,
+    optional: Collection[str] = (),
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Compare KV cache dtypes.
 
@@ -156,19 +162,23 @@ def evaluate(
         plan: model, texts and sizes; the rest of it is filled in here.
         caches: what to compare with `auto`.
         name: what the report calls the model.
+        optional: names of caches that are left out where their engine fails; vLLM has no fp8 cache on CPUs without
+            AVX-512, for example.
         verbose: show the logs of vLLM on stderr instead of progress bars.
 
     Returns:
-        The report that `--json` writes; `caches` maps the name of each `CacheSpec`, `auto` first, to its results.
+        The report that `--json` writes; `caches` maps the name of each `CacheSpec`, `auto` first, to its results,
+        `left_out` the others to what their engine said last.
 
     Raises:
-        EngineError: an engine failed.
+        EngineError: an engine failed that is not optional.
     """
     caches = [CacheSpec.parse(REFERENCE), *(cache for cache in caches if cache.name != REFERENCE)]
     columns = TextColumn("{task.description:<40}"), BarColumn(), TimeElapsedColumn()
     progress = Progress(*columns, console=console, disable=verbose)
     with tempfile.TemporaryDirectory(prefix="vllm-int8kv-") as folder, progress:
         results: dict[str, dict[str, Any]] = {}
+        left_out: dict[str, str] = {}
         plan = replace(plan, folder=folder)
         for index, cache in enumerate(caches):
             own = replace(
@@ -178,13 +188,20 @@ def evaluate(
                 engine_options=plan.engine_options | cache.engine_options,
                 label=str(index),
             )
-            results[cache.name] = _run_cache(
-                own, cache.name, is_reference=index == 0, progress=progress, verbose=verbose
-            )
+            try:
+                results[cache.name] = _run_cache(
+                    own, cache.name, is_reference=index == 0, progress=progress, verbose=verbose
+                )
+            except EngineError as error:
+                if cache.name not in optional:
+                    raise
+                left_out[cache.name] = error.last_line
             plan = replace(plan, token_ids=results[REFERENCE]["token_ids"])
         reference = _load(plan, "0", "decode", 1)
         measured = {}
         for index, cache in enumerate(caches):
+            if cache.name in left_out:
+                continue
             measured[cache.name] = _measure(plan, str(index), results[cache.name], results[REFERENCE], reference)
     head = {key: results[REFERENCE][key] for key in ("dtype", "device", "vllm", "block_size")}
     texts = [f"text {index}" for index in range(len(plan.token_ids))]
@@ -196,6 +213,7 @@ def evaluate(
         "chunk_tokens": plan.chunk_tokens,
         "prefix_stride": plan.prefix_stride,
         "caches": measured,
+        "left_out": left_out,
     }
 
 
