@@ -1,5 +1,6 @@
 """The command line: doctor, the messages for bad input, and the whole demo on a tiny scale."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ def test_doctor_finds_nothing_wrong():
     kernels = [name.split()[2] for name in names if name.startswith("CPU kernels, ")]
     assert kernels == ops.cpu_isas()
     assert {"torch", "operators", "vllm", "plugin"} <= set(names)
+    assert ("bf16" in names) == (not doctor.has_fast_bf16())
 
 
 def test_doctor_leaves_the_kernel_path_alone():
@@ -184,11 +186,33 @@ def test_demo_on_a_tiny_scale(capsys, monkeypatch):
     assert 0 < report["kl_per_token"] < 2e-3
     assert 0.9 < report["top1_agreement"] <= 1
     assert speed["auto"] > 0 and speed["int8_custom"] > 0
+    assert report["dtype"] == ("bfloat16" if doctor.has_fast_bf16() else "float32")
+    assert report["context_len"] == 256
     assert json.loads(json.dumps(report)) == report
 
     cli.print_demo(report)
     shown = capsys.readouterr().out
     assert "capital of France" in shown and f"{report['capacity_ratio']:.2f}x" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_prompt", "longest", "context_len"),
+    [(0.5, 4096, 4096), (5.0, 4096, 1536), (100.0, 4096, 512), (100.0, 1000, 1000)],
+)
+def test_contexts_of_the_demo_are_as_long_as_there_is_time_for(monkeypatch, seconds_per_prompt, longest, context_len):
+    """60 seconds for eight sequences; one prompt of 1,024 tokens is timed, if contexts are longer than that."""
+    demo_engine = importlib.import_module("vllm_int8kv.demo_engine")
+    now, prompts = [0.0], []
+
+    class Engine:
+        def generate(self, prompt, params, use_tqdm):
+            prompts.append(len(prompt["prompt_token_ids"]))
+            now[0] += seconds_per_prompt
+
+    monkeypatch.setattr(demo_engine.time, "perf_counter", lambda: now[0])
+    found = demo_engine.choose_context(Engine(), demo.Plan("model"), longest, vocab_size=1000)
+    assert found == context_len
+    assert prompts == ([1024] if longest > 1024 else [])
 
 
 def test_text_of_the_demo_is_long_enough():

@@ -75,6 +75,10 @@ def print_demo(report: dict[str, Any]) -> None:
     table.add_row("KL divergence per token (nats)", "0", f"{report['kl_per_token']:.1e}", "")
     table.add_row("same most likely token", "100 %", f"{report['top1_agreement']:.1%}", "")
     console.print(table)
+    if report["dtype"] == "float32":
+        console.print(
+            "Weights, arithmetic and the cache `auto` in fp32: this CPU computes bf16 in software.", style="dim"
+        )
     console.print(
         f"KL and top-1: {report['text_tokens']:,} tokens decoded one by one in fp32, over the whole vocabulary. "
         f"Speed: median step, {report['num_threads']} threads. Long answers may part where two words are about equally "

@@ -4,6 +4,9 @@ Four engines run one after the other, each in a process of its own (`demo_engine
 dtype answer the prompts, count the tokens that fit into the same memory and decode at a long context. Two in
 fp32 score a text. Those are apart because bf16 arithmetic hides the cache: two bf16 engines that only round in
 another order (`enforce_eager` or not) differ by a KL of 1.3e-3 per token, several times what INT8 costs.
+
+CPUs that compute bf16 in software take six times as long for it as for fp32 (11 against 61 GFLOPS on two AVX2 cores):
+there all engines run in fp32, and the contexts of the speed test are as long as their prefill has time for.
 """
 
 import tempfile
@@ -48,6 +51,10 @@ class Plan:
     num_seqs: int = 8
     """Sequences that decode together, in the text as in the speed test."""
     context_len: int = 4096
+    """Of the sequences of the speed test, and what the cache has room for."""
+    decode_context_len: int = 0
+    """What the speed test takes of it; 0: as much as `prefill_seconds` allow."""
+    prefill_seconds: float = 60.0
     decode_steps: int = 24
     """Timed steps of the speed test; 0 leaves it out."""
 
@@ -100,6 +107,8 @@ def _run_engines(plans: list[Plan], progress: Progress, verbose: bool) -> list[d
         def show(done: float, task_id: TaskID = task_id) -> None:
             progress.update(task_id, completed=done)
 
+        if results and plan.decode_steps:
+            plan = replace(plan, decode_context_len=results[0]["context_len"])  # as the engine before
         results.append(run_engine("vllm_int8kv.demo_engine", asdict(plan), plan.stages(), show, verbose))
         progress.stop_task(task_id)
     return results
@@ -117,4 +126,6 @@ def _report(
     for key in ("kl_per_token", "top1_agreement"):
         report[key] = text_scores[key]["value"]
     report["text_tokens"] = text_scores["num_tokens"]
-    return report | {key: int8[key] for key in ("kv_cache_memory_bytes", "num_seqs", "context_len", "num_threads")}
+    for key in ("dtype", "kv_cache_memory_bytes", "num_seqs", "context_len", "num_threads"):
+        report[key] = int8[key]
+    return report

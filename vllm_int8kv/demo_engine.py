@@ -11,6 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_int8kv.demo import Plan
+from vllm_int8kv.doctor import has_fast_bf16
 from vllm_int8kv.engine_process import emit
 from vllm_int8kv.forced_decoding import OPTIONS, kv_cache_memory_bytes, score_decode, steps
 from vllm_int8kv.scoring import TextFiles
@@ -18,17 +19,19 @@ from vllm_int8kv.scoring import TextFiles
 MAX_NUM_BATCHED_TOKENS = 2048
 WARM_UP_STEPS = 2
 MARGIN_TOKENS = 256
+PROBE_TOKENS = 1024
 
 
 def main() -> None:
     plan = Plan(**json.load(sys.stdin))
     emit(stage="load", done=0.0)
-    model_config = EngineArgs(model=plan.model, dtype=plan.dtype).create_model_config()
+    dtype = "float32" if plan.dtype == "auto" and not has_fast_bf16() else plan.dtype
+    model_config = EngineArgs(model=plan.model, dtype=dtype).create_model_config()
     # Beside the context: the tokens of the speed test and what prefill steps let the first sequences run ahead.
     max_model_len = min(plan.context_len + MARGIN_TOKENS, model_config.max_model_len)
     llm = LLM(
         plan.model,
-        dtype=plan.dtype,
+        dtype=dtype,
         kv_cache_dtype=plan.kv_cache_dtype,
         kv_cache_memory_bytes=kv_cache_memory_bytes(model_config, plan.num_seqs * max_model_len),
         max_model_len=max_model_len,
@@ -42,10 +45,10 @@ def main() -> None:
     emit(stage="load", done=1.0)
     cache_config = llm.llm_engine.vllm_config.cache_config
     result = {
+        "dtype": str(model_config.dtype).removeprefix("torch."),
         "kv_cache_tokens": cache_config.num_gpu_blocks * cache_config.block_size,
         "kv_cache_memory_bytes": cache_config.kv_cache_memory_bytes,
         "num_seqs": plan.num_seqs,
-        "context_len": max_model_len - MARGIN_TOKENS,
         "num_threads": torch.get_num_threads(),
     }
     if plan.prompts:
@@ -53,7 +56,11 @@ def main() -> None:
     if plan.text:
         result["text_tokens"] = score_text(llm, plan, model_config.get_vocab_size())
     if plan.decode_steps:
-        result["decode_tok_per_s"] = measure_decode(llm, plan, result["context_len"], model_config.get_vocab_size())
+        vocab_size = model_config.get_vocab_size()
+        result["context_len"] = plan.decode_context_len or choose_context(
+            llm, plan, max_model_len - MARGIN_TOKENS, vocab_size
+        )
+        result["decode_tok_per_s"] = measure_decode(llm, plan, result["context_len"], vocab_size)
     emit(result=result)
 
 
@@ -73,6 +80,19 @@ def score_text(llm: LLM, plan: Plan, vocab_size: int) -> int:
     files.create(vocab_size)
     score_decode(llm, [files], plan.num_seqs, lambda done: emit(stage="text", done=done))
     return files.num_rows
+
+
+def choose_context(llm: LLM, plan: Plan, longest: int, vocab_size: int) -> int:
+    """The context whose prefill takes `plan.prefill_seconds` for all sequences, by the time one prompt takes; a
+    multiple of PROBE_TOKENS // 2 or `longest`."""
+    if longest <= PROBE_TOKENS:
+        return longest
+    prompt = np.random.default_rng(seed=1).integers(vocab_size // 100, vocab_size, PROBE_TOKENS).tolist()
+    start = time.perf_counter()
+    llm.generate({"prompt_token_ids": prompt}, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    num_tokens = plan.prefill_seconds * PROBE_TOKENS / (time.perf_counter() - start) / plan.num_seqs
+    unit = PROBE_TOKENS // 2
+    return min(longest, max(unit, int(num_tokens) // unit * unit))
 
 
 def measure_decode(llm: LLM, plan: Plan, context_len: int, vocab_size: int) -> float:
