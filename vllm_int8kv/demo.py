@@ -54,7 +54,7 @@ class Plan:
     """Of the sequences of the speed test, and what the cache has room for."""
     decode_context_len: int = 0
     """What the speed test takes of it; 0: as much as `prefill_seconds` allow."""
-    prefill_seconds: float = 60.0
+    prefill_seconds: float = 45.0
     decode_steps: int = 24
     """Timed steps of the speed test; 0 leaves it out."""
 

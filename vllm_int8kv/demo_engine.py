@@ -84,14 +84,14 @@ def score_text(llm: LLM, plan: Plan, vocab_size: int) -> int:
 
 def choose_context(llm: LLM, plan: Plan, longest: int, vocab_size: int) -> int:
     """The context whose prefill takes `plan.prefill_seconds` for all sequences, by the time one prompt takes; a
-    multiple of PROBE_TOKENS // 2 or `longest`."""
+    multiple of PROBE_TOKENS // 4 or `longest`."""
     if longest <= PROBE_TOKENS:
         return longest
     prompt = np.random.default_rng(seed=1).integers(vocab_size // 100, vocab_size, PROBE_TOKENS).tolist()
     start = time.perf_counter()
     llm.generate({"prompt_token_ids": prompt}, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
     num_tokens = plan.prefill_seconds * PROBE_TOKENS / (time.perf_counter() - start) / plan.num_seqs
-    unit = PROBE_TOKENS // 2
+    unit = PROBE_TOKENS // 4
     return min(longest, max(unit, int(num_tokens) // unit * unit))
 
 
