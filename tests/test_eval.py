@@ -4,7 +4,6 @@ Bounds leave room around what README's table has for more tokens: KL 1.9e-4 for 
 """
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -70,20 +69,19 @@ def test_eval_scores_what_the_model_writes(tmp_path, monkeypatch):
 @pytest.mark.engine
 def test_arguments_of_an_engine_and_an_engine_that_fails(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    sizes = {"max_tokens": 24, "num_samples": 1, "generate_tokens": 0}
-    plan = evaluate.make_plan([], paths="decode", needle_lengths="", engine_options="{}", **sizes)
-    plan = replace(plan, model=models.resolve("smollm2"))
-    larger = f"auto:kv_cache_memory_bytes={2**28}"
-    caches = [CacheSpec.parse(larger), CacheSpec.parse("int8_per_token_head")]  # the second is for GPUs only
-    quiet = Console(quiet=True)
-    report = evaluate.evaluate(plan, caches, quiet, name="smollm2", optional=["int8_per_token_head"])
+    options = {"paths": "decode", "needle_lengths": "", "engine_options": "{}", "model": str(models.smollm2())}
+    plan = evaluate.make_plan([], **options, max_tokens=24, num_samples=1, generate_tokens=0)
+    larger, too_small = f"auto:kv_cache_memory_bytes={2**28}", "auto:kv_cache_memory_bytes=1000"
+    caches, quiet = [CacheSpec.parse(larger), CacheSpec.parse(too_small)], Console(quiet=True)
+    report = evaluate.evaluate(plan, caches, quiet, name="smollm2", optional=[too_small])
     assert list(report["caches"]) == ["auto", larger]
     assert report["caches"][larger]["kv_cache_tokens"] == 2**28 // (2 * 30 * 3 * 64 * 4) // 128 * 128
     assert report["caches"]["auto"]["kv_cache_tokens"] < report["caches"][larger]["kv_cache_tokens"]
     assert report["caches"][larger]["paths"]["decode"]["kl_per_token"]["value"] < 1e-6
-    assert list(report["left_out"]) == ["int8_per_token_head"]
-    assert "int8_per_token_head" in report["left_out"]["int8_per_token_head"]
-    with pytest.raises(EngineError, match="kv_cache_dtype='int8_per_token_head' and dtype='auto' ended with exit"):
+    assert list(report["left_out"]) == [too_small]
+    assert report["left_out"][too_small].startswith("ValueError: ")
+    assert "KV cache" in report["left_out"][too_small]
+    with pytest.raises(EngineError, match="the engine with kv_cache_dtype='auto' and dtype='auto' ended with exit"):
         evaluate.evaluate(plan, caches[1:], quiet, name="smollm2")
 
 

@@ -48,7 +48,7 @@ def diagnose() -> Iterator[Check]:
     if library.ok:
         yield from check_kernels()
     if not has_fast_bf16():
-        yield Check("bf16", 'this CPU computes it in software, fp32 is about 6 times as fast: use dtype="float32"')
+        yield Check("bf16", 'this CPU computes it in software, fp32 is several times as fast: use dtype="float32"')
     vllm_check = check_vllm()
     yield vllm_check
     if vllm_check.ok:

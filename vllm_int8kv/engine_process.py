@@ -7,6 +7,7 @@ start with `EVENT` go on with one JSON object for the parent; every other line i
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ class EngineError(RuntimeError):
     @property
     def last_line(self) -> str:
         """What the engine said last: of an exception, its type and message."""
-        return str(self).rstrip().rsplit("\n", 1)[-1]
+        return re.sub(r"^\[rank\d+\]: ", "", str(self).rstrip().rsplit("\n", 1)[-1])  # PyTorch's excepthook adds it
 
 
 def die_with_parent() -> None:
