@@ -79,10 +79,19 @@ def test_arguments_of_an_engine_and_an_engine_that_fails(monkeypatch):
     assert report["caches"]["auto"]["kv_cache_tokens"] < report["caches"][larger]["kv_cache_tokens"]
     assert report["caches"][larger]["paths"]["decode"]["kl_per_token"]["value"] < 1e-6
     assert list(report["left_out"]) == [too_small]
-    assert report["left_out"][too_small].startswith("ValueError: ")
-    assert "KV cache" in report["left_out"][too_small]
-    with pytest.raises(EngineError, match="the engine with kv_cache_dtype='auto' and dtype='auto' ended with exit"):
-        evaluate.evaluate(plan, caches[1:], quiet, name="smollm2")
+    assert report["left_out"][too_small].startswith("ValueError: No available memory for the cache blocks.")
+
+
+def test_an_engine_that_fails_and_is_not_optional_ends_the_comparison(monkeypatch):
+    def run_cache(plan, name, **kwargs):
+        if name == "fp8":
+            raise EngineError("its last lines:\n[rank0]: NotImplementedError: no fp8 here\n")
+        return {"token_ids": [[1, 2]]}
+
+    monkeypatch.setattr(evaluate, "_run_cache", run_cache)
+    with pytest.raises(EngineError, match="no fp8 here") as error:
+        evaluate.evaluate(evaluate.Plan("model"), [CacheSpec.parse("fp8")], Console(quiet=True), name="model")
+    assert error.value.last_line == "NotImplementedError: no fp8 here"
 
 
 @pytest.mark.engine
