@@ -26,6 +26,7 @@ if not __package__:  # run as a script: this folder has a `kernels`, which trans
 from benchmarks import accuracy_record, record
 from benchmarks.accuracy_tables import CACHES, OURS
 from benchmarks.accuracy_texts import texts
+from benchmarks.peers import name_missing
 from benchmarks.stress_model import make_stress_model
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.models import resolve
@@ -68,8 +69,7 @@ def engine(
         caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
         optional = [cache.name for cache in caches if cache.kv_cache_dtype not in ("auto", KV_CACHE_DTYPE)]
         report = evaluate(plan, caches, Console(stderr=True), name=model, optional=optional)
-    for name, why in report["left_out"].items():
-        console.print(f"not here: {name} ({why})", markup=False)
+    name_missing(report["left_out"])
     case = {
         "model": model,
         "stress": stress,

@@ -124,5 +124,6 @@ def load(every_isa: bool = False) -> list[Peer]:
         raise RuntimeError(f"these benchmarks need vLLM's CPU build, got platform {current_platform.device_name!r}")
     current_platform.import_kernels()
     slower = [Int8Custom(isa) for isa in ops.cpu_isas()[:-1]] if every_isa else []
+    not_here = missing()
     caches = [VllmCpu("auto", torch.bfloat16, tolerance=0.005), VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005)]
-    return [Int8Custom(), *slower, *(peer for peer in caches if peer.name not in missing())]
+    return [Int8Custom(), *slower, *(peer for peer in caches if peer.name not in not_here)]

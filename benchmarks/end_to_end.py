@@ -26,7 +26,8 @@ from rich.progress import Progress
 if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import cpu_peers, record
+from benchmarks import record
+from benchmarks.peers import name_missing
 from benchmarks.timing import summarize
 from vllm_int8kv import models
 
@@ -100,11 +101,12 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
 ) -> None:
     """Measure decoding end to end; one JSON line per format."""
+    from benchmarks import cpu_peers  # vLLM is slow to import, and the engines import this file
+
     counts = [int(count) for count in threads.split(",")] if threads else [max(1, (os.cpu_count() or 1) - 1)]
     model = model or str(models.smollm2())
     console, failed, missing = Console(), False, cpu_peers.missing()
-    for impl, why in missing.items():
-        console.print(f"not here: {impl} ({why})", markup=False)
+    name_missing(missing)
     plans = {impl: Plan(model, impl, num_seqs, context, steps) for impl in IMPLS if impl not in missing}
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(counts) * rounds * len(plans))

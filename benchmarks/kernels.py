@@ -33,7 +33,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
 from benchmarks import cuda_peers, record, timing
 from benchmarks.kernel_cases import Case, What, bytes_moved, choose_cases
 from benchmarks.layers import CheckError, Layers
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, name_missing
 from benchmarks.record import Device
 from benchmarks.tables import batch_text
 from benchmarks.timing import Budget, ReadBandwidth, ReadMeter, Timing
@@ -201,8 +201,7 @@ def main(
     if device == Device.cuda:
         timing.require_gpu()
         threads = "1"  # nothing of what is timed runs on the CPU
-    for name, why in missing_peers(device).items():
-        print(f"not here: {name} ({why})")
+    name_missing(missing_peers(device))
     counts = [int(count) for count in threads.split(",")] if threads else sorted({1, os.cpu_count() or 1})
     cases = [case for case in choose_cases(device, quick) if not only or case.what in only]
     budget = Budget(seconds=0.2, min_samples=3) if quick else Budget(seconds=1.0 if device == Device.cuda else 2.0)

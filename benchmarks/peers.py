@@ -18,6 +18,12 @@ from vllm_int8kv.varlen_attention import VarlenAttention
 QUERY_DTYPE = torch.bfloat16
 
 
+def name_missing(missing: dict[str, str]) -> None:
+    """Say what cannot be compared with here, and why."""
+    for name, why in missing.items():
+        print(f"not here: {name} ({why})")
+
+
 @dataclass(frozen=True)
 class Shape:
     """A batch of equal sequences. `seq_len` counts the tokens in the cache, the last `query_len` included."""

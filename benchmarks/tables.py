@@ -1,11 +1,10 @@
 """The tables of the READMEs as Markdown, from the newest records."""
 
-import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks import record, reliability_tables
 from benchmarks.accuracy_tables import engine_table, paths_table, schemes_table
 from benchmarks.markdown import markdown
 from benchmarks.record import Record
@@ -45,19 +44,17 @@ def by_case(records: Iterable[Record]) -> list[Group]:
     return by_device(records)[last.device] if last else []
 
 
-def per_machine(what: str, results: Path, table: Callable[[list[Group]], str]) -> str:
-    """A table for each machine measured on, with where its numbers come from."""
+def per_machine(what: str, results: Path, table: Callable[[list[Group]], str], intro: str = "") -> str:
+    """A table for each machine measured on, with where its numbers come from; several carry the machine's name."""
     found = machines(what, results)
     if not found:
         return missing(what)
-    blocks = [f"{table(measured)}\n\n{source(measured)}" for measured in found]
-    return (
-        blocks[0]
-        if len(blocks) == 1
-        else "\n\n".join(
-            f"**{measured[0]['auto'].device}**\n\n{block}" for measured, block in zip(found, blocks, strict=True)
-        )
-    )
+    blocks = [intro] if intro else []
+    for measured in found:
+        if len(found) > 1:
+            blocks.append(f"**{measured[0]['auto'].device}**")
+        blocks += [table(measured), source(measured)]
+    return "\n\n".join(blocks)
 
 
 def impls_of(found: list[Group]) -> list[str]:
@@ -65,13 +62,21 @@ def impls_of(found: list[Group]) -> list[str]:
     return [impl for impl in LABELS if all(impl in group for group in found)]
 
 
-def gain_heads(found: list[Group]) -> list[str]:
-    """Columns for how many times faster we are than each of the others."""
-    return [f"vs {'bf16' if impl == 'auto' else impl}" for impl in impls_of(found)[1:]]
+def latency_heads(impls: list[str]) -> list[str]:
+    return [f"{LABELS[impl]}, us" for impl in impls]
 
 
 def latencies(group: Group, impls: list[str]) -> list[str]:
     return [f"{group[impl].median_us:,.0f}" for impl in impls]
+
+
+def gain_heads(impls: list[str]) -> list[str]:
+    """Columns for how many times faster we, the first, are than each of the others."""
+    return [f"vs {'bf16' if impl == 'auto' else impl}" for impl in impls[1:]]
+
+
+def gains(group: Group, impls: list[str]) -> list[str]:
+    return [times(faster(group, impl)) for impl in impls[1:]]
 
 
 def faster(group: Group, impl: str) -> float:
@@ -102,7 +107,7 @@ def shape_text(line: Record) -> str:
 
 def decode_table(results: Path) -> str:
     """The shape of an 8B model."""
-    return per_machine("decode", results, _decode_of)
+    return per_machine("decode", results, _decode_of, "32 query heads, 8 KV heads, head size 128:")
 
 
 def _decode_of(found: list[Group]) -> str:
@@ -119,12 +124,11 @@ def _decode_of(found: list[Group]) -> str:
                     *latencies(group, impls),
                     f"{ours.gb_per_s:.1f}",
                     f"{ours.frac_of_peak:.0%}",
-                    *(times(faster(group, impl)) for impl in impls[1:]),
+                    *gains(group, impls),
                 ]
             )
-    head = ["sequences x context", "threads", *(f"{LABELS[impl]}, us" for impl in impls)]
-    main = markdown([*head, "GB/s", "of read bandwidth", *gain_heads(found)], rows)
-    return f"32 query heads, 8 KV heads, head size 128:\n\n{main}"
+    head = ["sequences x context", "threads", *latency_heads(impls)]
+    return markdown([*head, "GB/s", "of read bandwidth", *gain_heads(impls)], rows)
 
 
 def sizes(group: Group) -> tuple[int, int]:
@@ -140,11 +144,11 @@ def num_tokens(group: Group) -> int:
 def decode_ranges_table(results: Path) -> str:
     """Per head shape and thread count: the least, median and largest gain over contexts and batches."""
     intro = "Least, median and largest gain over all contexts and batch sizes measured:"
-    return f"{intro}\n\n{per_machine('decode', results, _decode_ranges_of)}"
+    return per_machine("decode", results, _decode_ranges_of, intro)
 
 
 def _decode_ranges_of(found: list[Group]) -> str:
-    by_shape: dict[tuple, list[Group]] = {}
+    impls, by_shape = impls_of(found), {}
     for group in found:
         case = group["auto"].case
         ratio = case["num_heads"] // case["num_kv_heads"]
@@ -152,18 +156,17 @@ def _decode_ranges_of(found: list[Group]) -> str:
     rows = []
     for (_, _, num_threads), same in sorted(by_shape.items()):
         row = [shape_text(same[0]["auto"]), str(num_threads), str(len(same))]
-        for impl in impls_of(found)[1:]:
-            gains = sorted(faster(group, impl) for group in same)
-            row.append(", ".join(times(gain) for gain in (gains[0], gains[len(gains) // 2], gains[-1])))
+        for impl in impls[1:]:
+            ratios = sorted(faster(group, impl) for group in same)
+            row.append(", ".join(times(ratio) for ratio in (ratios[0], ratios[len(ratios) // 2], ratios[-1])))
         rows.append([*row, str(sum(faster(group, "auto") < 1 for group in same))])
-    head = ["query/KV heads x head size", "threads", "cases", *gain_heads(found), "slower than bf16"]
+    head = ["query/KV heads x head size", "threads", "cases", *gain_heads(impls), "slower than bf16"]
     return markdown(head, rows)
 
 
 def isa_table(results: Path) -> str:
     """Decode with the kernels for older CPUs; vLLM always runs its best."""
-    intro = "32 query heads, 8 KV heads, head size 128:"
-    return f"{intro}\n\n{per_machine('isa', results, _isa_of)}"
+    return per_machine("isa", results, _isa_of, "32 query heads, 8 KV heads, head size 128:")
 
 
 def _isa_of(found: list[Group]) -> str:
@@ -191,11 +194,11 @@ def _latencies_of(unit: Callable[[Record], str], head: str, found: list[Group]) 
                 shape_text(group["auto"]),
                 str(group["auto"].num_threads),
                 *latencies(group, impls),
-                *(times(faster(group, impl)) for impl in impls[1:]),
+                *gains(group, impls),
             ]
         )
-    columns = [head, "query/KV heads x head size", "threads", *(f"{LABELS[impl]}, us" for impl in impls)]
-    return markdown([*columns, *gain_heads(found)], rows)
+    columns = [head, "query/KV heads x head size", "threads", *latency_heads(impls)]
+    return markdown([*columns, *gain_heads(impls)], rows)
 
 
 def prefill_table(results: Path) -> str:
@@ -288,67 +291,6 @@ def gpu_table(results: Path) -> str:
     return f"{plot if gpu_decode_groups(results) else ''}{markdown(head, rows)}\n\n{source(measured)}"
 
 
-def support_table(results: Path) -> str:
-    """Features with what the tests that ran say about them (`tests/support.py`)."""
-    path = results / "support.json"
-    if not path.exists():
-        return "_Not tested yet: `make support`._"
-    table = json.loads(path.read_text())
-    lines = ["| feature, on CPU | works | shown by |", "|---|---|---|"]
-    for feature, (outcome, text, tests) in table["rows"].items():
-        names = ", ".join(sorted({f"`{test.split('::')[1]}`" for test in tests}))
-        lines.append(f"| {feature} | {outcome} | {text}: {names} |")
-    return "\n".join(lines) + f"\n\n<sub>vLLM {table['vllm']}; `benchmarks/results/support.json`.</sub>"
-
-
-def soak_table(results: Path) -> str:
-    records = record.read("soak", results)
-    if not records:
-        return "_Not measured yet: `make soak MINUTES=30`._"
-    line = records[-1]
-    m, case = line.metrics, line.case
-    rows = [
-        ["length, requests in flight", f"{case['minutes']:g} minutes, {case['connections']}"],
-        ["requests, output tokens", f"{m['requests']:,}, {m['output_tokens']:,}"],
-        ["KV pool in use, median and most", f"{m['median_pool_usage']:.1%}, {m['max_pool_usage']:.1%}"],
-        ["preemptions, prefix cache hit rate", f"{m['preemptions']:,}, {m['prefix_cache_hit_rate']:.0%}"],
-        ["lost, corrupt", f"{m['lost']}, {m['corrupt']}"],
-        [
-            "greedy answers compared; different at a near tie; else",
-            f"{m['greedy_answers_compared']:,}; {m['differences_at_near_ties']}; {m['differences_unexplained']}",
-        ],
-        ["largest difference of a logprob from the idle server's, nats", f"{m['largest_logprob_difference']:.2g}"],
-        [
-            "memory of all processes, third and last quarter",
-            f"{m['rss_third_quarter_bytes'] / 1e6:,.0f} MB, {m['rss_last_quarter_bytes'] / 1e6:,.0f} MB",
-        ],
-    ]
-    where = f"<sub>{line.device}; {line.utc[:10]}; commit {line.commit}; `benchmarks/results/soak.jsonl`.</sub>"
-    return f"{markdown(['SmolLM2 in fp32', 'soak'], rows)}\n\n{where}"
-
-
-def fuzz_table(results: Path) -> str:
-    """What came of calls of the operators with arbitrary arguments."""
-    records = record.read("fuzz", results)
-    if not records:
-        return "_Not measured yet: `make fuzz`._"
-    line = records[-1]
-    rows = []
-    for operator, counts in line.metrics.items():
-        named = {name: count for name, count in counts.items() if name != "computed"}
-        reasons = ", ".join(f"`{name}` {count:,}" for name, count in sorted(named.items(), key=lambda item: -item[1]))
-        calls = sum(counts.values())
-        rows.append([f"`{operator}`", f"{calls:,}", f"{counts.get('computed', 0):,}", reasons])
-    head = [
-        "operator",
-        "calls",
-        "computed, as the reference does where there is one",
-        "refused, by what the error names",
-    ]
-    where = f"<sub>{line.device}; {line.utc[:10]}; commit {line.commit}; `benchmarks/results/fuzz.jsonl`.</sub>"
-    return f"{markdown(head, rows)}\n\n{where}"
-
-
 def missing(what: str) -> str:
     script = "end_to_end.py" if what == "end_to_end" else "kernels.py"
     return f"_Not measured yet: `python benchmarks/{script}`._"
@@ -365,7 +307,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": engine_table,
     "accuracy_paths": paths_table,
     "schemes": schemes_table,
-    "support": support_table,
-    "soak": soak_table,
-    "fuzz": fuzz_table,
+    **reliability_tables.TABLES,
 }

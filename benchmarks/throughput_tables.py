@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks import record
 from benchmarks.record import Record
 from benchmarks.summary import case_text
-from benchmarks.tables import LABELS, Group, markdown, source
+from benchmarks.tables import LABELS, Group, by_case, markdown, source
 
 CAPTIONS = {
     "cpu_long_context": "Eight sequences of 4096 prompt tokens on one core:",
@@ -18,14 +18,12 @@ CAPTIONS = {
 
 def groups(what: str, results: Path) -> dict[str, list[Group]]:
     """By configuration: the newest records of its cases on the device measured last, by kv_cache_dtype."""
-    records = record.read(what, results)
-    found: dict[str, dict[tuple, Group]] = {}
-    for line in record.latest(records):
-        if line.device == records[-1].device:
-            cases = found.setdefault(line.case["config"], {})
-            cases.setdefault((*line.key[:2], line.num_threads), {})[line.impl] = line
-    # Without its baseline a case compares nothing; one sweep may have been cut short.
-    return {config: [group for group in cases.values() if "auto" in group] for config, cases in found.items()}
+    found: dict[str, list[Group]] = {}
+    for group in by_case(record.read(what, results)):
+        # Without its baseline a case compares nothing; one sweep may have been cut short.
+        if "auto" in group:
+            found.setdefault(group["auto"].case["config"], []).append(group)
+    return found
 
 
 def speedup(group: Group, impl: str) -> float:

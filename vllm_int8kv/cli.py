@@ -53,6 +53,8 @@ def demo(
 
 def print_demo(report: dict[str, Any]) -> None:
     """Show a report of `demo.run_demo`."""
+    from vllm_int8kv.doctor import has_fast_bf16
+
     answers = Table("Prompt", "auto", KV_CACHE_DTYPE, title="Answers", show_lines=True)
     for row in report["prompts"]:
         answers.add_row(*(Text(text) for text in row.values()))
@@ -75,7 +77,7 @@ def print_demo(report: dict[str, Any]) -> None:
     table.add_row("KL divergence per token (nats)", "0", f"{report['kl_per_token']:.1e}", "")
     table.add_row("same most likely token", "100 %", f"{report['top1_agreement']:.1%}", "")
     console.print(table)
-    if report["dtype"] == "float32":
+    if report["dtype"] == "float32" and not has_fast_bf16():
         console.print(
             "Weights, arithmetic and the cache `auto` in fp32: this CPU computes bf16 in software.", style="dim"
         )
@@ -151,15 +153,16 @@ def evaluate(
             prefix_stride=prefix_stride,
             generate_tokens=generate_tokens,
         )
-        names = ["auto", KV_CACHE_DTYPE, "fp8"] if dtypes is None else dtypes.split(",")
-        caches = [CacheSpec.parse(name) for name in names]
+        optional = []
+        if dtypes is None:
+            dtypes, optional = f"auto,{KV_CACHE_DTYPE},fp8", ["fp8"]
+        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
         plan = replace(plan, model=resolve(model))
         if sensitivity:
             report = measure_layers(plan, error_console, name=model, verbose=verbose)
             if plot is not None:
                 draw_layers(report, plot)
         else:
-            optional = ["fp8"] if dtypes is None else []
             report = evaluate(plan, caches, error_console, name=model, optional=optional, verbose=verbose)
     except (EngineError, ImportError, ValueError) as error:
         raise fail(str(error)) from None

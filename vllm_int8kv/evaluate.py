@@ -200,9 +200,8 @@ def evaluate(
         reference = _load(plan, "0", "decode", 1)
         measured = {}
         for index, cache in enumerate(caches):
-            if cache.name in left_out:
-                continue
-            measured[cache.name] = _measure(plan, str(index), results[cache.name], results[REFERENCE], reference)
+            if result := results.get(cache.name):
+                measured[cache.name] = _measure(plan, str(index), result, results[REFERENCE], reference)
     head = {key: results[REFERENCE][key] for key in ("dtype", "device", "vllm", "block_size")}
     texts = [f"text {index}" for index in range(len(plan.token_ids))]
     return {
