@@ -13,12 +13,15 @@ FP8 = torch.float8_e4m3fn
 NUM_TRITON_SEGMENTS = 16
 """Parts into which vLLM's Triton kernel cuts the keys of a decoding sequence (`NUM_PAR_SOFTMAX_SEGMENTS`)."""
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
+NUM_FLASH_SPLITS = 32
+"""At most so many parts of a sequence in FlashAttention 3 (`flash_attn_max_num_splits_for_cuda_graph`)."""
 
 
 class Paged16Or8(Peer):
     """A cache `[num_blocks, 2, block_size, num_kv_heads, head_size]` of bf16 or of FP8 codes with scale 1."""
 
     tolerance = 0.005
+    has_write_kernel = False
 
     def __init__(self, name: str, dtype: torch.dtype, device: str = "cuda") -> None:
         self.name = f"{name} fp8" if dtype == FP8 else f"{name} bf16"
@@ -81,17 +84,21 @@ class Sdpa(Paged16Or8):
 
 
 class FlashAttention(Paged16Or8):
-    """FlashAttention 2 or 3 as vLLM ships it, with vLLM's arguments."""
+    """FlashAttention 2 or 3 as vLLM ships it, with vLLM's arguments under CUDA graphs, and vLLM's cache write."""
+
+    has_write_kernel = True
 
     def __init__(self, version: int, dtype: torch.dtype) -> None:
         super().__init__(f"flash_attn_{version}", dtype)
-        self.version = version
+        self.version, self.scale = version, torch.ones((), device=self.device)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
         scale = torch.ones(shape.num_seqs, shape.num_kv_heads, device="cuda")
-        scales = {"q_descale": scale, "k_descale": scale, "v_descale": scale} if self.dtype == FP8 else {}
+        options = {"q_descale": scale, "k_descale": scale, "v_descale": scale} if self.dtype == FP8 else {}
+        if self.version == 3:
+            options |= {"scheduler_metadata": self._schedule(shape, batch), "num_splits": NUM_FLASH_SPLITS}
 
         def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
             return flash_attn_varlen_func(
@@ -107,10 +114,36 @@ class FlashAttention(Paged16Or8):
                 causal=True,
                 block_table=batch.block_table,
                 fa_version=self.version,
-                **scales,
+                **options,
             )
 
         return attend
+
+    def _schedule(self, shape: Shape, batch: Batch) -> torch.Tensor:
+        """What vLLM's metadata builder asks for once per step."""
+        from vllm.vllm_flash_attn import get_scheduler_metadata
+
+        return get_scheduler_metadata(
+            batch_size=shape.num_seqs,
+            max_seqlen_q=shape.query_len,
+            max_seqlen_k=shape.seq_len,
+            num_heads_q=shape.num_heads,
+            num_heads_kv=shape.num_kv_heads,
+            headdim=shape.head_size,
+            cache_seqlens=batch.seq_lens,
+            qkv_dtype=self.dtype,
+            cu_seqlens_q=batch.query_start_loc,
+            page_size=shape.block_size,
+            causal=True,
+            num_splits=NUM_FLASH_SPLITS,
+        )
+
+    def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
+        from vllm import _custom_ops
+
+        dtype, stored_as = ("fp8", torch.uint8) if self.dtype == FP8 else ("auto", QUERY_DTYPE)
+        halves = (cache[:, half].view(stored_as) for half in (0, 1))
+        _custom_ops.reshape_and_cache_flash(key, value, *halves, slots, dtype, self.scale, self.scale)
 
 
 class FlashInfer(Paged16Or8):
@@ -224,6 +257,7 @@ class TritonInt8PerTokenHead(Triton):
     """vLLM's `int8_per_token_head`: codes, then an fp32 scale per slot and head, in one tensor of bytes."""
 
     tolerance = 0.005
+    has_write_kernel = True
 
     def __init__(self) -> None:
         super().__init__(torch.int8)

@@ -1,13 +1,17 @@
-"""Output tokens per second of a whole engine with each cache format: SmolLM2-135M-Instruct through `LLM(...)`.
+"""Output tokens per second of a whole engine with each cache format, through `LLM(...)`.
 
-    python benchmarks/end_to_end.py
+    python benchmarks/end_to_end.py                  SmolLM2-135M-Instruct on CPU
     python benchmarks/end_to_end.py --threads 1,2 --rounds 5
+    python benchmarks/dummy_model.py llama-3.1-8b build/dummy-llama-3.1-8b
+    python benchmarks/end_to_end.py --device cuda --model build/dummy-llama-3.1-8b --rounds 1 \\
+        --workload 8x1024 --workload 8x8192 --engine-args '{"load_format": "dummy"}'
 
-Every engine is a process of its own, started in turn (A B C A B C ...). Its sequences get different prompts of
-real text and prefill first; then the steps in which all of them decode are timed at the client, from one output
-to the next. Before anything is recorded, the first token of at least 3 of 4 sequences must be the one `auto` gives.
+Every engine is a process of its own, started in turn (A B C A B C ...), and runs all workloads. Its sequences get
+different prompts, of real text unless the weights are random, and prefill first; then the steps in which all of them
+decode are timed at the client, from one output to the next. Before anything is recorded, the first token of at least
+3 of 4 sequences must be the one `auto` gives; random weights prefer no token by much, there it is only recorded.
 Every round ends with a record per format over the rounds so far, so that an interrupted run keeps what it measured.
-A format that vLLM does not run on this CPU is named and left out.
+A format that vLLM does not run on this device is named and left out.
 """
 
 import json
@@ -17,6 +21,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -28,34 +33,68 @@ if not __package__:  # run as a script: this folder has a `kernels`, which trans
 
 from benchmarks import record
 from benchmarks.peers import name_missing
-from benchmarks.timing import summarize
+from benchmarks.record import Device
+from benchmarks.timing import require_gpu, summarize
 from vllm_int8kv import models
 
-IMPLS = ("auto", "fp8", "int8_custom")
+IMPLS = {
+    Device.cpu: ("auto", "fp8", "int8_custom"),
+    Device.cuda: ("auto", "fp8", "int8_per_token_head", "int8_custom"),
+}
 MIN_AGREEMENT = 0.75
-BACKENDS = {"auto": "CPU_ATTN", "fp8": "CPU_ATTN", "int8_custom": "INT8_KV"}
+RANDOM_WEIGHTS = "dummy"
+"""vLLM's `load_format`"""
+MAX_GPU_STEP_TOKENS = 8192
+"""Of a prefill step, for every format: vLLM's default differs between GPUs."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`num_seqs` sequences of `seq_len` tokens of context each."""
+
+    num_seqs: int
+    seq_len: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Workload":
+        """From `8x4096`. Raises typer.BadParameter."""
+        sizes = text.split("x")
+        if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+            raise typer.BadParameter(f"expected sequences x context, as 8x4096, got {text!r}")
+        return cls(*map(int, sizes))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: `num_seqs` sequences of `seq_len` tokens of context each, `steps` timed decode steps."""
+    """What one engine runs: all workloads, `steps` timed decode steps of each."""
 
     model: str
     kv_cache_dtype: str
-    num_seqs: int
-    seq_len: int
+    workloads: list[Workload]
     steps: int
+    engine_args: dict
+
+    @property
+    def has_random_weights(self) -> bool:
+        return self.engine_args.get("load_format") == RANDOM_WEIGHTS
 
 
-def run_engine(plan: Plan, num_threads: int) -> dict:
-    """Run one engine to its end. Returns `times_us` and `first_tokens`.
+def run_engine(plan: Plan, num_threads: int | None) -> dict:
+    """Run one engine to its end.
+
+    Args:
+        num_threads: of the CPU engine; None on a GPU.
+
+    Returns:
+        `backends`, and per workload in `answers`: `times_us` and `first_tokens` and `prefill_s`.
 
     Raises:
         RuntimeError: it failed; the message ends with the last lines of its log.
     """
-    cores = sorted(os.sched_getaffinity(0))[-num_threads:]
-    bind = ",".join(str(core) for core in cores)
-    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"}
+    if num_threads is not None:
+        cores = sorted(os.sched_getaffinity(0))[-num_threads:]
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.engine", json.dumps(asdict(plan)), str(answer)]
@@ -74,47 +113,79 @@ def agreement(answer: dict, baseline: dict) -> float:
     return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
 
-def to_record(plan: Plan, rounds: list[dict], num_threads: int) -> record.Record:
-    """The line of one format; step times of all rounds so far together."""
+def to_record(
+    plan: Plan, workload: Workload, rounds: list[dict], backends: list[str], share: float, num_threads: int | None
+) -> record.Record:
+    """The line of one format and workload; step times of all rounds so far together."""
     times_us = [time_us for answer in rounds for time_us in answer["times_us"]]
     taken = asdict(summarize(times_us, cpu_us=0.0)) | {"cpu_per_wall": None}
-    case = {name: value for name, value in asdict(plan).items() if name != "kv_cache_dtype"}
+    prefill_s = median(answer["prefill_s"] for answer in rounds)
     return record.of_run(
-        record.environment(),
+        record.environment(Device.cuda if num_threads is None else Device.cpu),
         what="end_to_end",
-        case=case | {"model": Path(plan.model).name, "dtype": "bfloat16"},
+        case=asdict(workload) | {"model": Path(plan.model).name, "steps": plan.steps, "dtype": "bfloat16"},
         impl=plan.kv_cache_dtype,
-        resolved_backend=BACKENDS[plan.kv_cache_dtype],
-        tok_per_s=round(plan.num_seqs / taken["median_us"] * 1e6, 2),
-        num_threads=num_threads,
+        resolved_backend=", ".join(backends),
+        tok_per_s=round(workload.num_seqs / taken["median_us"] * 1e6, 2),
+        metrics={
+            "prefill_tok_per_s": round(workload.num_seqs * workload.seq_len / prefill_s, 1),
+            "first_token_agreement": share,
+            "engine_args": plan.engine_args,
+        },
+        num_threads=num_threads or 1,
         **taken,
     )
 
 
-def main(
-    model: Annotated[str, typer.Option(help="folder of a model; default: the embedded SmolLM2")] = "",
-    num_seqs: Annotated[int, typer.Option(help="sequences that decode together")] = 8,
-    context: Annotated[int, typer.Option(help="prompt tokens of each")] = 4096,
-    steps: Annotated[int, typer.Option(help="decode steps timed per engine")] = 50,
-    rounds: Annotated[int, typer.Option(help="engines per format")] = 3,
-    threads: Annotated[str, typer.Option(help="thread counts; default: all cores but one, as vLLM does")] = "",
-    out: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
-) -> None:
-    """Measure decoding end to end; one JSON line per format."""
+def device_args(device: Device) -> dict:
+    """Arguments of the engines that only a device needs."""
+    return {} if device == Device.cpu else {"max_num_batched_tokens": MAX_GPU_STEP_TOKENS}
+
+
+def missing_impls(device: Device) -> dict[str, str]:
+    """Formats that vLLM does not run here, and why."""
+    if device == Device.cuda:
+        return {}
     from benchmarks import cpu_peers  # vLLM is slow to import, and the engines import this file
 
-    counts = [int(count) for count in threads.split(",")] if threads else [max(1, (os.cpu_count() or 1) - 1)]
+    return cpu_peers.missing()
+
+
+def main(
+    device: Annotated[Device, typer.Option(help="where to run")] = Device.cpu,
+    model: Annotated[str, typer.Option(help="folder of a model; default: the embedded SmolLM2")] = "",
+    workload: Annotated[
+        list[str] | None, typer.Option(help="sequences x prompt tokens, default 8x4096; may be repeated")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="decode steps timed per engine and workload")] = 50,
+    rounds: Annotated[int, typer.Option(help="engines per format")] = 3,
+    threads: Annotated[str, typer.Option(help="CPU thread counts; default: all cores but one, as vLLM does")] = "",
+    impls: Annotated[str, typer.Option(help="formats, comma-separated; default: all, auto is always one")] = "",
+    engine_args: Annotated[str, typer.Option(help="arguments of every LLM, JSON")] = "{}",
+    out: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
+) -> None:
+    """Measure decoding end to end; one JSON line per format and workload."""
+    counts: list[int | None] = [max(1, (os.cpu_count() or 1) - 1)]
+    if device == Device.cuda:
+        require_gpu()
+        counts = [None]
+    elif threads:
+        counts = [int(count) for count in threads.split(",")]
+    workloads = [Workload.parse(text) for text in workload or ["8x4096"]]
     model = model or str(models.smollm2())
-    console, failed, missing = Console(), False, cpu_peers.missing()
+    console, failed, missing = Console(), False, missing_impls(device)
     name_missing(missing)
-    plans = {impl: Plan(model, impl, num_seqs, context, steps) for impl in IMPLS if impl not in missing}
+    chosen = ("auto", *(impl for impl in impls.split(",") if impl != "auto")) if impls else IMPLS[device]
+    args = device_args(device) | json.loads(engine_args)
+    plans = {impl: Plan(model, impl, workloads, steps, args) for impl in chosen if impl not in missing}
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(counts) * rounds * len(plans))
         for count in counts:
             answers: dict[str, list[dict]] = {impl: [] for impl in plans}
             for turn in range(1, rounds + 1):
                 for impl, plan in plans.items():
-                    progress.update(task, description=f"{impl}, {count} threads, round {turn} of {rounds}")
+                    where = device if count is None else f"{count} threads"
+                    progress.update(task, description=f"{impl}, {where}, round {turn} of {rounds}")
                     answers[impl].append(run_engine(plan, count))
                     progress.advance(task)
                 failed |= not keep_round(plans, answers, count, out, console)
@@ -122,21 +193,22 @@ def main(
 
 
 def keep_round(
-    plans: dict[str, Plan], answers: dict[str, list[dict]], num_threads: int, out: Path, console: Console
+    plans: dict[str, Plan], answers: dict[str, list[dict]], num_threads: int | None, out: Path, console: Console
 ) -> bool:
     """Record every format whose answers agree with those of `auto`. Returns whether all do."""
     all_agree = True
     for impl, plan in plans.items():
-        share = min(agreement(ours, auto) for ours, auto in zip(answers[impl], answers["auto"], strict=True))
-        if share < MIN_AGREEMENT:
-            console.print(f"[red]{impl}: {share:.0%} of the first tokens are those of auto; not recorded")
-            all_agree = False
-            continue
-        line = to_record(plan, answers[impl], num_threads)
-        record.append(line, out)
-        console.print(
-            f"{impl}, {num_threads} threads, {line.n} steps: {line.tok_per_s} tokens/s, first tokens agree {share:.0%}"
-        )
+        for index, workload in enumerate(plan.workloads):
+            ours, auto = ([answer["answers"][index] for answer in answers[name]] for name in (impl, "auto"))
+            share = min(agreement(*pair) for pair in zip(ours, auto, strict=True))
+            name = f"{impl}, {workload.num_seqs} x {workload.seq_len}"
+            if share < MIN_AGREEMENT and not plan.has_random_weights:
+                console.print(f"[red]{name}: {share:.0%} of the first tokens are those of auto; not recorded")
+                all_agree = False
+                continue
+            line = to_record(plan, workload, ours, answers[impl][-1]["backends"], share, num_threads)
+            record.append(line, out)
+            console.print(f"{name}, {line.n} steps: {line.tok_per_s} tokens/s, first tokens agree {share:.0%}")
     return all_agree
 
 

@@ -11,11 +11,13 @@ import time
 import typing
 from pathlib import Path
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from benchmarks.end_to_end import Plan
+from benchmarks.end_to_end import Plan, Workload
+from benchmarks.replica import WorkerExtension
 
 WARMUP_STEPS = 3
 SPARE_TOKENS = 512
@@ -24,12 +26,16 @@ SPARE_TOKENS = 512
 TEXTS = (ast, collections, inspect, pydoc, tarfile, typing)
 
 
-def prompts(llm: LLM, plan: Plan) -> list[list[int]]:
-    """Different token ids of real text, sources of Python's standard library, for every sequence."""
+def prompts(llm: LLM, plan: Plan, workload: Workload) -> list[list[int]]:
+    """Different token ids for every sequence: of real text, sources of Python's standard library, or random ones."""
+    if plan.has_random_weights:
+        vocab = llm.llm_engine.model_config.get_vocab_size()
+        generator = torch.Generator().manual_seed(workload.num_seqs * workload.seq_len)
+        return torch.randint(vocab, (workload.num_seqs, workload.seq_len), generator=generator).tolist()
     text = "\n".join(inspect.getsource(module) for module in TEXTS)
     tokens = llm.get_tokenizer().encode(text)
-    starts = [seq * len(tokens) // plan.num_seqs for seq in range(plan.num_seqs)]
-    return [(tokens[start:] + tokens[:start])[: plan.seq_len] for start in starts]
+    starts = [seq * len(tokens) // workload.num_seqs for seq in range(workload.num_seqs)]
+    return [(tokens[start:] + tokens[:start])[: workload.seq_len] for start in starts]
 
 
 def bf16_cache_bytes(config: ModelConfig, num_tokens: int) -> int:
@@ -38,46 +44,62 @@ def bf16_cache_bytes(config: ModelConfig, num_tokens: int) -> int:
     return 4 * heads * config.get_head_size() * num_tokens
 
 
-def decode(llm: LLM, plan: Plan) -> tuple[list[float], list[int]]:
-    """Times of the steps in which every sequence decodes one token, in us, and the first token of each sequence."""
+def decode(llm: LLM, plan: Plan, workload: Workload) -> dict:
+    """Times in us of the steps in which every sequence decodes one token, each sequence's first token, and how long
+    it took until all had it."""
     engine = llm.llm_engine
     params = SamplingParams(temperature=0.0, max_tokens=SPARE_TOKENS, ignore_eos=True, detokenize=False)
-    for seq, prompt in enumerate(prompts(llm, plan)):
-        engine.add_request(str(seq), {"prompt_token_ids": prompt}, params)
-    first_tokens: dict[int, int] = {}
+    names = [f"{workload.num_seqs}x{workload.seq_len} {seq}" for seq in range(workload.num_seqs)]
+    for name, prompt in zip(names, prompts(llm, plan, workload), strict=True):
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    first_tokens: dict[str, int] = {}
     times_us: list[float] = []
-    before = time.perf_counter()
+    started = before = time.perf_counter()
+    prefill_s = None
     while len(times_us) < WARMUP_STEPS + plan.steps:
-        all_decode = len(first_tokens) == plan.num_seqs
         outputs = engine.step()
         now = time.perf_counter()
         if any(output.finished for output in outputs):
             raise RuntimeError(f"a sequence reached {SPARE_TOKENS} tokens before {plan.steps} steps were timed")
-        if all_decode and len(outputs) == plan.num_seqs:
+        if prefill_s is not None and len(outputs) == workload.num_seqs:
             times_us.append((now - before) * 1e6)
         before = now
         for output in outputs:
-            first_tokens.setdefault(int(output.request_id), output.outputs[0].token_ids[0])
-    engine.abort_request([str(seq) for seq in range(plan.num_seqs)])
-    return times_us[WARMUP_STEPS:], [first_tokens[seq] for seq in range(plan.num_seqs)]
+            first_tokens.setdefault(output.request_id, output.outputs[0].token_ids[0])
+        if prefill_s is None and len(first_tokens) == workload.num_seqs:
+            prefill_s = now - started
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {
+        "times_us": times_us[WARMUP_STEPS:],
+        "first_tokens": [first_tokens[name] for name in names],
+        "prefill_s": prefill_s,
+    }
 
 
 def main() -> None:
-    plan, answer = Plan(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    fields, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
+    plan = Plan(**fields | {"workloads": [Workload(**sizes) for sizes in fields["workloads"]]})
     config = EngineArgs(model=plan.model).create_model_config()
-    room = plan.seq_len + SPARE_TOKENS
+    room = max(workload.seq_len for workload in plan.workloads) + SPARE_TOKENS
+    # Blocks are as large as the layout asks, so each sequence may leave most of one empty.
+    tokens = max((workload.num_seqs + 1) * (workload.seq_len + SPARE_TOKENS + 256) for workload in plan.workloads)
     llm = LLM(
         plan.model,
         kv_cache_dtype=plan.kv_cache_dtype,
-        # Blocks are as large as the layout asks, so each sequence may leave most of one empty.
-        kv_cache_memory_bytes=bf16_cache_bytes(config, (plan.num_seqs + 1) * (room + 256)),
+        kv_cache_memory_bytes=bf16_cache_bytes(config, tokens),
         max_model_len=room,
-        max_num_seqs=plan.num_seqs,
+        max_num_seqs=max(workload.num_seqs for workload in plan.workloads),
         enable_prefix_caching=False,
         disable_log_stats=True,
+        skip_tokenizer_init=plan.has_random_weights,
+        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
+        **plan.engine_args,
     )
-    times_us, first_tokens = decode(llm, plan)
-    answer.write_text(json.dumps({"times_us": times_us, "first_tokens": first_tokens}))
+    backends = sorted({name for names in llm.collective_rpc("attention_backends") for name in names})
+    answers = [decode(llm, plan, workload) for workload in plan.workloads]
+    answer.write_text(json.dumps({"backends": backends, "answers": answers}))
 
 
 if __name__ == "__main__":

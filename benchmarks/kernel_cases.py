@@ -62,27 +62,33 @@ MAX_GPU_TOKENS = 1 << 20
 
 
 def gpu_cases() -> Iterator[Case]:
-    """Models by context and batch; the first one also writes, verifies and prefills."""
-    for model in GPU_MODELS.values():
-        for seq_len in (1024, 8192, 32768, 131072):
-            for num_seqs in (1, 8, 64, 256):
-                if num_seqs * seq_len <= MAX_GPU_TOKENS:
-                    yield Case(What.decode, replace(model, num_seqs=num_seqs, seq_len=seq_len))
-    model = GPU_MODELS["Llama-3.1-8B"]
-    for seq_len in (8192, 32768):
-        for num_seqs in (1, 8):  # blocks as xFormers wants them
-            yield Case(What.decode, replace(model, num_seqs=num_seqs, seq_len=seq_len, block_size=64))
+    """Models by context and batch; the first one also writes, verifies and prefills. The most telling come first."""
+    model, *others = GPU_MODELS.values()
+    yield from _gpu_decode(model)
     for num_seqs, longest in ((8, 32768), (64, 16384)):
         sizes = asdict(replace(model, num_seqs=num_seqs, seq_len=longest))
         yield Case(What.decode, RaggedShape(**sizes, shortest=256))
     for num_seqs in (1, 8):
         for query_len in (4, 8):
             yield Case(What.verify, replace(model, num_seqs=num_seqs, seq_len=32768, query_len=query_len))
-    for num_tokens in (1, 64, 8192):
+    for num_tokens in (1, 64, 256):  # one token each, at the end of 100
         yield Case(What.write, replace(model, num_seqs=num_tokens, seq_len=100))
     for num_tokens in (2048, 8192):
+        yield Case(What.write, replace(model, seq_len=num_tokens, query_len=num_tokens))
         yield Case(What.prefill, replace(model, seq_len=num_tokens, query_len=num_tokens))
     yield Case(What.prefill, replace(model, seq_len=32768, query_len=2048))  # the last chunk of a long prompt
+    for other in others:
+        yield from _gpu_decode(other)
+    for seq_len in (8192, 32768):
+        for num_seqs in (1, 8):  # blocks as xFormers wants them
+            yield Case(What.decode, replace(model, num_seqs=num_seqs, seq_len=seq_len, block_size=64))
+
+
+def _gpu_decode(model: Shape) -> Iterator[Case]:
+    for seq_len in (1024, 8192, 32768, 131072):
+        for num_seqs in (1, 8, 64, 256):
+            if num_seqs * seq_len <= MAX_GPU_TOKENS:
+                yield Case(What.decode, replace(model, num_seqs=num_seqs, seq_len=seq_len))
 
 
 def quick_cases() -> Iterator[Case]:

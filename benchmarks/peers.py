@@ -94,6 +94,8 @@ class Peer(ABC):
     tolerance: float
     """Largest |out - reference| / |reference| (L2), against exact attention over `stored` keys and values. Rounding
     a correct answer to bf16 makes 0.0017."""
+    has_write_kernel = True
+    """Whether `write` is one kernel, worth timing, or only a way to fill the cache."""
 
     @abstractmethod
     def backend(self, shape: Shape) -> str:

@@ -22,6 +22,7 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1
+COMMIT_VARIABLE = "INT8KV_COMMIT"
 GENERATED = ("benchmarks/results", "benchmarks/plots")
 """What a benchmark or a report writes: changes there do not make a measurement dirty."""
 
@@ -211,7 +212,8 @@ def _vllm_version() -> str | None:
 
 
 def _git_state() -> tuple[str, bool]:
-    """(commit, whether files differ from it). Outside of a checkout: ("unknown", True)."""
+    """(commit, whether files differ from it). Outside of a checkout, as in a copy that was sent to a machine with a
+    GPU, the commit that INT8KV_COMMIT says it is an exact copy of, or ("unknown", True)."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -220,4 +222,5 @@ def _git_state() -> tuple[str, bool]:
         changes = git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in GENERATED))
         return git("rev-parse", "--short=12", "HEAD"), bool(changes)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", True
+        commit = os.environ.get(COMMIT_VARIABLE)
+        return (commit, False) if commit else ("unknown", True)

@@ -1,6 +1,7 @@
 """The only timer: interleaved implementations, cold cache, median and spread, and the machine's read bandwidth.
 
-What is inside the timed region is one call, Python wrapper included. What is outside: everything that vLLM
+What is inside the timed region is one call, Python wrapper included; on a GPU, for what vLLM replays from a CUDA graph,
+a graph of several, and the time is that of one of them. What is outside: everything that vLLM
 does once per step for all layers, the read-out of the clocks, and the choice of the next cold operands.
 """
 
@@ -100,14 +101,32 @@ def gpu_clock(call: CallOnce, turn: int) -> tuple[int, int]:
     return round(begin.elapsed_time(end) * 1e6), 0
 
 
+def gpu_graph(call: CallOnce, turns: int) -> CallOnce:
+    """`turns` calls, one after the other, as one CUDA graph, so that what is timed is not Python: as vLLM decodes.
+
+    Every one of them must have run before.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(turns):
+            call(turn)
+    return lambda _: graph.replay()
+
+
 def require_gpu() -> None:
     """Raises SystemExit unless `--device cuda` can run here."""
     if not (torch.cuda.is_available() and ops.has_cuda_kernels()):
         sys.exit("--device cuda needs a GPU that PyTorch can use and a vllm-int8kv with CUDA kernels")
 
 
-def interleave(calls: dict[str, CallOnce], budget: Budget, clock: Clock = wall_clock) -> dict[str, Timing]:
-    """Time implementations in turn (A B C A B C ...), so that drift of the machine meets all of them alike."""
+def interleave(
+    calls: dict[str, CallOnce], budget: Budget, clock: Clock = wall_clock, repeats: int = 1
+) -> dict[str, Timing]:
+    """Time implementations in turn (A B C A B C ...), so that drift of the machine meets all of them alike.
+
+    Args:
+        repeats: how many times each of the calls does its work; the times are those of one.
+    """
     samples: dict[str, list[int]] = {name: [] for name in calls}
     cpu_ns = dict.fromkeys(calls, 0)
     started = time.perf_counter()
@@ -120,7 +139,9 @@ def interleave(calls: dict[str, CallOnce], budget: Budget, clock: Clock = wall_c
             if timed >= 0:
                 samples[name].append(elapsed)
                 cpu_ns[name] += cpu
-    return {name: summarize([ns / 1e3 for ns in samples[name]], cpu_ns[name] / 1e3) for name in calls}
+    return {
+        name: summarize([ns / 1e3 / repeats for ns in samples[name]], cpu_ns[name] / 1e3 / repeats) for name in calls
+    }
 
 
 def summarize(times_us: list[float], cpu_us: float) -> Timing:

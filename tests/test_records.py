@@ -266,11 +266,12 @@ def test_end_to_end_records_what_answers_like_auto(record, monkeypatch, capsys, 
     def run_engine(plan, num_threads):
         order.append(plan.kv_cache_dtype)
         first_tokens = [7] * 4 if plan.kv_cache_dtype != "int8_custom" else [7] * agree + [8] * (4 - agree)
-        return {"times_us": [1000.0, 2000.0, 4000.0], "first_tokens": first_tokens}
+        answer = {"times_us": [1000.0, 2000.0, 4000.0], "first_tokens": first_tokens, "prefill_s": 0.5}
+        return {"backends": ["SOME"], "answers": [answer] * len(plan.workloads)}
 
     monkeypatch.setattr(end_to_end, "run_engine", run_engine)
     with pytest.raises(SystemExit) as exit_:
-        end_to_end.main(model="folder/model", num_seqs=4, context=16, steps=3, rounds=2, threads="1", out=tmp_path)
+        end_to_end.main(model="folder/model", workload=["4x16"], steps=3, rounds=2, threads="1", out=tmp_path)
 
     assert exit_.value.code == (0 if "int8_custom" in recorded else 1)
     assert order == 2 * [impl for impl in ("auto", "fp8", "int8_custom") if impl not in missing]

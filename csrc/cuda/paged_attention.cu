@@ -6,17 +6,17 @@
 namespace int8kv {
 namespace {
 
-// Merges the splits of the rows that have more than one: a warp per (sequence, head), query after
-// query.
+// Merges the splits of the rows that have more than one: a block per (sequence, head), query after
+// query, a thread per dim. The weight of a split is computed anew by every thread, so that no load
+// of an output waits for anything but the largest score.
 __global__ void __launch_bounds__(kAttentionThreads)
     combine_splits_kernel(const __grid_constant__ PagedAttentionParams p, int rows_per_tile,
                           const __grid_constant__ Workspace workspace) {
+  wait_for_previous_grid();
   const int head_size = p.cache.head_size;
   const int lane = threadIdx.x % 32;
-  const int64_t task = int64_t{blockIdx.x} * kAttentionWarps + threadIdx.x / 32;
-  const auto seq = static_cast<int32_t>(task / p.num_heads);
-  const auto head = static_cast<int32_t>(task % p.num_heads);
-  if (seq >= p.num_seqs) return;
+  const auto seq = static_cast<int32_t>(blockIdx.x / p.num_heads);
+  const auto head = static_cast<int32_t>(blockIdx.x % p.num_heads);
   const int32_t query_begin = p.query_start_loc[seq];
   const int32_t query_len = p.query_start_loc[seq + 1] - query_begin;
   const SequencePlan plan =
@@ -26,24 +26,34 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int32_t query = 0; query < query_len; ++query) {
     const int64_t first =
         partial_index(p, workspace.max_partials, seq, query, plan.num_splits, 0, head);
-    SoftmaxState total;
-    float out[kMaxHeadSize / 32] = {};
-    for (int32_t split = 0; split < plan.num_splits; ++split) {
-      const int64_t partial = first + int64_t{split} * p.num_heads;
-      const MergeFactors factors = merge(total, workspace.states[partial]);
-      const float* partial_out = workspace.out + partial * head_size;
-#pragma unroll
-      for (int i = 0; i < kMaxHeadSize / 32; ++i) {
-        const int dim = lane + 32 * i;
-        if (dim < head_size) out[i] = factors.left * out[i] + factors.right * partial_out[dim];
-      }
+    const auto state_of = [&](int32_t split) {
+      return workspace.states[first + int64_t{split} * p.num_heads];
+    };
+    // Every warp for itself: the state over all splits, lane by lane, then over the lanes.
+    float max = kMinusInfinity;
+    for (int32_t split = lane; split < plan.num_splits; split += 32) {
+      max = fmaxf(max, state_of(split).max);
     }
+    max = warp_max(max);
+    const float origin = max == kMinusInfinity ? 0.0f : max;
+    float sum = 0.0f;
+    for (int32_t split = lane; split < plan.num_splits; split += 32) {
+      const SoftmaxState state = state_of(split);
+      sum += expf(state.max - origin) * state.sum;
+    }
+    const SoftmaxState total{max, warp_sum(sum)};
+
     const int64_t token = int64_t{query_begin} + query;
-    const float factor = finish_row(p, total, token, head, lane == 0);
-#pragma unroll
-    for (int i = 0; i < kMaxHeadSize / 32; ++i) {
-      const int dim = lane + 32 * i;
-      if (dim < head_size) store_out(p, token, head, dim, out[i] * factor);
+    const float factor = finish_row(p, total, token, head, threadIdx.x == 0);
+    for (int dim = threadIdx.x; dim < head_size; dim += kAttentionThreads) {
+      float out = 0.0f;
+#pragma unroll 16
+      for (int32_t split = 0; split < plan.num_splits; ++split) {
+        const int64_t partial = first + int64_t{split} * p.num_heads;
+        const float weight = expf(workspace.states[partial].max - origin);
+        out += weight * workspace.out[partial * head_size + dim];
+      }
+      store_out(p, token, head, dim, out * factor);
     }
   }
 }
@@ -57,11 +67,9 @@ cudaError_t launch(int rows_per_tile, int shared_bytes, const PagedAttentionPara
   error = launch_kernel(kKernel, dim3(blocks), kAttentionThreads, shared_bytes, stream, params,
                         workspace);
   if (error != cudaSuccess || workspace.max_partials < 2) return error;
-  const int64_t tasks = int64_t{params.num_seqs} * params.num_heads;
-  const auto combine_blocks =
-      static_cast<unsigned>((tasks + kAttentionWarps - 1) / kAttentionWarps);
-  return launch_kernel(combine_splits_kernel, dim3(combine_blocks), kAttentionThreads, 0, stream,
-                       params, rows_per_tile, workspace);
+  const auto rows = static_cast<unsigned>(int64_t{params.num_seqs} * params.num_heads);
+  return launch_dependent_kernel<combine_splits_kernel>(dim3(rows), kAttentionThreads, stream,
+                                                        params, rows_per_tile, workspace);
 }
 
 template <int kSpans, int kRowTiles>

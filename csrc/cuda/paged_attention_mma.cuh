@@ -377,6 +377,7 @@ template <int kSpans, int kRowTiles>
 __global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kRowTiles>)
     paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
                                   const __grid_constant__ Workspace workspace) {
+  let_next_grid_start();
   using Item = MmaItem<kSpans, kRowTiles>;
   for_each_work_item(p, Item::kRows, workspace.max_partials, [&](const WorkItem& work_item) {
     Item item(p, work_item);
