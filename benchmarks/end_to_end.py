@@ -89,7 +89,7 @@ def run_engine(plan: Plan, num_threads: int | None) -> dict:
         `backends`, and per workload in `answers`: `times_us` and `first_tokens` and `prefill_s`.
 
     Raises:
-        RuntimeError: it failed; the message ends with the last lines of its log.
+        RuntimeError: it failed; the message has the last lines of its log and names the file with all of them.
     """
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"}
     if num_threads is not None:
@@ -102,8 +102,10 @@ def run_engine(plan: Plan, num_threads: int | None) -> dict:
             command, cwd=record.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         if done.returncode or not answer.exists():
-            log = "\n".join(done.stdout.splitlines()[-30:])
-            raise RuntimeError(f"engine with {plan.kv_cache_dtype} exited with {done.returncode}:\n{log}")
+            lines = "\n".join(done.stdout.splitlines()[-30:])
+            log = Path(tempfile.mkstemp(prefix=f"engine-{plan.kv_cache_dtype}-", suffix=".log")[1])
+            log.write_text(done.stdout)
+            raise RuntimeError(f"engine with {plan.kv_cache_dtype} exited with {done.returncode}, see {log}:\n{lines}")
         return json.loads(answer.read_text())
 
 

@@ -14,13 +14,10 @@
 #include "per_channel_checks.h"
 
 #if defined(INT8KV_WITH_CUDA)
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/launch.h"
-
-// Exported by a CUDA build of PyTorch only, and called only with a CUDA tensor in hand.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace {
@@ -101,9 +98,23 @@ void dequantize_per_channel_cpu(Tensor x, Tensor codes, Tensor scales, std::stri
 }
 
 #if defined(INT8KV_WITH_CUDA)
+// Exported by libtorch_cuda, which a CUDA tensor in hand proves to be loaded. Python loads it into a
+// scope of its own, and this library must also load where there is none, so that the linker cannot
+// find it: a weak reference stays null.
+using GetCurrentStream = AOTITorchError (*)(int32_t device_index, void** ret_stream);
+
+GetCurrentStream find_get_current_stream() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  void* libtorch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = libtorch_cuda == nullptr ? nullptr : dlsym(libtorch_cuda, kName);
+  INT8KV_CHECK(found != nullptr, kName, " is not in the loaded PyTorch: needs 2.11 or later");
+  return reinterpret_cast<GetCurrentStream>(found);
+}
+
 cudaStream_t current_stream(const Tensor& t) {
+  static const GetCurrentStream get_current_stream = find_get_current_stream();
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get_current_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
