@@ -98,9 +98,9 @@ void dequantize_per_channel_cpu(Tensor x, Tensor codes, Tensor scales, std::stri
 }
 
 #if defined(INT8KV_WITH_CUDA)
-// Exported by libtorch_cuda, which a CUDA tensor in hand proves to be loaded. Python loads it into a
-// scope of its own, and this library must also load where there is none, so that the linker cannot
-// find it: a weak reference stays null.
+// Exported by libtorch_cuda, which a CUDA tensor in hand proves to be loaded. Python loads it into
+// a scope of its own, and this library must also load where there is none, so that the linker
+// cannot find it: a weak reference stays null.
 using GetCurrentStream = AOTITorchError (*)(int32_t device_index, void** ret_stream);
 
 GetCurrentStream find_get_current_stream() {
@@ -152,13 +152,14 @@ void paged_attention_cuda(Tensor out, Tensor query, Tensor kv_cache, Tensor bloc
       out, query, kv_cache, block_table, seq_lens, query_start_loc, lse, alibi_slopes, sinks,
       key_equalizer, softmax_scale, causal, sliding_window, softcap, rotate_keys);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
-  const int32_t max_partials = max_partials_of(p.cache);
-  const size_t bytes = paged_attention_workspace_bytes(p, max_partials);
+  size_t bytes = 0;
+  check_launch(paged_attention_workspace_bytes(p, &bytes), "paged_attention", p.cache,
+               p.num_tokens);
   const Tensor workspace =
       torch::stable::new_empty(kv_cache, {static_cast<int64_t>(bytes)}, ScalarType::Char);
-  check_launch(launch_paged_attention(p, max_partials, workspace.mutable_data_ptr(), bytes,
-                                      current_stream(kv_cache)),
-               "paged_attention", p.cache, p.num_tokens);
+  check_launch(
+      launch_paged_attention(p, workspace.mutable_data_ptr(), bytes, current_stream(kv_cache)),
+      "paged_attention", p.cache, p.num_tokens);
 }
 
 constexpr std::pair<const char*, CudaVariant> kCudaVariants[] = {

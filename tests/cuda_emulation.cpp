@@ -24,14 +24,14 @@ int reshape_and_cache(const ReshapeAndCacheParams* params) {
 
 int gather_cache(const GatherCacheParams* params) { return launch_gather_cache(*params, nullptr); }
 
-int64_t workspace_bytes(const PagedAttentionParams* params, int max_partials) {
-  return static_cast<int64_t>(paged_attention_workspace_bytes(*params, max_partials));
+int64_t workspace_bytes(const PagedAttentionParams* params) {
+  size_t bytes = 0;
+  paged_attention_workspace_bytes(*params, &bytes);
+  return static_cast<int64_t>(bytes);
 }
 
-int paged_attention(const PagedAttentionParams* params, int max_partials, void* workspace,
-                    int64_t bytes) {
-  return launch_paged_attention(*params, max_partials, workspace, static_cast<size_t>(bytes),
-                                nullptr);
+int paged_attention(const PagedAttentionParams* params, void* workspace, int64_t bytes) {
+  return launch_paged_attention(*params, workspace, static_cast<size_t>(bytes), nullptr);
 }
 
 int64_t quantize_workspace_bytes(const QuantizePerChannelParams* params) {

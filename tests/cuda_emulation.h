@@ -414,14 +414,6 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
   return cudaSuccess;
 }
 
-inline void let_next_grid_start() {}
-inline void wait_for_previous_grid() {}
-
-template <auto kKernel, typename... Args>
-cudaError_t launch_dependent_kernel(dim3 grid, int threads, cudaStream_t stream, Args... args) {
-  return launch_kernel(kKernel, grid, threads, 0, stream, args...);
-}
-
 template <auto kKernel>
 cudaError_t resident_blocks(int, size_t, int* blocks) {
   *blocks = static_cast<int>(emulation::resident);

@@ -204,7 +204,6 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     rotate_keys: bool = True,
     key_equalizer: torch.Tensor | None = None,
-    max_partials: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `ops.paged_attention` by the CUDA kernels, from a poisoned workspace and output."""
     query = batch.query
@@ -235,10 +234,10 @@ def paged_attention(
         causal,
         rotate_keys,
     )
-    size = kernels.workspace_bytes(ctypes.byref(params), max_partials)
+    size = kernels.workspace_bytes(ctypes.byref(params))
     workspace = torch.full((size + 16,), -1, dtype=torch.int8)
     address = -(-workspace.data_ptr() // 16) * 16
-    error = kernels.paged_attention(ctypes.byref(params), max_partials, ctypes.c_void_p(address), ctypes.c_int64(size))
+    error = kernels.paged_attention(ctypes.byref(params), ctypes.c_void_p(address), ctypes.c_int64(size))
     assert error == 0
     return out, lse
 

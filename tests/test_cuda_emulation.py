@@ -17,21 +17,26 @@ import torch
 
 from vllm_int8kv import reference
 
-MODES = [(0, 0, 3), (1, 1, 2)]
-"""copies land late, threads run in falling order, resident blocks"""
+MODES = [(0, 0), (1, 1)]
+"""copies land late, threads run in falling order"""
+BLOCKS = [3, 1, 7]
+"""thread blocks that the device holds, which share the work"""
 
 
-def results(kernels: ctypes.CDLL, batch: hostile.Batch, **options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def results(
+    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int, **options: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for mode in MODES:
-        kernels.set_mode(*mode)
+        kernels.set_mode(*mode, num_blocks)
         yield emulated_cuda.paged_attention(kernels, batch, **options)
 
 
-def check(kernels: ctypes.CDLL, batch: hostile.Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def check(
+    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int = BLOCKS[0], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     window = options.get("sliding_window")
     seen = batch.freed_before_window(window) if window else batch
-    first, second = results(kernels, seen, **options)
-    options.pop("max_partials", None)
+    first, second = results(kernels, seen, num_blocks, **options)
     hostile.assert_attention_close(first, batch, **options)
     assert hostile.same_bits(first[0], second[0]), "out depends on the order of threads or copies"
     assert hostile.same_bits(first[1], second[1]), "lse depends on the order of threads or copies"
@@ -63,7 +68,7 @@ def test_cache_write_is_bit_equal(kernels, head_size, dtype):
     for mode, options in zip(
         MODES, [{"rotate_keys": False}, {"rotate_keys": True, "key_equalizer": equalizer}], strict=True
     ):
-        kernels.set_mode(*mode)
+        kernels.set_mode(*mode, BLOCKS[0])
         got = hostile.garbage_cache(6, num_kv_heads, block_size, head_size)
         want = got.clone()
         emulated_cuda.reshape_and_cache(kernels, key, value, got, slot_mapping, **options)
@@ -82,7 +87,7 @@ def test_gather_is_bit_equal(kernels, head_size, dtype):
     place = batch.block_table, *(torch.tensor(x, dtype=torch.int32) for x in ints)
     equalizer = torch.rand(2, head_size) + 0.5
     for mode, options in zip(MODES, [{"rotate_keys": False}, {"key_equalizer": equalizer}], strict=True):
-        kernels.set_mode(*mode)
+        kernels.set_mode(*mode, BLOCKS[0])
         # One of the two starts on an odd element and has gaps between its rows.
         got = torch.full((200, 2, head_size), -7.0, dtype=dtype), torch.full((200, 2, head_size + 1), -7.0, dtype=dtype)
         want = tuple(x.clone() for x in got)
@@ -125,9 +130,10 @@ def test_a_decode_batch(kernels):
     """One token each: the kernel with one row tile, and the same bits as in a batch that needs two."""
     lens = [(1, 300), (1, 9), (1, 64)]
     batch = hostile.make_batch(lens, dtype=torch.bfloat16, head_size=128)
-    out, _ = check(kernels, replace(batch, query=batch.query[:3]), softmax_scale=0.09)
-    padded, _ = check(kernels, batch, softmax_scale=0.09)
-    assert hostile.same_bits(out, padded[:3])
+    for num_blocks in BLOCKS:
+        out, _ = check(kernels, replace(batch, query=batch.query[:3]), num_blocks, softmax_scale=0.09)
+        padded, _ = check(kernels, batch, num_blocks, softmax_scale=0.09)
+        assert hostile.same_bits(out, padded[:3])
 
 
 def test_more_queries_than_keys(kernels):
@@ -146,8 +152,8 @@ OPTIONS = {
     "sinks": {"sinks": torch.linspace(-3.0, 6.0, 6)},
     "no-rotation": {"rotate_keys": False},
     "equalizer": {"key_equalizer": torch.linspace(0.2, 9.0, 128).view(2, 64)},
-    "one-partial": {"max_partials": 1},
-    "many-partials": {"max_partials": 128},
+    "one-block": {"num_blocks": 1},
+    "many-blocks": {"num_blocks": 13},
 }
 
 
@@ -165,20 +171,10 @@ def test_options(kernels, name, dtype):
     check(kernels, batch, softmax_scale=0.125, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_bits_do_not_depend_on_the_batch(kernels, dtype):
-    batch = hostile.make_batch([(1, 900), (3, 300), (30, 30)], num_heads=6, dtype=dtype)
-    kernels.set_mode(*MODES[0])
-    out, lse = emulated_cuda.paged_attention(kernels, batch, softmax_scale=0.125)
-    for seq in range(3):
-        alone, alone_lse = emulated_cuda.paged_attention(kernels, batch.alone(seq), softmax_scale=0.125)
-        assert hostile.same_bits(out[batch.rows(seq)], alone)
-        assert hostile.same_bits(lse[:, batch.rows(seq)], alone_lse)
-
-
 def test_more_sequences_than_threads(kernels):
     batch = hostile.make_batch([(1, 1 + i % 5) for i in range(150)], num_heads=2, num_kv_heads=1, dtype=torch.float16)
-    check(kernels, batch, softmax_scale=0.125)
+    for num_blocks in BLOCKS:
+        check(kernels, batch, num_blocks, softmax_scale=0.125)
 
 
 def test_v_scales_of_every_magnitude(kernels):

@@ -1,9 +1,9 @@
 // One warp's codes on their way from the cache to tensor-core operands.
 //
-// Every lane copies the 16-byte vectors that it will multiply itself into a ring of its own, kRing
-// units of 64 keys x 64 dims ahead of their use: the units of a tile are the spans of K, then those
-// of V. What a lane waits for is its own copy, so no barrier is needed; only the scales, 256 bytes
-// a tile, are copied by some lanes for all.
+// A warp copies whole lines into a ring of its own, kRing units of 64 keys x 64 dims ahead of their
+// use, and the scales of each tile with its first unit: the units of a tile are the spans of K,
+// then those of V. Who copies what is not who multiplies it, but all of it stays within the warp,
+// so that no barrier of the block is needed.
 #pragma once
 
 #include "work.cuh"
@@ -11,9 +11,9 @@
 namespace int8kv {
 
 constexpr int kRing = 3;
-constexpr int kUnitBytes = kSpanVectors * 32 * 16;  // one warp's vectors of one tile and span
-constexpr int kScaleSlots = 2;                      // tiles whose scales are on their way
-constexpr int kScaleBytes = 2 * 8 * 16;             // K and V scales of one tile
+constexpr int kUnitBytes = kSpanVectors * 32 * 16;
+constexpr int kScaleSlots = 2;           // tiles whose scales are on their way
+constexpr int kScaleBytes = 2 * 8 * 16;  // K and V scales of one tile
 
 // Four codes of two outputs: low gets the first two, high the last two, as fp16 pairs.
 INT8KV_DEVICE void codes_to_half2(uint32_t codes, uint32_t& low, uint32_t& high) {
@@ -38,82 +38,73 @@ INT8KV_DEVICE float power_of_two(int biased) {
   return biased > 0 ? bits_to_float(static_cast<uint32_t>(biased) << 23) : 0.0f;
 }
 
-// One warp's way through its tiles: copies kRing units ahead of their use.
-template <int kSpans>
+// One warp's way through its tiles. With kWholeSpans the head size is kSpans * 64.
+template <int kSpans, bool kWholeSpans>
 struct Stream {
   const PagedAttentionParams& p;
   const int32_t* block_table;
   int32_t kv_head;
-  KeyRange keys;  // of the item
+  KeyRange keys;  // of the piece
   int lane;
-  unsigned char* ring;    // this lane's vector 0 of unit 0
+  unsigned char* ring;    // this warp's
   unsigned char* scales;  // this warp's
   int32_t tile_end;
 
   int32_t tile = 0;  // of the next unit to copy
   int scale_slot = 0;
-  int write = 0, read = 0;           // ring positions
-  int32_t k_block = 0, v_block = 0;  // of `tile`, fetched one tile early
-  const int8_t* k_vectors = nullptr;
-  const int8_t* v_vectors = nullptr;
+  int write = 0, read = 0;  // ring positions
+  int32_t block = 0;        // of this lane's slot group of `tile`, fetched one tile early
+  bool is_seen = false;     // whether any row sees a key of the group; others may have no block
+  const int8_t* k_source = nullptr;
+  const int8_t* v_source = nullptr;
 
-  // Keys that no row sees have no block: the nearest that is seen stands in, and is masked.
-  INT8KV_DEVICE int32_t clamped(int32_t key) const {
-    return max(keys.begin / kSlotGroup * kSlotGroup, min(key, keys.end - 1));
+  INT8KV_DEVICE int32_t group_key() const {
+    return tile * kTileSlots + copy_group(lane) * kSlotGroup;
   }
-  // The same for the first of 8 or 16 slots, kept aligned.
-  INT8KV_DEVICE int32_t clamped_to(int32_t key, int align) const {
-    return clamped(key) / align * align;
-  }
-  INT8KV_DEVICE int32_t k_key() const {
-    return clamped_to(tile * kTileSlots + k_lane_slot(lane), 8);
-  }
-  INT8KV_DEVICE int32_t v_key() const {
-    return clamped_to(tile * kTileSlots + v_lane_slot(lane), kSlotGroup);
-  }
-  INT8KV_DEVICE void fetch_blocks() {
-    if (tile >= tile_end) return;
-    k_block = block_table[k_key() / p.cache.block_size];
-    v_block = block_table[v_key() / p.cache.block_size];
+  INT8KV_DEVICE void fetch_block() {
+    const int32_t key = group_key();
+    is_seen = tile < tile_end && key < keys.end && key + kSlotGroup > keys.begin;
+    if (is_seen) block = block_table[key / p.cache.block_size];
   }
 
   INT8KV_DEVICE void start_tile() {
     const KVCache& cache = p.cache;
-    const int k_slot = k_key() % cache.block_size;
-    const int v_slot = v_key() % cache.block_size;
-    const int8_t* k_chunk = cache.chunk(k_block, kv_head);
-    k_vectors = k_chunk + cache.k_code(k_slot, k_lane_dim(lane));
-    v_vectors = cache.chunk(v_block, kv_head) + cache.v_code(v_slot, v_lane_dim(lane));
-    // The scales of the 8 slots of lanes 4g to 4g + 3: lane 4g copies K's, lane 4g + 1 V's.
-    if (lane % 4 < 2) {
-      const int64_t plane = lane % 4 == 0 ? cache.k_scales() : cache.v_scales();
-      copy_async_16(scales + scale_slot * kScaleBytes + (lane % 4 * 8 + lane / 4) * 16,
-                    k_chunk + plane + k_slot * 2);
+    const int slot = group_key() % cache.block_size;
+    const int8_t* chunk = cache.chunk(block, kv_head);
+    k_source = chunk + cache.k_code(slot, 0) + copy_byte(lane);
+    v_source = chunk + cache.v_code(slot, 0) + copy_byte(lane);
+    // 16 K scales and 16 V scales of the group: two lanes each.
+    if (is_seen && lane % 8 < 4) {
+      const bool is_value = lane % 4 >= 2;
+      const int64_t plane = is_value ? cache.v_scales() : cache.k_scales();
+      copy_async_16(scales + scale_slot * kScaleBytes + is_value * (kScaleBytes / 2) +
+                        copy_group(lane) * 32 + lane % 2 * 16,
+                    chunk + plane + slot * 2 + lane % 2 * 16);
     }
     scale_slot = (scale_slot + 1) % kScaleSlots;
   }
 
-  // Copies unit `unit` of `tile`: K spans, then V spans.
+  // Copies unit `unit` of `tile`: K spans, then V spans. Every lane has read what it overwrites.
   INT8KV_DEVICE void copy_unit(int unit) {
-    if (tile < tile_end) {
-      if (unit == 0) start_tile();
+    if (unit == 0) start_tile();
+    if (is_seen) {
       const int span = unit % kSpans;
-      const int head_size = p.cache.head_size;
-      unsigned char* slot = ring + write * kUnitBytes;
+      unsigned char* target = ring + write * kUnitBytes;
 #pragma unroll
       for (int i = 0; i < kSpanVectors; ++i) {
+        const int dim = span * kSpanDims + (unit < kSpans ? k_copy_dim(i) : v_copy_dim(i));
+        if (!kWholeSpans && dim >= p.cache.head_size) continue;
         if (unit < kSpans) {
-          if (span * kSpanDims + k_vector_dim(i) >= head_size) continue;
-          copy_async_16(slot + i * 512, k_vectors + k_vector_byte(span, i));
+          copy_async_16(target + k_copy_target(lane, i), k_source + k_copy_source(span, i));
         } else {
-          if (span * kSpanDims + v_lane_dim(lane) >= head_size) continue;
-          copy_async_16(slot + i * 512, v_vectors + v_vector_byte(p.cache.block_size, span, i));
+          copy_async_16(target + v_copy_target(lane, i),
+                        v_source + v_copy_source(p.cache.block_size, span, i));
         }
       }
-      if (unit == 2 * kSpans - 1) {
-        tile += kAttentionWarps;
-        fetch_blocks();
-      }
+    }
+    if (unit == 2 * kSpans - 1) {
+      tile += kAttentionWarps;
+      fetch_block();
     }
     copy_async_commit();
     write = write + 1 == kRing ? 0 : write + 1;
@@ -121,17 +112,24 @@ struct Stream {
 
   INT8KV_DEVICE void begin(int32_t first_tile) {
     tile = first_tile;
-    fetch_blocks();
+    fetch_block();
 #pragma unroll
     for (int unit = 0; unit < kRing; ++unit) copy_unit(unit % (2 * kSpans));
   }
 
-  INT8KV_DEVICE void wait_unit() { copy_async_wait<kRing - 1>(); }
-  INT8KV_DEVICE uint4 vector(int i) const {
-    return *reinterpret_cast<const uint4*>(ring + read * kUnitBytes + i * 512);
+  // Waits for the copies of all lanes.
+  INT8KV_DEVICE void wait_unit() {
+    copy_async_wait<kRing - 1>();
+    __syncwarp();
+  }
+  INT8KV_DEVICE uint4 k_vector(int i) const { return vector_at(k_vector_byte(lane, i)); }
+  INT8KV_DEVICE uint4 v_vector(int i) const { return vector_at(v_vector_byte(lane, i)); }
+  INT8KV_DEVICE uint4 vector_at(int byte) const {
+    return *reinterpret_cast<const uint4*>(ring + read * kUnitBytes + byte);
   }
   // Gives unit `unit` of the tile in use back to the ring.
   INT8KV_DEVICE void next_unit(int unit) {
+    __syncwarp();
     read = read + 1 == kRing ? 0 : read + 1;
     copy_unit((unit + kRing) % (2 * kSpans));
   }

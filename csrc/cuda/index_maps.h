@@ -29,28 +29,47 @@ INT8KV_HD bool is_vector_aligned(const KVCache& cache) {
 }
 
 // --- tensor-core tiles ---------------------------------------------------------------------------
+//
+// A unit is the codes of a tile and a span, K or V, 4 KiB. It is copied with 8 lanes to a slot
+// group: each of a lane's 8 vectors is part of 128 bytes in a row, a whole line of the L2 cache.
+// In shared memory the vectors of K lie as in the cache; those of V are permuted within 128 bytes,
+// so that the 8 lanes that read at once find theirs in different banks.
 
 // First of the 8 slots of a lane's K vectors, of its scores and of its scales.
 INT8KV_HD int k_lane_slot(int lane) { return lane / 4 * 8; }
-// First of the 16 slots of a lane's V vectors: one slot group.
-INT8KV_HD int v_lane_slot(int lane) { return lane % 4 * kSlotGroup; }
-// First of the 2 dims of a lane's K vector 0.
-INT8KV_HD int k_lane_dim(int lane) { return lane % 4 * 2; }
-// First of the 8 dims of a lane's V vectors and of its outputs.
+// First of the 8 dims of a lane's outputs.
 INT8KV_HD int v_lane_dim(int lane) { return lane / 4 * 8; }
 
-// Vector i of a K span: 16 dims per i / 2, columns 0-7 or 8-15 of the product by i % 2.
-INT8KV_HD int k_vector_dim(int i) { return i * 8; }
-// Vector i of a V span: row tile i / 2 of the scores, columns 0-7 or 8-15 of the product by i % 2.
-INT8KV_HD int v_vector_slot(int i) { return i % 2 * 8 + i / 2 * 2; }
+// The slot group that a lane copies, and its first byte within a line.
+INT8KV_HD int copy_group(int lane) { return lane / 8; }
+INT8KV_HD int copy_byte(int lane) { return lane % 8 * 16; }
 
-// Bytes from a lane's vector 0 of a plane to vector i of span `span`; the lane's own start is
-// k_code(slot, k_lane_dim) or v_code(slot, v_lane_dim) with its slot's place in the block.
-INT8KV_HD int64_t k_vector_byte(int span, int i) {
-  return int64_t{span * kSpanDims + k_vector_dim(i)} * kSlotGroup;
+// Copied vector i of a K unit: its first dim, and bytes from the lane's vector 0 in the cache.
+INT8KV_HD int k_copy_dim(int i) { return i * 8; }
+INT8KV_HD int64_t k_copy_source(int span, int i) {
+  return int64_t{span * kSpanDims + k_copy_dim(i)} * kSlotGroup;
 }
-INT8KV_HD int64_t v_vector_byte(int block_size, int span, int i) {
-  return int64_t{span} * kSpanDims * block_size + v_vector_slot(i) * kDimGroup;
+INT8KV_HD int k_copy_target(int lane, int i) {
+  return copy_group(lane) * 1024 + i * 128 + copy_byte(lane);
+}
+// Where a lane finds vector i for its products: dims 8 * i + 2 * (lane % 4) and the next.
+INT8KV_HD int k_vector_byte(int lane, int i) {
+  return lane / 8 * 1024 + i * 128 + lane % 4 * 32 + lane / 4 % 2 * 16;
+}
+
+// The same of a V unit, whose vector i is half a line of dim group i / 2.
+INT8KV_HD int v_copy_dim(int i) { return i / 2 * kDimGroup; }
+INT8KV_HD int64_t v_copy_source(int block_size, int span, int i) {
+  return int64_t{span * kSpanDims + v_copy_dim(i)} * block_size + i % 2 * 128;
+}
+INT8KV_HD int v_copy_target(int lane, int i) {
+  const int group = copy_group(lane);
+  return i / 2 * 1024 + group * 256 + i % 2 * 128 + (lane % 8 / 2 ^ group) * 32 + lane % 2 * 16;
+}
+// Vector i: slots 16 * (lane % 4) + i % 2 * 8 + i / 2 * 2 and the next, dims 8 * (lane / 4) on.
+INT8KV_HD int v_vector_byte(int lane, int i) {
+  const int group = lane % 4;
+  return lane / 8 * 1024 + group * 256 + i % 2 * 128 + (i / 2 ^ group) * 32 + lane / 4 % 2 * 16;
 }
 
 // Where query row `row`, dims 2 * pair and the next, go in the second operand of the scores:

@@ -13,17 +13,6 @@
 
 namespace int8kv {
 
-// Partial results that one sequence may leave per head in the workspace: query_len * num_splits
-// never exceeds it. 256 work items fill the multiprocessors of the largest chips twice, with few KV
-// heads they must come from more splits; the workspace grows with it. Which splits a row gets
-// depends on its own sequence and on this number only, so that its bits are independent of the
-// batch.
-inline int32_t max_partials_of(const KVCache& cache) {
-  int32_t partials = 32;
-  while (partials < 128 && partials * cache.num_kv_heads < 256) partials *= 2;
-  return partials;
-}
-
 // Quantizes params.num_tokens keys and values into their slots.
 //
 // Requires: cache.data, cache.block_stride and cache.head_stride multiples of 16 bytes.
@@ -35,20 +24,20 @@ cudaError_t launch_reshape_and_cache(const ReshapeAndCacheParams& params, cudaSt
 // Requires: the alignment of launch_reshape_and_cache().
 cudaError_t launch_gather_cache(const GatherCacheParams& params, cudaStream_t stream);
 
-// Bytes of device memory that launch_paged_attention() needs:
-//   num_seqs * num_heads * max_partials * (head_size + 2) * 4
-size_t paged_attention_workspace_bytes(const PagedAttentionParams& params, int32_t max_partials);
+// Bytes of device memory that launch_paged_attention() needs on the current device, a few for every
+// thread block that it holds at once and none for a sequence:
+//   2 * num_blocks * rows_per_tile * (head_size + 2) * 4 + 16 * num_blocks
+cudaError_t paged_attention_workspace_bytes(const PagedAttentionParams& params, size_t* bytes);
 
-// Attention of every row over its sequence's keys. Sequences with 2 * query_len <= max_partials
-// (decode, verification) are split over the keys and combined by a second kernel; longer ones are
-// computed in one pass. fp16 and bf16 up to head_size 256 run on tensor cores with fp16 operands
-// and fp32 sums; fp32 and head_size 512 run in fp32.
+// Attention of every row over its sequence's keys. The thread blocks that the device holds at once
+// share the work equally; what is split between them is combined by a second kernel. The bits of a
+// row depend on the lengths of all sequences of the batch. fp16 and bf16 up to head_size 256 run on
+// tensor cores with fp16 operands and fp32 sums; fp32 and head_size 512 run in fp32.
 //
 // Requires: the alignment of launch_reshape_and_cache(); num_heads a multiple of num_kv_heads;
-// max_partials >= 1; workspace aligned to 16 bytes, contents arbitrary. Anything else returns
-// cudaErrorInvalidValue.
-cudaError_t launch_paged_attention(const PagedAttentionParams& params, int32_t max_partials,
-                                   void* workspace, size_t workspace_bytes, cudaStream_t stream);
+// workspace aligned to 16 bytes, contents arbitrary. Anything else returns cudaErrorInvalidValue.
+cudaError_t launch_paged_attention(const PagedAttentionParams& params, void* workspace,
+                                   size_t workspace_bytes, cudaStream_t stream);
 
 // Bytes of device memory that launch_quantize_per_channel() needs: 4 per channel and a little more.
 size_t quantize_per_channel_workspace_bytes(const QuantizePerChannelParams& params);

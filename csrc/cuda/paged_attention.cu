@@ -1,4 +1,4 @@
-// Attention over the INT8 cache: choice of the kernel, launch, and the merge of split sequences.
+// Attention over the INT8 cache: choice of the kernel, launch, and the merge of shared items.
 #include "launch.h"
 #include "paged_attention_mma.cuh"
 #include "paged_attention_plain.cuh"
@@ -6,121 +6,154 @@
 namespace int8kv {
 namespace {
 
-// Merges the splits of the rows that have more than one: a block per (sequence, head), query after
-// query, a thread per dim. The weight of a split is computed anew by every thread, so that no load
-// of an output waits for anything but the largest score.
+// Merges the pieces of the items that several blocks share: a block per joint and row, a thread per
+// dim. The weight of a piece is computed anew by every thread, so that no load of an output waits
+// for anything but the largest score.
 __global__ void __launch_bounds__(kAttentionThreads)
-    combine_splits_kernel(const __grid_constant__ PagedAttentionParams p, int rows_per_tile,
+    combine_pieces_kernel(const __grid_constant__ PagedAttentionParams p,
                           const __grid_constant__ Workspace workspace) {
-  wait_for_previous_grid();
-  const int head_size = p.cache.head_size;
+  const auto block = static_cast<int32_t>(blockIdx.x);
+  const auto rows_per_tile = static_cast<int32_t>(gridDim.y);
+  const auto r = static_cast<int32_t>(blockIdx.y);
+  const Joint joint = workspace.joints[block];
+  if (joint.last_block < 0) return;
+  WorkItem item{};
+  item.seq = joint.seq;
+  item.kv_head = joint.kv_head;
+  item.row_tile = joint.row_tile;
+  item.query_begin = p.query_start_loc[item.seq];
+  item.query_len = p.query_start_loc[item.seq + 1] - item.query_begin;
+  const QueryRow row = query_row(p, item, rows_per_tile, r);
+  if (!row.exists) return;
+
+  const int32_t num_pieces = joint.last_block - block + 1;
+  const auto partial_of = [&](int32_t piece) {
+    const int64_t slot = 2 * (int64_t{block} + piece) + (piece == 0);
+    return slot * rows_per_tile + r;
+  };
+  // Every warp for itself: the state over all pieces, lane by lane, then over the lanes.
   const int lane = threadIdx.x % 32;
-  const auto seq = static_cast<int32_t>(blockIdx.x / p.num_heads);
-  const auto head = static_cast<int32_t>(blockIdx.x % p.num_heads);
-  const int32_t query_begin = p.query_start_loc[seq];
-  const int32_t query_len = p.query_start_loc[seq + 1] - query_begin;
-  const SequencePlan plan =
-      plan_sequence(p, query_len, p.seq_lens[seq], rows_per_tile, workspace.max_partials);
-  if (plan.num_splits == 1) return;
+  float max = kMinusInfinity;
+  for (int32_t piece = lane; piece < num_pieces; piece += 32) {
+    max = fmaxf(max, workspace.states[partial_of(piece)].max);
+  }
+  max = warp_max(max);
+  const float origin = max == kMinusInfinity ? 0.0f : max;
+  float sum = 0.0f;
+  for (int32_t piece = lane; piece < num_pieces; piece += 32) {
+    const SoftmaxState state = workspace.states[partial_of(piece)];
+    sum += expf(state.max - origin) * state.sum;
+  }
+  const SoftmaxState total{max, warp_sum(sum)};
 
-  for (int32_t query = 0; query < query_len; ++query) {
-    const int64_t first =
-        partial_index(p, workspace.max_partials, seq, query, plan.num_splits, 0, head);
-    const auto state_of = [&](int32_t split) {
-      return workspace.states[first + int64_t{split} * p.num_heads];
-    };
-    // Every warp for itself: the state over all splits, lane by lane, then over the lanes.
-    float max = kMinusInfinity;
-    for (int32_t split = lane; split < plan.num_splits; split += 32) {
-      max = fmaxf(max, state_of(split).max);
-    }
-    max = warp_max(max);
-    const float origin = max == kMinusInfinity ? 0.0f : max;
-    float sum = 0.0f;
-    for (int32_t split = lane; split < plan.num_splits; split += 32) {
-      const SoftmaxState state = state_of(split);
-      sum += expf(state.max - origin) * state.sum;
-    }
-    const SoftmaxState total{max, warp_sum(sum)};
-
-    const int64_t token = int64_t{query_begin} + query;
-    const float factor = finish_row(p, total, token, head, threadIdx.x == 0);
-    for (int dim = threadIdx.x; dim < head_size; dim += kAttentionThreads) {
-      float out = 0.0f;
+  const int64_t token = int64_t{item.query_begin} + row.query;
+  const float factor = finish_row(p, total, token, row.head, threadIdx.x == 0);
+  for (int dim = threadIdx.x; dim < p.cache.head_size; dim += kAttentionThreads) {
+    float out = 0.0f;
 #pragma unroll 16
-      for (int32_t split = 0; split < plan.num_splits; ++split) {
-        const int64_t partial = first + int64_t{split} * p.num_heads;
-        const float weight = expf(workspace.states[partial].max - origin);
-        out += weight * workspace.out[partial * head_size + dim];
-      }
-      store_out(p, token, head, dim, out * factor);
+    for (int32_t piece = 0; piece < num_pieces; ++piece) {
+      const int64_t partial = partial_of(piece);
+      const float weight = expf(workspace.states[partial].max - origin);
+      out += weight * workspace.out[partial * p.cache.head_size + dim];
     }
+    store_out(p, token, row.head, dim, out * factor);
   }
 }
 
-template <auto kKernel>
-cudaError_t launch(int rows_per_tile, int shared_bytes, const PagedAttentionParams& params,
-                   const Workspace& workspace, cudaStream_t stream) {
-  int blocks = 0;
-  cudaError_t error = resident_blocks<kKernel>(kAttentionThreads, shared_bytes, &blocks);
-  if (error != cudaSuccess) return error;
-  error = launch_kernel(kKernel, dim3(blocks), kAttentionThreads, shared_bytes, stream, params,
-                        workspace);
-  if (error != cudaSuccess || workspace.max_partials < 2) return error;
-  const auto rows = static_cast<unsigned>(int64_t{params.num_seqs} * params.num_heads);
-  return launch_dependent_kernel<combine_splits_kernel>(dim3(rows), kAttentionThreads, stream,
-                                                        params, rows_per_tile, workspace);
+template <int kSpans, int kRowTiles, bool kPlain, typename F>
+cudaError_t with_mma_kernel(F&& f) {
+  using Layout = MmaLayout<kSpans, kRowTiles>;
+  return f.template operator()<paged_attention_decode_kernel<kSpans, kRowTiles, kPlain>>(
+      Layout::kRows, Layout::kBytes);
 }
 
-template <int kSpans, int kRowTiles>
-cudaError_t launch_mma(const PagedAttentionParams& params, const Workspace& workspace,
-                       cudaStream_t stream) {
-  using Layout = MmaLayout<kSpans, kRowTiles>;
-  return launch<paged_attention_decode_kernel<kSpans, kRowTiles>>(Layout::kRows, Layout::kBytes,
-                                                                  params, workspace, stream);
+template <int kSpans, int kRowTiles, typename F>
+cudaError_t with_mma_kernel(const PagedAttentionParams& params, F&& f) {
+  const bool is_plain = params.cache.head_size == kSpans * kSpanDims && params.softcap == 0.0f &&
+                        params.alibi_slopes == nullptr;
+  return is_plain ? with_mma_kernel<kSpans, kRowTiles, true>(f)
+                  : with_mma_kernel<kSpans, kRowTiles, false>(f);
 }
 
 // Two row tiles unless every sequence has one query token and a small group; a hint, both are right
-// for every batch and give equal bits.
-template <int kSpans>
-cudaError_t launch_mma(const PagedAttentionParams& params, const Workspace& workspace,
-                       cudaStream_t stream) {
+// for every batch.
+template <int kSpans, typename F>
+cudaError_t with_mma_kernel(const PagedAttentionParams& params, F&& f) {
   const int group = params.num_heads / params.cache.num_kv_heads;
   const bool is_small = params.num_tokens <= params.num_seqs && group <= 8;
-  return is_small ? launch_mma<kSpans, 1>(params, workspace, stream)
-                  : launch_mma<kSpans, 2>(params, workspace, stream);
+  return is_small ? with_mma_kernel<kSpans, 1>(params, f) : with_mma_kernel<kSpans, 2>(params, f);
+}
+
+// Calls f<kernel>(rows_per_tile, shared_bytes) with the kernel for a batch.
+template <typename F>
+cudaError_t with_kernel(const PagedAttentionParams& params, F&& f) {
+  const int head_size = params.cache.head_size;
+  if (params.dtype == DType::kFloat32 || head_size > 256) {
+    return f.template operator()<paged_attention_plain_kernel>(kAttentionWarps, 0);
+  }
+  if (head_size <= 64) return with_mma_kernel<1>(params, f);
+  if (head_size <= 128) return with_mma_kernel<2>(params, f);
+  return with_mma_kernel<4, 1>(params, f);
+}
+
+// What is launched for a batch, and the parts of its workspace in bytes.
+struct Plan {
+  int num_blocks;
+  int rows_per_tile;
+  size_t out_bytes, state_bytes, joint_bytes;
+
+  size_t workspace_bytes() const { return out_bytes + state_bytes + joint_bytes; }
+};
+
+template <auto kKernel>
+cudaError_t make_plan(const PagedAttentionParams& params, int rows_per_tile, int shared_bytes,
+                      Plan* plan) {
+  int blocks = 0;
+  const cudaError_t error = resident_blocks<kKernel>(kAttentionThreads, shared_bytes, &blocks);
+  const auto partials = size_t{2} * static_cast<size_t>(blocks * rows_per_tile);
+  *plan = {blocks, rows_per_tile,
+           partials * static_cast<size_t>(params.cache.head_size) * sizeof(float),
+           partials * sizeof(SoftmaxState), static_cast<size_t>(blocks) * sizeof(Joint)};
+  return error;
 }
 
 }  // namespace
 
-size_t paged_attention_workspace_bytes(const PagedAttentionParams& params, int32_t max_partials) {
-  const auto partials = static_cast<size_t>(params.num_seqs) *
-                        static_cast<size_t>(params.num_heads) * static_cast<size_t>(max_partials);
-  return partials * (params.cache.head_size * sizeof(float) + sizeof(SoftmaxState));
+cudaError_t paged_attention_workspace_bytes(const PagedAttentionParams& params, size_t* bytes) {
+  Plan plan{};
+  const cudaError_t error =
+      with_kernel(params, [&]<auto kKernel>(int rows_per_tile, int shared_bytes) {
+        return make_plan<kKernel>(params, rows_per_tile, shared_bytes, &plan);
+      });
+  *bytes = plan.workspace_bytes();
+  return error;
 }
 
-cudaError_t launch_paged_attention(const PagedAttentionParams& params, int32_t max_partials,
-                                   void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+cudaError_t launch_paged_attention(const PagedAttentionParams& params, void* workspace,
+                                   size_t workspace_bytes, cudaStream_t stream) {
   if (params.num_tokens == 0 || params.num_seqs == 0 || params.num_heads == 0) return cudaSuccess;
-  if (max_partials < 1 || params.num_heads % params.cache.num_kv_heads != 0 ||
-      params.cache.head_size > kMaxHeadSize ||
-      workspace_bytes < paged_attention_workspace_bytes(params, max_partials)) {
+  if (params.num_heads % params.cache.num_kv_heads != 0 || params.cache.head_size > kMaxHeadSize) {
     return cudaErrorInvalidValue;
   }
   if (!is_vector_aligned(params.cache) || reinterpret_cast<uintptr_t>(workspace) % 16 != 0) {
     return cudaErrorMisalignedAddress;
   }
-  const int64_t partials = int64_t{params.num_seqs} * params.num_heads * max_partials;
-  const int head_size = params.cache.head_size;
-  float* out = static_cast<float*>(workspace);
-  const Workspace parts{out, reinterpret_cast<SoftmaxState*>(out + partials * head_size),
-                        max_partials};
-  if (params.dtype == DType::kFloat32 || head_size > 256) {
-    return launch<paged_attention_plain_kernel>(kAttentionWarps, 0, params, parts, stream);
-  }
-  if (head_size <= 64) return launch_mma<1>(params, parts, stream);
-  if (head_size <= 128) return launch_mma<2>(params, parts, stream);
-  return launch_mma<4, 1>(params, parts, stream);
+  return with_kernel(params, [&]<auto kKernel>(int rows_per_tile, int shared_bytes) {
+    Plan plan{};
+    cudaError_t error = make_plan<kKernel>(params, rows_per_tile, shared_bytes, &plan);
+    if (error != cudaSuccess) return error;
+    if (workspace_bytes < plan.workspace_bytes()) return cudaErrorInvalidValue;
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    const Workspace parts{reinterpret_cast<float*>(bytes),
+                          reinterpret_cast<SoftmaxState*>(bytes + plan.out_bytes),
+                          reinterpret_cast<Joint*>(bytes + plan.out_bytes + plan.state_bytes)};
+    const auto blocks = static_cast<unsigned>(plan.num_blocks);
+    error = launch_kernel(kKernel, dim3(blocks), kAttentionThreads,
+                          static_cast<size_t>(shared_bytes), stream, params, parts);
+    if (error != cudaSuccess) return error;
+    return launch_kernel(combine_pieces_kernel, dim3(blocks, static_cast<unsigned>(rows_per_tile)),
+                         kAttentionThreads, 0, stream, params, parts);
+  });
 }
 
 }  // namespace int8kv

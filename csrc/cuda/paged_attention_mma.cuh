@@ -1,16 +1,15 @@
 // Attention on tensor cores for fp16 and bf16 queries, made for decode and verification.
 //
-//   block   4 warps; a tile of 8 * kRowTiles query rows of one KV head against one split of the
-//   keys warp    every fourth tile of 64 keys, with a softmax state of its own; merged at the end
+//   block  4 warps; a tile of 8 * kRowTiles query rows of one KV head against a stretch of its keys
+//   warp   every fourth tile of 64 keys, with a softmax state of its own; merged at the end
 //
-// The codes travel from the cache to the operand registers without ever crossing lanes: each lane
-// copies the 16-byte vectors that it will multiply (index_maps.h) into a ring of its own in shared
-// memory, kRing units of 64 keys x 64 dims ahead, so the loop has no barrier. A code becomes fp16
-// by byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands are fp16 for bf16 queries
-// too, each made to fit by a power of two: one per query row, one running one for the probabilities
-// times the V scales. A query element is the sum of two fp16 terms, so that scores are as exact as
-// in fp32 after the rotation too. K scales meet the scores, V scales the probabilities; no code is
-// scaled.
+// Each warp copies its codes into a ring of its own in shared memory (code_stream.cuh), laid out so
+// that a 16-byte vector holds what one lane multiplies: nothing is shuffled, and the loop has no
+// barrier. A code becomes fp16 by byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands
+// are fp16 for bf16 queries too, each made to fit by a power of two: one per query row, one running
+// one for the probabilities times the V scales. A query element is the sum of two fp16 terms, so
+// that scores are as exact as in fp32 after the rotation too. K scales meet the scores, V scales
+// the probabilities; no code is scaled.
 #pragma once
 
 #include "mma_layout.cuh"
@@ -18,12 +17,12 @@
 namespace int8kv {
 
 // Blocks per multiprocessor that the registers are to allow. Turing's shared memory holds one.
-template <int kRowTiles>
+template <int kSpans, int kRowTiles>
 constexpr int kResidentBlocks =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     1;
 #else
-    kRowTiles == 1 ? 3 : 2;
+    kSpans <= 2 && kRowTiles == 1 ? 3 : 2;
 #endif
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -34,15 +33,18 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kWeightExponent = 14;
 constexpr int kMinUnitExponent = 20;  // biased; below the smallest scale that is ever stored
 
-template <int kSpans, int kRowTiles>
+// With kPlain the head size is kSpans * 64 and scores are neither capped nor biased, as in most
+// models.
+template <int kSpans, int kRowTiles, bool kPlain>
 class MmaItem {
  public:
   using Layout = MmaLayout<kSpans, kRowTiles>;
   static constexpr int kRows = Layout::kRows;
   static constexpr int kColumns = 2 * kRowTiles;  // query rows whose scores a lane holds
+  using Tiles = Stream<kSpans, kPlain>;
 
   __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
-      : p(params), item(work_item), keys(item_keys(params, work_item, kRows)) {
+      : p(params), item(work_item), keys(piece_keys(params, work_item, kRows)) {
     unsigned char* shared = dynamic_shared();
     ring = shared + warp * (kRing * kUnitBytes);
     scales = shared + Layout::kScales + warp * (kScaleSlots * kScaleBytes);
@@ -58,13 +60,14 @@ class MmaItem {
     for (int r = warp; r < kRows; r += kAttentionWarps) {
       const QueryRow row = query_row(p, item, kRows, r);
       Row<kSpans> values = {};
+      float to_half = 1.0f;
       if (row.exists) {
         values = load_query<kSpans>(p, int64_t{item.query_begin} + row.query, row.head,
                                     item.kv_head, lane);
+        // Scale the largest element to [2^8, 2^9): the second term is then normal where it matters.
+        const int exponent = static_cast<int>(float_bits(warp_amax(values)) >> 23);
+        to_half = power_of_two(min(max(127 + 8 + 127 - exponent, 1), 254));
       }
-      // Scale the largest element to [2^8, 2^9): the second term is then normal where it matters.
-      const int exponent = static_cast<int>(float_bits(warp_amax(values)) >> 23);
-      const float to_half = power_of_two(min(max(127 + 8 + 127 - exponent, 1), 254));
       for_each_pair(values, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
         const float x0 = x[0] * to_half, x1 = x[1] * to_half;
         const uint32_t high = pack_half2(x0, x1);
@@ -86,20 +89,15 @@ class MmaItem {
   }
 
   __device__ void attend() {
-    const int32_t tile_begin = keys.begin / kTileSlots;
-    const int32_t tile_end =
-        keys.end > keys.begin ? (keys.end + kTileSlots - 1) / kTileSlots : tile_begin;
-    // A tile belongs to the warp of its number, wherever the item begins.
+    const int32_t tile_begin = keys.any.begin / kTileSlots;
+    const int32_t tile_end = (keys.any.end + kTileSlots - 1) / kTileSlots;
+    // A tile belongs to the warp of its number, wherever the piece begins.
     const int32_t first = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
-    Stream<kSpans> stream{p,
-                          p.block_table + item.seq * p.block_table_stride,
-                          item.kv_head,
-                          keys,
-                          lane,
-                          ring + lane * 16,
-                          scales,
-                          tile_end};
+    const int32_t* block_table = p.block_table + item.seq * p.block_table_stride;
+    Tiles stream{p, block_table, item.kv_head, keys.any, lane, ring, scales, tile_end};
     stream.begin(first);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) score_factor[c] = rows->score_factor[column_row(c)];
     int scale_slot = 0;
     for (int32_t tile = first; tile < tile_end; tile += kAttentionWarps) {
       float scores[4][kRowTiles][4] = {};
@@ -108,19 +106,21 @@ class MmaItem {
       for (int span = 0; span < kSpans; ++span) {
         stream.wait_unit();
         if (span == 0) {
-          __syncwarp();  // other lanes copied the scales
           const unsigned char* slot = scales + scale_slot * kScaleBytes + lane / 4 * 16;
           k_scales = *reinterpret_cast<const uint4*>(slot);
           v_scales = *reinterpret_cast<const uint4*>(slot + kScaleBytes / 2);
           scale_slot = (scale_slot + 1) % kScaleSlots;
-          __syncwarp();
         }
         multiply_keys(stream, span, scores);
         stream.next_unit(span);
       }
       uint32_t weights[4][kRowTiles][2];
-      softmax(tile * kTileSlots + k_lane_slot(lane), tile * kTileSlots, k_scales, v_scales, scores,
-              weights);
+      const int32_t tile_key = tile * kTileSlots;
+      if (tile_key >= keys.all.begin && tile_key + kTileSlots <= keys.all.end) {
+        softmax<false>(tile_key, k_scales, v_scales, scores, weights);
+      } else {
+        softmax<true>(tile_key, k_scales, v_scales, scores, weights);
+      }
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
         stream.wait_unit();
@@ -133,7 +133,7 @@ class MmaItem {
 
   // Leaves this warp's state and output in shared memory; the caller synchronizes.
   __device__ void publish() {
-    __syncwarp();  // the ring is every lane's from here on
+    __syncwarp();  // no lane reads the ring any more
     float* own = reinterpret_cast<float*>(ring);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -180,9 +180,8 @@ class MmaItem {
       if (max2 != kMinusInfinity) state.max = max2 * kLn2;
 
       const int64_t token = int64_t{item.query_begin} + row.query;
-      const bool is_whole = item.plan.num_splits == 1;
-      const int64_t partial = partial_index(p, workspace.max_partials, item.seq, row.query,
-                                            item.plan.num_splits, item.split, row.head);
+      const bool is_whole = item.is_whole();
+      const int64_t partial = item.partial(kRows) + r;
       const float final_factor = is_whole ? finish_row(p, state, token, row.head, lane == 0) : 1.0f;
       if (!is_whole && lane == 0) workspace.states[partial] = state;
       const float* outs = reinterpret_cast<const float*>(dynamic_shared()) + r * Layout::kDims;
@@ -205,13 +204,12 @@ class MmaItem {
   // The query row of a lane's column c of the scores and the output.
   INT8KV_DEVICE int column_row(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }
 
-  __device__ void multiply_keys(const Stream<kSpans>& stream, int span,
-                                float (&scores)[4][kRowTiles][4]) {
+  __device__ void multiply_keys(const Tiles& stream, int span, float (&scores)[4][kRowTiles][4]) {
 #pragma unroll
     for (int step = 0; step < kSpanDims / 16; ++step) {
-      if (span * kSpanDims + step * 16 >= p.cache.head_size) break;
-      const uint4 first = stream.vector(2 * step);
-      const uint4 second = stream.vector(2 * step + 1);
+      if (!kPlain && span * kSpanDims + step * 16 >= p.cache.head_size) break;
+      const uint4 first = stream.k_vector(2 * step);
+      const uint4 second = stream.k_vector(2 * step + 1);
       uint4 q[kRowTiles];
 #pragma unroll
       for (int n = 0; n < kRowTiles; ++n) {
@@ -232,13 +230,13 @@ class MmaItem {
     }
   }
 
-  __device__ void multiply_values(const Stream<kSpans>& stream, int span,
+  __device__ void multiply_values(const Tiles& stream, int span,
                                   const uint32_t (&weights)[4][kRowTiles][2]) {
-    if (span * kSpanDims >= p.cache.head_size) return;
+    if (!kPlain && span * kSpanDims >= p.cache.head_size) return;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const uint4 first = stream.vector(2 * w);
-      const uint4 second = stream.vector(2 * w + 1);
+      const uint4 first = stream.v_vector(2 * w);
+      const uint4 second = stream.v_vector(2 * w + 1);
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         uint32_t a[4];
@@ -252,28 +250,43 @@ class MmaItem {
     }
   }
 
-  // Scores of 8 keys from `first_key` on x kColumns rows, in units of log2: scaled, capped, biased
-  // and masked in place.
-  __device__ void finish_scores(int32_t first_key, int32_t tile_key, const uint4& k_scales,
+  // Scores of this lane's 8 keys x kColumns rows, in units of log2: scaled, capped, biased and,
+  // with kMasked, masked in place.
+  template <bool kMasked>
+  __device__ void finish_scores(int32_t tile_key, const uint4& k_scales,
                                 float (&scores)[4][kRowTiles][4]) {
+    const int32_t first_key = tile_key + k_lane_slot(lane);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int r = column_row(c);
-      const float factor = rows->score_factor[r];
-      const KeyRange visible = rows->visible[r];
-      const float slope = rows->alibi_slope[r];
-      const int32_t position = rows->position[r];
-      const int32_t begin = max(visible.begin, keys.begin);
-      const int32_t end = min(visible.end, keys.end);
-      const bool sees_all = tile_key >= begin && tile_key + kTileSlots <= end;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
-        float x = score * (scale_of(k_scales, i) * factor);
-        if (p.softcap > 0.0f) x = p.softcap * kLog2e * tanh_fast(x);
-        const int32_t key = first_key + i;
-        if (p.alibi_slopes != nullptr) x += slope * static_cast<float>(key - position);
-        score = sees_all || (key >= begin && key < end) ? x : kMinusInfinity;
+        score *= scale_of(k_scales, i) * score_factor[c];
+      }
+      if (!kPlain && p.softcap > 0.0f) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+          score = p.softcap * kLog2e * tanh_fast(score);
+        }
+      }
+      if (!kPlain && p.alibi_slopes != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          scores[i / 2][c / 2][i % 2 * 2 + c % 2] +=
+              rows->alibi_slope[r] * static_cast<float>(first_key + i - rows->position[r]);
+        }
+      }
+      if (kMasked) {
+        const KeyRange visible = rows->visible[r];
+        const int32_t begin = max(visible.begin, keys.any.begin);
+        const int32_t end = min(visible.end, keys.any.end);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+          score = first_key + i >= begin && first_key + i < end ? score : kMinusInfinity;
+        }
       }
     }
   }
@@ -285,18 +298,20 @@ class MmaItem {
 
   // Updates the running state by one tile and turns its scores into the second operand of the
   // output: fp16 probabilities times V scales in units of 2^(unit_exponent - kWeightExponent).
-  __device__ void softmax(int32_t first_key, int32_t tile_key, const uint4& k_scales,
-                          const uint4& v_scales, float (&scores)[4][kRowTiles][4],
-                          uint32_t (&weights)[4][kRowTiles][2]) {
-    finish_scores(first_key, tile_key, k_scales, scores);
+  template <bool kMasked>
+  __device__ void softmax(int32_t tile_key, const uint4& k_scales, const uint4& v_scales,
+                          float (&scores)[4][kRowTiles][4], uint32_t (&weights)[4][kRowTiles][2]) {
+    finish_scores<kMasked>(tile_key, k_scales, scores);
 
     // V scales of keys that no row sees may be anything, NaN included.
+    const int32_t first_key = tile_key + k_lane_slot(lane);
     float v_factors[8];
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int32_t key = first_key + i;
-      v_factors[i] = key >= keys.begin && key < keys.end ? scale_of(v_scales, i) : 0.0f;
+      const bool is_seen = !kMasked || (key >= keys.any.begin && key < keys.any.end);
+      v_factors[i] = is_seen ? scale_of(v_scales, i) : 0.0f;
       largest = fmaxf(largest, v_factors[i]);
     }
 #pragma unroll
@@ -308,6 +323,8 @@ class MmaItem {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v_factors[i] *= to_unit;
 
+    float rescale[kColumns];
+    bool is_rescaled = false;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       float tile_max = kMinusInfinity;
@@ -332,13 +349,19 @@ class MmaItem {
         score = probability * v_factors[i];
       }
       sum[c] = sum[c] * decay + tile_sum;
-      const float rescale = decay * unit_change;
+      rescale[c] = decay * unit_change;
+      is_rescaled |= rescale[c] != 1.0f;
+    }
+    if (ballot(is_rescaled) != 0) {  // rarely, once the largest score has been seen
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
-          out[span][v][c / 2][c % 2] *= rescale;
-          out[span][v][c / 2][c % 2 + 2] *= rescale;
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            out[span][v][c / 2][c % 2] *= rescale[c];
+            out[span][v][c / 2][c % 2 + 2] *= rescale[c];
+          }
         }
       }
     }
@@ -358,7 +381,7 @@ class MmaItem {
 
   const PagedAttentionParams& p;
   const WorkItem& item;
-  const KeyRange keys;
+  const PieceKeys keys;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   unsigned char* ring;
@@ -368,18 +391,18 @@ class MmaItem {
   WarpStates<kRows>* states;
 
   int unit_exponent = kMinUnitExponent;
+  float score_factor[kColumns];
   float max_score[kColumns];  // of every key so far, in units of log2
   float sum[kColumns] = {};   // of this lane's keys
   float out[kSpans][4][kRowTiles][4] = {};
 };
 
-template <int kSpans, int kRowTiles>
-__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kRowTiles>)
+template <int kSpans, int kRowTiles, bool kPlain>
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kSpans, kRowTiles>)
     paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
                                   const __grid_constant__ Workspace workspace) {
-  let_next_grid_start();
-  using Item = MmaItem<kSpans, kRowTiles>;
-  for_each_work_item(p, Item::kRows, workspace.max_partials, [&](const WorkItem& work_item) {
+  using Item = MmaItem<kSpans, kRowTiles, kPlain>;
+  for_each_work_item(p, Item::kRows, workspace, [&](const WorkItem& work_item) {
     Item item(p, work_item);
     item.load_queries();
     __syncthreads();

@@ -33,16 +33,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const int warp = threadIdx.x / 32;
   float* q = queries[warp];
 
-  for_each_work_item(p, kAttentionWarps, workspace.max_partials, [&](const WorkItem& item) {
+  for_each_work_item(p, kAttentionWarps, workspace, [&](const WorkItem& item) {
     const QueryRow row = query_row(p, item, kAttentionWarps, warp);
     if (!row.exists) return;
     const int64_t token = int64_t{item.query_begin} + row.query;
     const int32_t* block_table = p.block_table + item.seq * p.block_table_stride;
     const int32_t position = item.seq_len - item.query_len + row.query;
     const KeyRange visible = visible_keys(p, position, item.seq_len);
-    const KeyRange item_range = item_keys(p, item, kAttentionWarps);
-    const int32_t begin = max(visible.begin, item_range.begin);
-    const int32_t end = min(visible.end, item_range.end);
+    const KeyRange piece = piece_keys(p, item, kAttentionWarps).any;
+    const int32_t begin = max(visible.begin, piece.begin);
+    const int32_t end = min(visible.end, piece.end);
 
     // Load the query.
     Row<kMaxPairs> query = load_query<kMaxPairs>(p, token, row.head, item.kv_head, lane);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     __syncwarp();
 
     // Store.
-    if (item.plan.num_splits == 1) {
+    if (item.is_whole()) {
       const float factor = finish_row(p, state, token, row.head, lane == 0);
 #pragma unroll
       for (int i = 0; i < kMaxHeadSize / 32; ++i) {
@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       }
       return;
     }
-    const int64_t partial = partial_index(p, workspace.max_partials, item.seq, row.query,
-                                          item.plan.num_splits, item.split, row.head);
+    const int64_t partial = item.partial(kAttentionWarps) + warp;
     if (lane == 0) workspace.states[partial] = state;
 #pragma unroll
     for (int i = 0; i < kMaxHeadSize / 32; ++i) {

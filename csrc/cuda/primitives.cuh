@@ -130,20 +130,6 @@ INT8KV_DEVICE void wait_until_set(const uint32_t* flag) {
 }
 INT8KV_DEVICE float load_from_l2(const float* from) { return __ldcg(from); }
 
-// Programmatic dependent launch, from Hopper on: the blocks of a grid launched by
-// launch_dependent_kernel() may start once every block of the grid before has called the first, and
-// see what that grid wrote when the second returns.
-INT8KV_DEVICE void let_next_grid_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-INT8KV_DEVICE void wait_for_previous_grid() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // A value that nobody will read again: the first to leave the L2 cache.
 INT8KV_DEVICE uint4 load_last_use(const uint4* from) { return __ldcs(from); }
 
@@ -153,30 +139,6 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
   void* pointers[] = {&args...};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,
                           shared_bytes, stream);
-}
-
-// Launches a kernel that calls wait_for_previous_grid() first, early where its code can wait: what
-// was compiled for an older architecture cannot, wherever it runs.
-template <auto kKernel, typename... Args>
-cudaError_t launch_dependent_kernel(dim3 grid, int threads, cudaStream_t stream, Args... args) {
-  static std::atomic<int> architecture{0};
-  const auto* kernel = reinterpret_cast<const void*>(kKernel);
-  if (architecture.load() == 0) {
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) return error;
-    architecture.store(attributes.ptxVersion);
-  }
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = architecture.load() >= 90 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kKernel, args...);
 }
 
 inline cudaError_t zero_async(void* to, size_t bytes, cudaStream_t stream) {

@@ -1,14 +1,14 @@
 // What the attention kernels share: the scheduler, the preparation of a query row, and what becomes
 // of a row when its keys are done.
 //
-// The scheduler needs no plan from the host. Every block walks over the sequences, 128 at a time,
-// turns their lengths into a prefix sum of work items, and takes every gridDim.x-th item. The
-// launch shape is therefore the number of blocks the chip holds, for any batch.
+// The scheduler needs no plan from the host. Every block sums up the work of all sequences and
+// finds its own stretch of it (attention_plan.h), so that the launch shape is the number of blocks
+// the chip holds, for any batch. An item that several blocks share is put together by a second
+// kernel.
 #pragma once
 
 #include "../softmax_state.h"
 #include "attention_plan.h"
-#include "index_maps.h"
 #include "row.cuh"
 
 namespace int8kv {
@@ -16,12 +16,20 @@ namespace int8kv {
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * 32;
 
-// Partial results of sequences with more than one split; `partial` below is
-// (seq * max_partials + query * num_splits + split) * num_heads + head.
+// The first piece of an item that goes on in other blocks, in the block that has it.
+struct Joint {
+  int32_t seq;
+  int32_t kv_head;
+  int32_t row_tile;
+  int32_t last_block;  // with a piece of the item; -1: there is no such item
+};
+
+// Pieces of items. A block has at most two: the end of an item, at 2 * block, or one that an item
+// only passes through, and the beginning of one, at 2 * block + 1.
 struct Workspace {
-  float* out;            // [num_seqs * max_partials * num_heads, head_size], not normalized
-  SoftmaxState* states;  // [num_seqs * max_partials * num_heads]
-  int32_t max_partials;
+  float* out;            // [2 * num_blocks, rows_per_tile, head_size], not normalized
+  SoftmaxState* states;  // [2 * num_blocks, rows_per_tile]
+  Joint* joints;         // [num_blocks]
 };
 
 struct WorkItem {
@@ -31,8 +39,14 @@ struct WorkItem {
   int32_t seq_len;
   int32_t row_tile;
   int32_t kv_head;
-  int32_t split;  // counted from plan.first_split
-  SequencePlan plan;
+  int32_t tile_begin, tile_end;  // of the keys; the piece that is this block's
+  bool is_first, is_last;        // piece of the item
+
+  INT8KV_DEVICE bool is_whole() const { return is_first && is_last; }
+  // Where row 0 of the piece is in Workspace::states.
+  INT8KV_DEVICE int64_t partial(int rows_per_tile) const {
+    return (int64_t{blockIdx.x} * 2 + is_first) * rows_per_tile;
+  }
 };
 
 // One row of a work item's tile: a token and a head.
@@ -49,44 +63,56 @@ INT8KV_DEVICE QueryRow query_row(const PagedAttentionParams& p, const WorkItem& 
   return {index / group, item.kv_head * group + index % group, index < item.query_len * group};
 }
 
-// Calls body(item) for every item of this block, by all threads together.
+INT8KV_DEVICE int64_t shuffle_up_64(int64_t x, int delta) {
+  const auto low = static_cast<uint32_t>(shuffle_up(static_cast<int32_t>(x), delta));
+  return int64_t{shuffle_up(static_cast<int32_t>(x >> 32), delta)} << 32 | low;
+}
+
+// Calls body(item) for every item of this block's stretch, by all threads together, and writes the
+// block's joint.
 template <typename Body>
 __device__ void for_each_work_item(const PagedAttentionParams& p, int rows_per_tile,
-                                   int max_partials, Body&& body) {
-  __shared__ int32_t item_end[kAttentionThreads];  // inclusive prefix sum over 128 sequences
-  __shared__ int32_t warp_total[kAttentionWarps];
+                                   const Workspace& workspace, Body&& body) {
+  __shared__ int64_t work_end[kAttentionThreads];  // inclusive prefix sum over 128 sequences
+  __shared__ int64_t warp_total[kAttentionWarps];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const auto plan_of = [&](int32_t seq, int32_t query_len) {
-    return plan_sequence(p, query_len, p.seq_lens[seq], rows_per_tile, max_partials);
+  const auto work_of = [&](int32_t seq) {
+    const int32_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
+    return sequence_work(p, query_len, p.seq_lens[seq], rows_per_tile);
   };
-  int64_t next = blockIdx.x;
-  int64_t base = 0;  // items of the sequences before `first`
-  for (int32_t first = 0; first < p.num_seqs; first += kAttentionThreads) {
+  // Fills work_end for the sequences from `first` on; returns their sum.
+  const auto sum_up = [&](int32_t first) {
     const int32_t own = first + threadIdx.x;
-    int32_t sum = 0;
-    if (own < p.num_seqs) {
-      sum = plan_of(own, p.query_start_loc[own + 1] - p.query_start_loc[own])
-                .items(p.cache.num_kv_heads);
-    }
+    int64_t sum = own < p.num_seqs ? work_of(own).total(p.cache.num_kv_heads) : 0;
 #pragma unroll
     for (int delta = 1; delta < 32; delta *= 2) {
-      const int32_t before = shuffle_up(sum, delta);
+      const int64_t before = shuffle_up_64(sum, delta);
       if (lane >= delta) sum += before;
     }
     if (lane == 31) warp_total[warp] = sum;
     __syncthreads();
     for (int w = 0; w < warp; ++w) sum += warp_total[w];
-    item_end[threadIdx.x] = sum;
+    work_end[threadIdx.x] = sum;
     __syncthreads();
+    return work_end[kAttentionThreads - 1];
+  };
 
-    const int32_t total = item_end[kAttentionThreads - 1];
-    for (; next < base + total; next += gridDim.x) {
-      const auto local = static_cast<int32_t>(next - base);
-      int low = 0, high = kAttentionThreads - 1;  // the first sequence that ends after `local`
+  int64_t total = 0;
+  for (int32_t first = 0; first < p.num_seqs; first += kAttentionThreads) total += sum_up(first);
+  const int32_t blocks = sharing_blocks(total, static_cast<int32_t>(gridDim.x));
+  const auto block = static_cast<int32_t>(blockIdx.x);
+  Joint joint{0, 0, 0, -1};
+  int64_t next = block < blocks ? stretch_begin(total, block, blocks) : total;
+  const int64_t end = block < blocks ? stretch_begin(total, block + 1, blocks) : total;
+  int64_t base = 0;  // work of the sequences before `first`
+  for (int32_t first = 0; first < p.num_seqs && next < end; first += kAttentionThreads) {
+    const int64_t here = p.num_seqs <= kAttentionThreads ? total : sum_up(first);
+    while (next < end && next < base + here) {
+      int low = 0, high = kAttentionThreads - 1;  // the first sequence that ends after `next`
       while (low < high) {
         const int middle = (low + high) / 2;
-        if (item_end[middle] > local) {
+        if (base + work_end[middle] > next) {
           high = middle;
         } else {
           low = middle + 1;
@@ -97,33 +123,48 @@ __device__ void for_each_work_item(const PagedAttentionParams& p, int rows_per_t
       item.query_begin = p.query_start_loc[item.seq];
       item.query_len = p.query_start_loc[item.seq + 1] - item.query_begin;
       item.seq_len = p.seq_lens[item.seq];
-      item.plan = plan_of(item.seq, item.query_len);
-      int32_t index = local - (low == 0 ? 0 : item_end[low - 1]);
-      item.row_tile = index % item.plan.row_tiles;  // neighbours read the same keys
-      index /= item.plan.row_tiles;
-      item.kv_head = index % p.cache.num_kv_heads;
-      item.split = index / p.cache.num_kv_heads;
+      const SequenceWork work = work_of(item.seq);
+      const int64_t local = next - base - (low == 0 ? 0 : work_end[low - 1]);
+      const int64_t index = local / work.num_tiles;
+      const auto skipped = static_cast<int32_t>(local - index * work.num_tiles);
+      const int32_t left = work.num_tiles - skipped;
+      const int32_t taken = end - next < left ? static_cast<int32_t>(end - next) : left;
+      item.kv_head = static_cast<int32_t>(index / work.row_tiles);
+      item.row_tile = row_tile_of(static_cast<int32_t>(index % work.row_tiles), work.row_tiles);
+      item.tile_begin = work.first_tile + skipped;
+      item.tile_end = item.tile_begin + taken;
+      item.is_first = skipped == 0;
+      item.is_last = taken == left;
+      if (item.is_first && !item.is_last) {
+        const int64_t last_tile = next + work.num_tiles - 1;
+        joint = {item.seq, item.kv_head, item.row_tile, block_of_tile(total, last_tile, blocks)};
+      }
       body(item);
+      next += taken;
     }
-    base += total;
-    __syncthreads();
+    base += here;
   }
+  if (threadIdx.x == 0) workspace.joints[block] = joint;
 }
 
-// The keys of an item that at least one row of its tile sees.
-INT8KV_DEVICE KeyRange item_keys(const PagedAttentionParams& p, const WorkItem& item,
-                                 int rows_per_tile) {
-  const int last_row = rows_per_tile - 1;
+// The keys of a piece that at least one row of its tile sees, and those that all of its rows see.
+struct PieceKeys {
+  KeyRange any;
+  KeyRange all;
+};
+
+INT8KV_DEVICE PieceKeys piece_keys(const PagedAttentionParams& p, const WorkItem& item,
+                                   int rows_per_tile) {
   const QueryRow first = query_row(p, item, rows_per_tile, 0);
-  const QueryRow last = query_row(p, item, rows_per_tile, last_row);
+  const QueryRow last = query_row(p, item, rows_per_tile, rows_per_tile - 1);
   const int32_t before = item.seq_len - item.query_len;
   const int32_t last_query = last.exists ? last.query : item.query_len - 1;
-  const int64_t split_begin = (item.plan.first_split + item.split) * item.plan.split_size;
-  const int64_t split_end = split_begin + item.plan.split_size;
-  KeyRange keys{visible_keys(p, before + first.query, item.seq_len).begin,
-                visible_keys(p, before + last_query, item.seq_len).end};
-  if (keys.begin < split_begin) keys.begin = static_cast<int32_t>(split_begin);
-  if (keys.end > split_end) keys.end = static_cast<int32_t>(split_end);
+  const KeyRange of_first = visible_keys(p, before + first.query, item.seq_len);
+  const KeyRange of_last = visible_keys(p, before + last_query, item.seq_len);
+  const int64_t end = int64_t{item.tile_end} * kTileSlots;
+  PieceKeys keys{{of_first.begin, of_last.end}, {of_last.begin, of_first.end}};
+  keys.any.begin = max(keys.any.begin, item.tile_begin * kTileSlots);
+  if (keys.any.end > end) keys.any.end = static_cast<int32_t>(end);
   return keys;
 }
 
@@ -171,11 +212,6 @@ INT8KV_DEVICE float finish_row(const PagedAttentionParams& p, SoftmaxState state
   if (p.sinks != nullptr) factor = merge_sink(state, p.sinks[head]);
   if (p.lse != nullptr && writes_lse) p.lse[head * p.num_tokens + token] = log_sum_exp(state);
   return state.max == kMinusInfinity ? 0.0f : factor / state.sum;
-}
-
-INT8KV_DEVICE int64_t partial_index(const PagedAttentionParams& p, int max_partials, int seq,
-                                    int query, int num_splits, int split, int head) {
-  return (int64_t{seq} * max_partials + query * num_splits + split) * p.num_heads + head;
 }
 
 }  // namespace int8kv
