@@ -90,9 +90,9 @@ def paged_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of this step's queries over the INT8 cache, which already holds this step's K and V.
 
-    A batch may mix prefill, chunked prefill, decode and multi-token verification. The bits of a row do not
-    depend on what else is in the batch, and on CPU neither on the number of threads nor on how its prompt was
-    chunked.
+    A batch may mix prefill, chunked prefill, decode and multi-token verification. On CPU the bits of a row depend
+    neither on what else is in the batch, nor on the number of threads, nor on how its prompt was chunked. On a GPU
+    equal lengths of all sequences give equal bits.
 
     Args:
         query: [num_tokens, num_heads, head_size], fp32, fp16 or bf16; any token and head stride.

@@ -15,7 +15,8 @@ namespace int8kv {
 
 // Quantizes params.num_tokens keys and values into their slots.
 //
-// Requires: cache.data, cache.block_stride and cache.head_stride multiples of 16 bytes.
+// Requires: cache.data, cache.block_stride and cache.head_stride multiples of 16 bytes; at most 2^32
+// slots.
 cudaError_t launch_reshape_and_cache(const ReshapeAndCacheParams& params, cudaStream_t stream);
 
 // Writes keys and values of stretches of sequences as floats; rows from the smaller of num_rows and

@@ -43,11 +43,24 @@ class MmaItem {
   static constexpr int kColumns = 2 * kRowTiles;  // query rows whose scores a lane holds
   using Tiles = Stream<kSpans, kPlain>;
 
+  // Starts the first copies.
   __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
-      : p(params), item(work_item), keys(piece_keys(params, work_item, kRows)) {
+      : p(params),
+        item(work_item),
+        keys(piece_keys(params, work_item, kRows)),
+        stream{params,
+               params.block_table + work_item.seq * params.block_table_stride,
+               work_item.kv_head,
+               keys.any,
+               lane,
+               dynamic_shared() + warp * (kRing * kUnitBytes),
+               dynamic_shared() + Layout::kScales + warp * (kScaleSlots * kScaleBytes),
+               (keys.any.end + kTileSlots - 1) / kTileSlots} {
+    // A tile belongs to the warp of its number, wherever the piece begins.
+    const int32_t tile_begin = keys.any.begin / kTileSlots;
+    first_tile = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
+    stream.begin(first_tile);
     unsigned char* shared = dynamic_shared();
-    ring = shared + warp * (kRing * kUnitBytes);
-    scales = shared + Layout::kScales + warp * (kScaleSlots * kScaleBytes);
     query = reinterpret_cast<uint32_t*>(shared + Layout::kQuery);
     rows = reinterpret_cast<TileRows<kRows>*>(shared + Layout::kTileRows);
     states = reinterpret_cast<WarpStates<kRows>*>(shared + Layout::kStates);
@@ -89,29 +102,22 @@ class MmaItem {
   }
 
   __device__ void attend() {
-    const int32_t tile_begin = keys.any.begin / kTileSlots;
-    const int32_t tile_end = (keys.any.end + kTileSlots - 1) / kTileSlots;
-    // A tile belongs to the warp of its number, wherever the piece begins.
-    const int32_t first = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
-    const int32_t* block_table = p.block_table + item.seq * p.block_table_stride;
-    Tiles stream{p, block_table, item.kv_head, keys.any, lane, ring, scales, tile_end};
-    stream.begin(first);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) score_factor[c] = rows->score_factor[column_row(c)];
     int scale_slot = 0;
-    for (int32_t tile = first; tile < tile_end; tile += kAttentionWarps) {
+    for (int32_t tile = first_tile; tile < stream.tile_end; tile += kAttentionWarps) {
       float scores[4][kRowTiles][4] = {};
       uint4 k_scales, v_scales;
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
         stream.wait_unit();
         if (span == 0) {
-          const unsigned char* slot = scales + scale_slot * kScaleBytes + lane / 4 * 16;
+          const unsigned char* slot = stream.scales + scale_slot * kScaleBytes + lane / 4 * 16;
           k_scales = *reinterpret_cast<const uint4*>(slot);
           v_scales = *reinterpret_cast<const uint4*>(slot + kScaleBytes / 2);
           scale_slot = (scale_slot + 1) % kScaleSlots;
         }
-        multiply_keys(stream, span, scores);
+        multiply_keys(span, scores);
         stream.next_unit(span);
       }
       uint32_t weights[4][kRowTiles][2];
@@ -124,7 +130,7 @@ class MmaItem {
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
         stream.wait_unit();
-        multiply_values(stream, span, weights);
+        multiply_values(span, weights);
         stream.next_unit(kSpans + span);
       }
     }
@@ -134,7 +140,7 @@ class MmaItem {
   // Leaves this warp's state and output in shared memory; the caller synchronizes.
   __device__ void publish() {
     __syncwarp();  // no lane reads the ring any more
-    float* own = reinterpret_cast<float*>(ring);
+    float* own = reinterpret_cast<float*>(stream.ring);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       float total = sum[c];
@@ -204,7 +210,7 @@ class MmaItem {
   // The query row of a lane's column c of the scores and the output.
   INT8KV_DEVICE int column_row(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }
 
-  __device__ void multiply_keys(const Tiles& stream, int span, float (&scores)[4][kRowTiles][4]) {
+  __device__ void multiply_keys(int span, float (&scores)[4][kRowTiles][4]) {
 #pragma unroll
     for (int step = 0; step < kSpanDims / 16; ++step) {
       if (!kPlain && span * kSpanDims + step * 16 >= p.cache.head_size) break;
@@ -230,8 +236,7 @@ class MmaItem {
     }
   }
 
-  __device__ void multiply_values(const Tiles& stream, int span,
-                                  const uint32_t (&weights)[4][kRowTiles][2]) {
+  __device__ void multiply_values(int span, const uint32_t (&weights)[4][kRowTiles][2]) {
     if (!kPlain && span * kSpanDims >= p.cache.head_size) return;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -384,8 +389,8 @@ class MmaItem {
   const PieceKeys keys;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  unsigned char* ring;
-  unsigned char* scales;
+  Tiles stream;
+  int32_t first_tile;  // of this warp
   uint32_t* query;
   TileRows<kRows>* rows;
   WarpStates<kRows>* states;

@@ -54,6 +54,28 @@ __device__ Row<kPairs> load_value(const ReshapeAndCacheParams& p, int64_t token,
   return row;
 }
 
+// Where a slot is. 32 bits, in which division is cheap, hold every slot of a cache that fits a GPU.
+struct Place {
+  uint32_t block;
+  int32_t offset;
+};
+
+INT8KV_DEVICE Place place_of(const KVCache& cache, int64_t slot) {
+  const auto index = static_cast<uint32_t>(slot);
+  const auto block_size = static_cast<uint32_t>(cache.block_size);
+  const uint32_t block = index / block_size;
+  return {block, static_cast<int32_t>(index - block * block_size)};
+}
+
+// quantize_value(x, scale) with reciprocal = 1 / scale. The product is within 127.5 * 2^-22 of the
+// rounded quotient, so only what is that close to a tie takes the division.
+INT8KV_DEVICE int8_t quantize_by(float x, float scale, float reciprocal) {
+  const float steps = x * reciprocal;
+  const float rounded = rintf(steps);
+  const float from_tie = fabsf(fabsf(steps - rounded) - 0.5f);
+  return from_tie < 1e-4f ? quantize_value(x, scale) : static_cast<int8_t>(rounded);
+}
+
 // Quantizes one token; store(pair, code, code) gets the codes, the scale goes to `scales[0]`.
 template <int kPairs, typename Store>
 __device__ void quantize_token(const ReshapeAndCacheParams& p, bool is_key, int64_t token,
@@ -62,8 +84,9 @@ __device__ void quantize_token(const ReshapeAndCacheParams& p, bool is_key, int6
                            : load_value<kPairs>(p, token, kv_head, lane);
   const uint16_t scale_bits = scale_bits_from_amax(warp_amax(row));
   const float scale = bf16_bits_to_float(scale_bits);
+  const float reciprocal = divide(1.0f, scale);
   for_each_pair(row, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
-    store(pair, quantize_value(x[0], scale), quantize_value(x[1], scale));
+    store(pair, quantize_by(x[0], scale, reciprocal), quantize_by(x[1], scale, reciprocal));
   });
   if (lane == 0) *scales = scale_bits;
 }
@@ -83,7 +106,6 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int warp = threadIdx.x / 32;
   const int kv_head = blockIdx.y;
   const bool is_key = blockIdx.z == 0;
-  const int block_size = cache.block_size;
   const int64_t scale_plane = is_key ? cache.k_scales() : cache.v_scales();
 
   for (int64_t window = int64_t{blockIdx.x} * kWarps; window < p.num_tokens;
@@ -107,18 +129,18 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int64_t slot = slots[lane + 32 * part];
-      const bool is_start =
-          slot >= 0 && slot % kSlotGroup == 0 && group_runs(runs, lane + 32 * part);
+      const bool is_start = slot >= 0 && static_cast<uint32_t>(slot) % kSlotGroup == 0 &&
+                            group_runs(runs, lane + 32 * part);
       starts |= static_cast<uint64_t>(ballot(is_start)) << (32 * part);
     }
     const int first = group_start_in_window(starts);
 
     // The group that starts in this window, into shared memory.
     if (first >= 0) {
-      const int64_t slot = slots[first] + warp;
+      const Place place = place_of(cache, slots[first] + warp);
       uint16_t* scales =
-          reinterpret_cast<uint16_t*>(cache.chunk(slot / block_size, kv_head) + scale_plane) +
-          slot % block_size;
+          reinterpret_cast<uint16_t*>(cache.chunk(place.block, kv_head) + scale_plane) +
+          place.offset;
       quantize_token<kPairs>(p, is_key, window - kReach + first + warp, kv_head, lane, scales,
                              [&](int pair, int8_t a, int8_t b) {
                                if (is_key) {
@@ -132,9 +154,10 @@ __global__ void __launch_bounds__(kWarps * 32)
 
     // This warp's token of the window, if no group has it.
     const int64_t slot = slots[kReach + warp];
-    if (slot >= 0 && !(starts >> (kReach + warp - slot % kSlotGroup) & 1)) {
-      int8_t* chunk = cache.chunk(slot / block_size, kv_head);
-      const auto offset = static_cast<int32_t>(slot % block_size);
+    const int in_group = static_cast<int>(static_cast<uint32_t>(slot) % kSlotGroup);
+    if (slot >= 0 && !(starts >> (kReach + warp - in_group) & 1)) {
+      const auto [block, offset] = place_of(cache, slot);
+      int8_t* chunk = cache.chunk(block, kv_head);
       uint16_t* scales = reinterpret_cast<uint16_t*>(chunk + scale_plane) + offset;
       quantize_token<kPairs>(p, is_key, window + warp, kv_head, lane, scales,
                              [&](int pair, int8_t a, int8_t b) {
@@ -150,12 +173,11 @@ __global__ void __launch_bounds__(kWarps * 32)
     // The group's full lines, to the cache: one 16-byte vector per thread.
     __syncthreads();
     if (first >= 0 && static_cast<int>(threadIdx.x) < cache.head_size) {
-      const int64_t group_slot = slots[first];
-      const auto offset = static_cast<int32_t>(group_slot % block_size);
+      const auto [block, offset] = place_of(cache, slots[first]);
       const int vector = threadIdx.x;
       const int64_t byte = is_key ? k_group_vector_byte(cache, offset, vector)
                                   : v_group_vector_byte(cache, offset, vector);
-      *reinterpret_cast<uint4*>(cache.chunk(group_slot / block_size, kv_head) + byte) =
+      *reinterpret_cast<uint4*>(cache.chunk(block, kv_head) + byte) =
           *reinterpret_cast<const uint4*>(tile + 16 * vector);
     }
     __syncthreads();
@@ -176,6 +198,9 @@ cudaError_t launch(const ReshapeAndCacheParams& params, cudaStream_t stream) {
 cudaError_t launch_reshape_and_cache(const ReshapeAndCacheParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0 || params.cache.num_kv_heads == 0) return cudaSuccess;
   if (!is_vector_aligned(params.cache)) return cudaErrorMisalignedAddress;
+  if (params.cache.num_blocks > (int64_t{1} << 32) / params.cache.block_size) {
+    return cudaErrorInvalidValue;
+  }
   const int head_size = params.cache.head_size;
   if (head_size <= 64) return launch<1>(params, stream);
   if (head_size <= 128) return launch<2>(params, stream);
