@@ -10,7 +10,8 @@ Every engine is a process of its own, started in turn (A B C A B C ...), and run
 different prompts, of real text unless the weights are random, and prefill first; then the steps in which all of them
 decode are timed at the client, from one output to the next. Before anything is recorded, the first token of at least
 3 of 4 sequences must be the one `auto` gives; random weights prefer no token by much, there it is only recorded.
-Every round ends with a record per format over the rounds so far, so that an interrupted run keeps what it measured.
+After every engine there is a record per workload over the rounds so far, so that an interrupted run keeps what it
+measured.
 A format that vLLM does not run on this device is named and left out.
 """
 
@@ -39,7 +40,7 @@ from vllm_int8kv import models
 
 IMPLS = {
     Device.cpu: ("auto", "fp8", "int8_custom"),
-    Device.cuda: ("auto", "fp8", "int8_per_token_head", "int8_custom"),
+    Device.cuda: ("auto", "int8_custom", "fp8", "int8_per_token_head"),
 }
 MIN_AGREEMENT = 0.75
 RANDOM_WEIGHTS = "dummy"
@@ -190,27 +191,26 @@ def main(
                     progress.update(task, description=f"{impl}, {where}, round {turn} of {rounds}")
                     answers[impl].append(run_engine(plan, count))
                     progress.advance(task)
-                failed |= not keep_round(plans, answers, count, out, console)
+                    failed |= not keep(plan, answers[impl], answers["auto"], count, out, console)
     sys.exit(1 if failed else 0)
 
 
-def keep_round(
-    plans: dict[str, Plan], answers: dict[str, list[dict]], num_threads: int | None, out: Path, console: Console
+def keep(
+    plan: Plan, answers: list[dict], of_auto: list[dict], num_threads: int | None, out: Path, console: Console
 ) -> bool:
-    """Record every format whose answers agree with those of `auto`. Returns whether all do."""
+    """Record each workload of a format whose answers agree with those of `auto`. Returns whether all do."""
     all_agree = True
-    for impl, plan in plans.items():
-        for index, workload in enumerate(plan.workloads):
-            ours, auto = ([answer["answers"][index] for answer in answers[name]] for name in (impl, "auto"))
-            share = min(agreement(*pair) for pair in zip(ours, auto, strict=True))
-            name = f"{impl}, {workload.num_seqs} x {workload.seq_len}"
-            if share < MIN_AGREEMENT and not plan.has_random_weights:
-                console.print(f"[red]{name}: {share:.0%} of the first tokens are those of auto; not recorded")
-                all_agree = False
-                continue
-            line = to_record(plan, workload, ours, answers[impl][-1]["backends"], share, num_threads)
-            record.append(line, out)
-            console.print(f"{name}, {line.n} steps: {line.tok_per_s} tokens/s, first tokens agree {share:.0%}")
+    for index, workload in enumerate(plan.workloads):
+        ours, auto = ([answer["answers"][index] for answer in rounds] for rounds in (answers, of_auto))
+        share = min(agreement(*pair) for pair in zip(ours, auto, strict=True))
+        name = f"{plan.kv_cache_dtype}, {workload.num_seqs} x {workload.seq_len}"
+        if share < MIN_AGREEMENT and not plan.has_random_weights:
+            console.print(f"[red]{name}: {share:.0%} of the first tokens are those of auto; not recorded")
+            all_agree = False
+            continue
+        line = to_record(plan, workload, ours, answers[-1]["backends"], share, num_threads)
+        record.append(line, out)
+        console.print(f"{name}, {line.n} steps: {line.tok_per_s} tokens/s, first tokens agree {share:.0%}")
     return all_agree
 
 

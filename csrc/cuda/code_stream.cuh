@@ -10,7 +10,7 @@
 
 namespace int8kv {
 
-constexpr int kRing = 3;
+constexpr int kRing = 2;
 constexpr int kUnitBytes = kSpanVectors * 32 * 16;
 constexpr int kScaleSlots = 2;           // tiles whose scales are on their way
 constexpr int kScaleBytes = 2 * 8 * 16;  // K and V scales of one tile
@@ -48,38 +48,42 @@ struct Stream {
   int lane;
   unsigned char* ring;    // this warp's
   unsigned char* scales;  // this warp's
-  int32_t tile_end;
 
   int32_t tile = 0;  // of the next unit to copy
   int scale_slot = 0;
   int write = 0, read = 0;  // ring positions
   int32_t block = 0;        // of this lane's slot group of `tile`, fetched one tile early
+  int32_t slot = 0;         // of the group's first key in its block
   bool is_seen = false;     // whether any row sees a key of the group; others may have no block
   const int8_t* k_source = nullptr;
   const int8_t* v_source = nullptr;
 
-  INT8KV_DEVICE int32_t group_key() const {
-    return tile * kTileSlots + copy_group(lane) * kSlotGroup;
-  }
+  INT8KV_DEVICE int32_t tile_end() const { return (keys.end + kTileSlots - 1) / kTileSlots; }
+
   INT8KV_DEVICE void fetch_block() {
-    const int32_t key = group_key();
-    is_seen = tile < tile_end && key < keys.end && key + kSlotGroup > keys.begin;
-    if (is_seen) block = block_table[key / p.cache.block_size];
+    const int32_t key = tile * kTileSlots + copy_group(lane) * kSlotGroup;
+    is_seen = tile < tile_end() && key < keys.end && key + kSlotGroup > keys.begin;
+    if (is_seen) {
+      const auto block_size = static_cast<uint32_t>(p.cache.block_size);
+      const uint32_t index = static_cast<uint32_t>(key) / block_size;
+      slot = key - static_cast<int32_t>(index * block_size);
+      block = block_table[index];
+    }
   }
 
   INT8KV_DEVICE void start_tile() {
     const KVCache& cache = p.cache;
-    const int slot = group_key() % cache.block_size;
+    // As KVCache::k_code and v_code of a group's first slot have it, in 32 bits.
+    const int32_t codes = cache.block_size * cache.head_size;
     const int8_t* chunk = cache.chunk(block, kv_head);
-    k_source = chunk + cache.k_code(slot, 0) + copy_byte(lane);
-    v_source = chunk + cache.v_code(slot, 0) + copy_byte(lane);
+    k_source = chunk + slot * cache.head_size + copy_byte(lane);
+    v_source = chunk + codes + slot * kDimGroup + copy_byte(lane);
     // 16 K scales and 16 V scales of the group: two lanes each.
     if (is_seen && lane % 8 < 4) {
-      const bool is_value = lane % 4 >= 2;
-      const int64_t plane = is_value ? cache.v_scales() : cache.k_scales();
+      const int is_value = lane % 4 / 2;
       copy_async_16(scales + scale_slot * kScaleBytes + is_value * (kScaleBytes / 2) +
                         copy_group(lane) * 32 + lane % 2 * 16,
-                    chunk + plane + slot * 2 + lane % 2 * 16);
+                    chunk + 2 * codes + is_value * 2 * cache.block_size + slot * 2 + lane % 2 * 16);
     }
     scale_slot = (scale_slot + 1) % kScaleSlots;
   }

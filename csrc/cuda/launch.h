@@ -15,8 +15,8 @@ namespace int8kv {
 
 // Quantizes params.num_tokens keys and values into their slots.
 //
-// Requires: cache.data, cache.block_stride and cache.head_stride multiples of 16 bytes; at most 2^32
-// slots.
+// Requires: cache.data, cache.block_stride and cache.head_stride multiples of 16 bytes; at most
+// 2^32 slots.
 cudaError_t launch_reshape_and_cache(const ReshapeAndCacheParams& params, cudaStream_t stream);
 
 // Writes keys and values of stretches of sequences as floats; rows from the smaller of num_rows and
@@ -27,7 +27,7 @@ cudaError_t launch_gather_cache(const GatherCacheParams& params, cudaStream_t st
 
 // Bytes of device memory that launch_paged_attention() needs on the current device, a few for every
 // thread block that it holds at once and none for a sequence:
-//   2 * num_blocks * rows_per_tile * (head_size + 2) * 4 + 16 * num_blocks
+//   2 * num_blocks * rows_per_tile * (head_size + 2) * 4 + 20 * num_blocks
 cudaError_t paged_attention_workspace_bytes(const PagedAttentionParams& params, size_t* bytes);
 
 // Attention of every row over its sequence's keys. The thread blocks that the device holds at once

@@ -14,6 +14,7 @@ struct TileRows {
   float alibi_slope[kRows];
   int32_t position[kRows];
   KeyRange visible[kRows];
+  KeyRange seen_by_all;  // of the piece's keys or more
 };
 
 // The states of the warps at the end of an item.

@@ -7,22 +7,20 @@ namespace int8kv {
 namespace {
 
 // Merges the pieces of the items that several blocks share: a block per joint and row, a thread per
-// dim. The weight of a piece is computed anew by every thread, so that no load of an output waits
-// for anything but the largest score.
+// dim. Every thread weighs the pieces itself, so that the loads of outputs wait for nothing.
 __global__ void __launch_bounds__(kAttentionThreads)
     combine_pieces_kernel(const __grid_constant__ PagedAttentionParams p,
                           const __grid_constant__ Workspace workspace) {
+  constexpr int kBatch = 16;  // loads in flight
   const auto block = static_cast<int32_t>(blockIdx.x);
   const auto rows_per_tile = static_cast<int32_t>(gridDim.y);
   const auto r = static_cast<int32_t>(blockIdx.y);
   const Joint joint = workspace.joints[block];
   if (joint.last_block < 0) return;
   WorkItem item{};
-  item.seq = joint.seq;
+  item.query_len = joint.query_len;
   item.kv_head = joint.kv_head;
   item.row_tile = joint.row_tile;
-  item.query_begin = p.query_start_loc[item.seq];
-  item.query_len = p.query_start_loc[item.seq + 1] - item.query_begin;
   const QueryRow row = query_row(p, item, rows_per_tile, r);
   if (!row.exists) return;
 
@@ -31,6 +29,17 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int64_t slot = 2 * (int64_t{block} + piece) + (piece == 0);
     return slot * rows_per_tile + r;
   };
+  const int head_size = p.cache.head_size;
+  float outs[kBatch];
+  const auto load_outs = [&](int32_t first, int dim) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const bool exists = first + i < num_pieces && dim < head_size;
+      outs[i] = exists ? workspace.out[partial_of(first + i) * head_size + dim] : 0.0f;
+    }
+  };
+  load_outs(0, static_cast<int>(threadIdx.x));
+
   // Every warp for itself: the state over all pieces, lane by lane, then over the lanes.
   const int lane = threadIdx.x % 32;
   float max = kMinusInfinity;
@@ -46,15 +55,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
   const SoftmaxState total{max, warp_sum(sum)};
 
-  const int64_t token = int64_t{item.query_begin} + row.query;
+  const int64_t token = int64_t{joint.query_begin} + row.query;
   const float factor = finish_row(p, total, token, row.head, threadIdx.x == 0);
-  for (int dim = threadIdx.x; dim < p.cache.head_size; dim += kAttentionThreads) {
+  for (int dim = static_cast<int>(threadIdx.x); dim < head_size; dim += kAttentionThreads) {
+    if (dim >= kAttentionThreads) load_outs(0, dim);
     float out = 0.0f;
-#pragma unroll 16
-    for (int32_t piece = 0; piece < num_pieces; ++piece) {
-      const int64_t partial = partial_of(piece);
-      const float weight = expf(workspace.states[partial].max - origin);
-      out += weight * workspace.out[partial * p.cache.head_size + dim];
+    for (int32_t first = 0; first < num_pieces; first += kBatch) {
+      if (first > 0) load_outs(first, dim);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i >= num_pieces) break;
+        out += expf(workspace.states[partial_of(first + i)].max - origin) * outs[i];
+      }
     }
     store_out(p, token, row.head, dim, out * factor);
   }

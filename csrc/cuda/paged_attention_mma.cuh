@@ -16,13 +16,19 @@
 
 namespace int8kv {
 
-// Blocks per multiprocessor that the registers are to allow. Turing's shared memory holds one.
-template <int kSpans, int kRowTiles>
+// Blocks per multiprocessor that the registers are to allow: as many as the shared memory holds, or
+// as do without spilling.
+template <int kSpans, int kRowTiles, bool kPlain>
 constexpr int kResidentBlocks =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     1;
+#elif defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    2;
 #else
-    kSpans <= 2 && kRowTiles == 1 ? 3 : 2;
+    kSpans > 2 || kRowTiles > 1 ? 2
+    : kPlain                    ? 4
+                                : 3;
 #endif
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -46,18 +52,15 @@ class MmaItem {
   // Starts the first copies.
   __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
       : p(params),
-        item(work_item),
-        keys(piece_keys(params, work_item, kRows)),
         stream{params,
                params.block_table + work_item.seq * params.block_table_stride,
                work_item.kv_head,
-               keys.any,
+               piece_keys(params, work_item, kRows),
                lane,
                dynamic_shared() + warp * (kRing * kUnitBytes),
-               dynamic_shared() + Layout::kScales + warp * (kScaleSlots * kScaleBytes),
-               (keys.any.end + kTileSlots - 1) / kTileSlots} {
+               dynamic_shared() + Layout::kScales + warp * (kScaleSlots * kScaleBytes)} {
     // A tile belongs to the warp of its number, wherever the piece begins.
-    const int32_t tile_begin = keys.any.begin / kTileSlots;
+    const int32_t tile_begin = stream.keys.begin / kTileSlots;
     first_tile = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
     stream.begin(first_tile);
     unsigned char* shared = dynamic_shared();
@@ -69,7 +72,8 @@ class MmaItem {
   }
 
   // Writes the query operands and TileRows; the caller synchronizes.
-  __device__ void load_queries() {
+  __device__ void load_queries(const WorkItem& item) {
+    if (threadIdx.x == 0) rows->seen_by_all = keys_all_see(p, item, kRows);
     for (int r = warp; r < kRows; r += kAttentionWarps) {
       const QueryRow row = query_row(p, item, kRows, r);
       Row<kSpans> values = {};
@@ -102,30 +106,23 @@ class MmaItem {
   }
 
   __device__ void attend() {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) score_factor[c] = rows->score_factor[column_row(c)];
     int scale_slot = 0;
-    for (int32_t tile = first_tile; tile < stream.tile_end; tile += kAttentionWarps) {
+    for (int32_t tile = first_tile; tile < stream.tile_end(); tile += kAttentionWarps) {
       float scores[4][kRowTiles][4] = {};
-      uint4 k_scales, v_scales;
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
         stream.wait_unit();
-        if (span == 0) {
-          const unsigned char* slot = stream.scales + scale_slot * kScaleBytes + lane / 4 * 16;
-          k_scales = *reinterpret_cast<const uint4*>(slot);
-          v_scales = *reinterpret_cast<const uint4*>(slot + kScaleBytes / 2);
-          scale_slot = (scale_slot + 1) % kScaleSlots;
-        }
         multiply_keys(span, scores);
         stream.next_unit(span);
       }
+      const unsigned char* scale_bytes = stream.scales + scale_slot * kScaleBytes + lane / 4 * 16;
+      scale_slot = (scale_slot + 1) % kScaleSlots;
       uint32_t weights[4][kRowTiles][2];
       const int32_t tile_key = tile * kTileSlots;
-      if (tile_key >= keys.all.begin && tile_key + kTileSlots <= keys.all.end) {
-        softmax<false>(tile_key, k_scales, v_scales, scores, weights);
+      if (tile_key >= rows->seen_by_all.begin && tile_key + kTileSlots <= rows->seen_by_all.end) {
+        softmax<false>(tile_key, scale_bytes, scores, weights);
       } else {
-        softmax<true>(tile_key, k_scales, v_scales, scores, weights);
+        softmax<true>(tile_key, scale_bytes, scores, weights);
       }
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
@@ -165,8 +162,9 @@ class MmaItem {
     if (lane == 0) states->unit[warp] = power_of_two(unit_exponent - kWeightExponent);
   }
 
-  // Merges the warps' outputs in their order and writes the rows.
-  __device__ void store(const Workspace& workspace) {
+  // Merges the warps' outputs in their order and writes the rows of `item`, which need not stay in
+  // registers until then.
+  __device__ void store(const WorkItem& item, const Workspace& workspace) {
     const int head_size = p.cache.head_size;
     for (int r = warp; r < kRows; r += kAttentionWarps) {
       const QueryRow row = query_row(p, item, kRows, r);
@@ -264,10 +262,11 @@ class MmaItem {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int r = column_row(c);
+      const float factor = rows->score_factor[r];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
-        score *= scale_of(k_scales, i) * score_factor[c];
+        score *= scale_of(k_scales, i) * factor;
       }
       if (!kPlain && p.softcap > 0.0f) {
 #pragma unroll
@@ -285,8 +284,8 @@ class MmaItem {
       }
       if (kMasked) {
         const KeyRange visible = rows->visible[r];
-        const int32_t begin = max(visible.begin, keys.any.begin);
-        const int32_t end = min(visible.end, keys.any.end);
+        const int32_t begin = max(visible.begin, stream.keys.begin);
+        const int32_t end = min(visible.end, stream.keys.end);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
@@ -304,9 +303,10 @@ class MmaItem {
   // Updates the running state by one tile and turns its scores into the second operand of the
   // output: fp16 probabilities times V scales in units of 2^(unit_exponent - kWeightExponent).
   template <bool kMasked>
-  __device__ void softmax(int32_t tile_key, const uint4& k_scales, const uint4& v_scales,
+  __device__ void softmax(int32_t tile_key, const unsigned char* scale_bytes,
                           float (&scores)[4][kRowTiles][4], uint32_t (&weights)[4][kRowTiles][2]) {
-    finish_scores<kMasked>(tile_key, k_scales, scores);
+    finish_scores<kMasked>(tile_key, *reinterpret_cast<const uint4*>(scale_bytes), scores);
+    const uint4 v_scales = *reinterpret_cast<const uint4*>(scale_bytes + kScaleBytes / 2);
 
     // V scales of keys that no row sees may be anything, NaN included.
     const int32_t first_key = tile_key + k_lane_slot(lane);
@@ -315,7 +315,7 @@ class MmaItem {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int32_t key = first_key + i;
-      const bool is_seen = !kMasked || (key >= keys.any.begin && key < keys.any.end);
+      const bool is_seen = !kMasked || (key >= stream.keys.begin && key < stream.keys.end);
       v_factors[i] = is_seen ? scale_of(v_scales, i) : 0.0f;
       largest = fmaxf(largest, v_factors[i]);
     }
@@ -385,8 +385,6 @@ class MmaItem {
   }
 
   const PagedAttentionParams& p;
-  const WorkItem& item;
-  const PieceKeys keys;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   Tiles stream;
@@ -396,25 +394,26 @@ class MmaItem {
   WarpStates<kRows>* states;
 
   int unit_exponent = kMinUnitExponent;
-  float score_factor[kColumns];
   float max_score[kColumns];  // of every key so far, in units of log2
   float sum[kColumns] = {};   // of this lane's keys
   float out[kSpans][4][kRowTiles][4] = {};
 };
 
 template <int kSpans, int kRowTiles, bool kPlain>
-__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kSpans, kRowTiles>)
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kSpans, kRowTiles, kPlain>)
     paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
                                   const __grid_constant__ Workspace workspace) {
   using Item = MmaItem<kSpans, kRowTiles, kPlain>;
+  __shared__ WorkItem stored_item;
   for_each_work_item(p, Item::kRows, workspace, [&](const WorkItem& work_item) {
     Item item(p, work_item);
-    item.load_queries();
+    item.load_queries(work_item);
+    if (threadIdx.x == 0) stored_item = work_item;
     __syncthreads();
     item.attend();
     item.publish();
     __syncthreads();
-    item.store(workspace);
+    item.store(stored_item, workspace);
     __syncthreads();
   });
 }

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     const int32_t* block_table = p.block_table + item.seq * p.block_table_stride;
     const int32_t position = item.seq_len - item.query_len + row.query;
     const KeyRange visible = visible_keys(p, position, item.seq_len);
-    const KeyRange piece = piece_keys(p, item, kAttentionWarps).any;
+    const KeyRange piece = piece_keys(p, item, kAttentionWarps);
     const int32_t begin = max(visible.begin, piece.begin);
     const int32_t end = min(visible.end, piece.end);
 

@@ -67,13 +67,14 @@ INT8KV_DEVICE Place place_of(const KVCache& cache, int64_t slot) {
   return {block, static_cast<int32_t>(index - block * block_size)};
 }
 
-// quantize_value(x, scale) with reciprocal = 1 / scale. The product is within 127.5 * 2^-22 of the
-// rounded quotient, so only what is that close to a tie takes the division.
+// quantize_value(x, scale) with reciprocal = 1 / scale, correctly rounded: two corrections make the
+// quotient so too (Markstein, "Computation of elementary functions on the IBM RISC System/6000
+// processor", 1990). Division does the same, and tests for what sanitized values never are.
 INT8KV_DEVICE int8_t quantize_by(float x, float scale, float reciprocal) {
-  const float steps = x * reciprocal;
-  const float rounded = rintf(steps);
-  const float from_tie = fabsf(fabsf(steps - rounded) - 0.5f);
-  return from_tie < 1e-4f ? quantize_value(x, scale) : static_cast<int8_t>(rounded);
+  float steps = x * reciprocal;
+  steps = fmaf(fmaf(-steps, scale, x), reciprocal, steps);
+  steps = fmaf(fmaf(-steps, scale, x), reciprocal, steps);
+  return static_cast<int8_t>(rintf(steps));
 }
 
 // Quantizes one token; store(pair, code, code) gets the codes, the scale goes to `scales[0]`.
@@ -97,7 +98,7 @@ INT8KV_DEVICE void store_key_pair(int8_t* line, int8_t first, int8_t second) {
 }
 
 template <int kPairs>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, kPairs <= 4 ? 2 : 1)
     reshape_and_cache_kernel(const __grid_constant__ ReshapeAndCacheParams p) {
   alignas(16) __shared__ int8_t tile[kPairs * 64 * kSlotGroup];
   __shared__ int64_t slots[kSeen + 1];

@@ -18,10 +18,11 @@ constexpr int kAttentionThreads = kAttentionWarps * 32;
 
 // The first piece of an item that goes on in other blocks, in the block that has it.
 struct Joint {
-  int32_t seq;
-  int32_t kv_head;
-  int32_t row_tile;
   int32_t last_block;  // with a piece of the item; -1: there is no such item
+  int32_t query_begin;
+  int32_t query_len;
+  int32_t row_tile;
+  int32_t kv_head;
 };
 
 // Pieces of items. A block has at most two: the end of an item, at 2 * block, or one that an item
@@ -75,6 +76,7 @@ __device__ void for_each_work_item(const PagedAttentionParams& p, int rows_per_t
                                    const Workspace& workspace, Body&& body) {
   __shared__ int64_t work_end[kAttentionThreads];  // inclusive prefix sum over 128 sequences
   __shared__ int64_t warp_total[kAttentionWarps];
+  __shared__ int64_t line_total;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const auto work_of = [&](int32_t seq) {
@@ -102,17 +104,20 @@ __device__ void for_each_work_item(const PagedAttentionParams& p, int rows_per_t
   for (int32_t first = 0; first < p.num_seqs; first += kAttentionThreads) total += sum_up(first);
   const int32_t blocks = sharing_blocks(total, static_cast<int32_t>(gridDim.x));
   const auto block = static_cast<int32_t>(blockIdx.x);
-  Joint joint{0, 0, 0, -1};
-  int64_t next = block < blocks ? stretch_begin(total, block, blocks) : total;
-  const int64_t end = block < blocks ? stretch_begin(total, block + 1, blocks) : total;
-  int64_t base = 0;  // work of the sequences before `first`
-  for (int32_t first = 0; first < p.num_seqs && next < end; first += kAttentionThreads) {
-    const int64_t here = p.num_seqs <= kAttentionThreads ? total : sum_up(first);
-    while (next < end && next < base + here) {
+  if (threadIdx.x == 0) {
+    line_total = total;  // of thread 0 alone, to spare a register
+    workspace.joints[block] = {-1, 0, 0, 0, 0};
+  }
+  if (block >= blocks) return;
+  int64_t next = stretch_begin(total, block, blocks);  // counted from sequence `first`
+  auto left = static_cast<int32_t>(stretch_begin(total, block + 1, blocks) - next);
+  for (int32_t first = 0; first < p.num_seqs && left > 0; first += kAttentionThreads) {
+    if (p.num_seqs > kAttentionThreads) sum_up(first);
+    while (left > 0 && next < work_end[kAttentionThreads - 1]) {
       int low = 0, high = kAttentionThreads - 1;  // the first sequence that ends after `next`
       while (low < high) {
         const int middle = (low + high) / 2;
-        if (base + work_end[middle] > next) {
+        if (work_end[middle] > next) {
           high = middle;
         } else {
           low = middle + 1;
@@ -124,48 +129,57 @@ __device__ void for_each_work_item(const PagedAttentionParams& p, int rows_per_t
       item.query_len = p.query_start_loc[item.seq + 1] - item.query_begin;
       item.seq_len = p.seq_lens[item.seq];
       const SequenceWork work = work_of(item.seq);
-      const int64_t local = next - base - (low == 0 ? 0 : work_end[low - 1]);
-      const int64_t index = local / work.num_tiles;
-      const auto skipped = static_cast<int32_t>(local - index * work.num_tiles);
-      const int32_t left = work.num_tiles - skipped;
-      const int32_t taken = end - next < left ? static_cast<int32_t>(end - next) : left;
-      item.kv_head = static_cast<int32_t>(index / work.row_tiles);
-      item.row_tile = row_tile_of(static_cast<int32_t>(index % work.row_tiles), work.row_tiles);
-      item.tile_begin = work.first_tile + skipped;
-      item.tile_end = item.tile_begin + taken;
-      item.is_first = skipped == 0;
-      item.is_last = taken == left;
-      if (item.is_first && !item.is_last) {
-        const int64_t last_tile = next + work.num_tiles - 1;
-        joint = {item.seq, item.kv_head, item.row_tile, block_of_tile(total, last_tile, blocks)};
+      const int64_t local = next - (low == 0 ? 0 : work_end[low - 1]);
+      const int64_t index = divide(local, work.per_item());
+      const auto begin = static_cast<int32_t>(local - index * work.per_item());
+      const Piece piece = piece_of(work, begin, int64_t{begin} + left);
+      const int32_t rest = work.per_item() - begin;
+      next += rest;
+      left -= rest;  // negative if the item goes on in other blocks
+      if (piece.is_empty()) continue;
+      item.kv_head = static_cast<int32_t>(divide(index, work.row_tiles));
+      const auto row_index = static_cast<int32_t>(index - int64_t{item.kv_head} * work.row_tiles);
+      item.row_tile = row_tile_of(row_index, work.row_tiles);
+      item.tile_begin = work.first_tile + piece.begin;
+      item.tile_end = work.first_tile + piece.end;
+      item.is_first = piece.begin == 0;
+      item.is_last = piece.end == work.num_tiles;
+      if (threadIdx.x == 0 && item.is_first && !item.is_last) {
+        const int32_t all = sharing_blocks(line_total, static_cast<int32_t>(gridDim.x));
+        const int64_t last_place = stretch_begin(line_total, block + 1, all) - left - 1;
+        workspace.joints[block] = {block_at(line_total, last_place, all), item.query_begin,
+                                   item.query_len, item.row_tile, item.kv_head};
       }
       body(item);
-      next += taken;
     }
-    base += here;
+    next -= work_end[kAttentionThreads - 1];
   }
-  if (threadIdx.x == 0) workspace.joints[block] = joint;
 }
 
-// The keys of a piece that at least one row of its tile sees, and those that all of its rows see.
-struct PieceKeys {
-  KeyRange any;
-  KeyRange all;
-};
-
-INT8KV_DEVICE PieceKeys piece_keys(const PagedAttentionParams& p, const WorkItem& item,
-                                   int rows_per_tile) {
+// The keys of a piece that at least one row of its tile sees.
+INT8KV_DEVICE KeyRange piece_keys(const PagedAttentionParams& p, const WorkItem& item,
+                                  int rows_per_tile) {
   const QueryRow first = query_row(p, item, rows_per_tile, 0);
   const QueryRow last = query_row(p, item, rows_per_tile, rows_per_tile - 1);
   const int32_t before = item.seq_len - item.query_len;
   const int32_t last_query = last.exists ? last.query : item.query_len - 1;
-  const KeyRange of_first = visible_keys(p, before + first.query, item.seq_len);
-  const KeyRange of_last = visible_keys(p, before + last_query, item.seq_len);
   const int64_t end = int64_t{item.tile_end} * kTileSlots;
-  PieceKeys keys{{of_first.begin, of_last.end}, {of_last.begin, of_first.end}};
-  keys.any.begin = max(keys.any.begin, item.tile_begin * kTileSlots);
-  if (keys.any.end > end) keys.any.end = static_cast<int32_t>(end);
+  KeyRange keys{visible_keys(p, before + first.query, item.seq_len).begin,
+                visible_keys(p, before + last_query, item.seq_len).end};
+  keys.begin = max(keys.begin, item.tile_begin * kTileSlots);
+  if (keys.end > end) keys.end = static_cast<int32_t>(end);
   return keys;
+}
+
+// The keys that all rows of its tile see.
+INT8KV_DEVICE KeyRange keys_all_see(const PagedAttentionParams& p, const WorkItem& item,
+                                    int rows_per_tile) {
+  const QueryRow first = query_row(p, item, rows_per_tile, 0);
+  const QueryRow last = query_row(p, item, rows_per_tile, rows_per_tile - 1);
+  const int32_t before = item.seq_len - item.query_len;
+  const int32_t last_query = last.exists ? last.query : item.query_len - 1;
+  return {visible_keys(p, before + last_query, item.seq_len).begin,
+          visible_keys(p, before + first.query, item.seq_len).end};
 }
 
 // The chunk that holds slot `position`, which the caller has clamped to keys that a row sees.
