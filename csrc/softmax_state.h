@@ -46,9 +46,11 @@ INT8KV_HD float merge_sink(SoftmaxState& state, float sink) {
   return factors.left;
 }
 
-// log(sum_i exp(s_i)), natural; -inf for the empty state.
+// log(sum_i exp(s_i)), natural; -inf for the empty state. Where no maximum was found because scores
+// are NaN, the sum says so.
 INT8KV_HD float log_sum_exp(const SoftmaxState& state) {
-  return state.max == kMinusInfinity ? kMinusInfinity : state.max + ::logf(state.sum);
+  if (state.max == kMinusInfinity && state.sum == 0.0f) return kMinusInfinity;
+  return state.max + ::logf(state.sum);
 }
 
 }  // namespace int8kv

@@ -80,7 +80,7 @@ def test_a_graph_writes_other_slots(cuda):
 
 def test_blocks_beyond_two_gigabytes(cuda):
     """A layer's cache of 2.2 GB; the sequence lies at its end."""
-    num_blocks = 2**31 // (8 * 16 * 264) + 64
+    num_blocks = 2**31 // (8 * 16 * cache_layout.content_bytes(128)) + 64
     if torch.cuda.mem_get_info()[0] < 3 << 30:
         pytest.skip("needs 3 GB of free GPU memory")
     cache = cache_layout.allocate(num_blocks, 8, 16, 128, cuda)

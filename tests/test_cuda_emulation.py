@@ -189,3 +189,20 @@ def test_shared_memory_fits_every_gpu(kernels):
     """A launch that asks for more than Turing's 64 KiB returns an error, so this shape runs nowhere smaller."""
     batch = hostile.make_batch([(2, 70)], num_heads=16, num_kv_heads=1, head_size=256, dtype=torch.float16)
     check(kernels, batch, softmax_scale=0.0625)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-3.0, 6.0, 6)], ids=["", "sinks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_query_that_is_not_finite_spoils_no_other(kernels, dtype, sinks):
+    batch = hostile.make_batch([(1, 500), (3, 130)], num_heads=6, dtype=dtype)
+    kernels.set_mode(*MODES[0], BLOCKS[2])
+    out, lse = emulated_cuda.paged_attention(kernels, batch, softmax_scale=0.125, sinks=sinks)
+    query = batch.query.clone()
+    query[0, 2, 5], query[2, 0, 0] = torch.nan, torch.inf
+    spoiled = replace(batch, query=query)
+    spoiled_out, spoiled_lse = emulated_cuda.paged_attention(kernels, spoiled, softmax_scale=0.125, sinks=sinks)
+    for token, head in ((0, 2), (2, 0)):
+        assert spoiled_out[token, head].isnan().all() and spoiled_lse[head, token].isnan()
+        spoiled_out[token, head], spoiled_lse[head, token] = out[token, head], lse[head, token]
+    rows = slice(0, batch.num_tokens)
+    assert hostile.same_bits(spoiled_out[rows], out[rows]) and hostile.same_bits(spoiled_lse, lse)

@@ -175,12 +175,15 @@ def test_a_row_that_sees_no_key(kernel, sinks):
     assert torch.equal(lse[:, blind].cpu(), want.expand(8, 18))
 
 
-def test_a_query_that_is_not_finite_spoils_no_other(kernel):
-    batch = make_batch(MIXED, device=kernel)
-    out, lse = attend(batch, softmax_scale=0.125)
+@wide_and_narrow
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["", "sinks"])
+def test_a_query_that_is_not_finite_spoils_no_other(kernel, sinks, dtype):
+    batch = make_batch(MIXED, dtype=dtype, device=kernel)
+    options = {"softmax_scale": 0.125, "sinks": None if sinks is None else sinks.to(kernel)}
+    out, lse = attend(batch, **options)
     query = batch.query.clone()
     query[0, 3, 5], query[8, 0, 0] = torch.nan, torch.inf
-    spoiled_out, spoiled_lse = attend(dataclasses.replace(batch, query=query), softmax_scale=0.125)
+    spoiled_out, spoiled_lse = attend(dataclasses.replace(batch, query=query), **options)
     for token, head in ((0, 3), (8, 0)):
         assert spoiled_out[token, head].isnan().all() and spoiled_lse[head, token].isnan()
         spoiled_out[token, head], spoiled_lse[head, token] = out[token, head], lse[head, token]

@@ -164,7 +164,15 @@ def test_flash_attention_of_vllm_is_called_as_it_is_written(monkeypatch):
 
 def test_pytorch_knows_what_its_flash_attention_is_given():
     arguments = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
-    assert arguments >= {"scale", "window_size_left", "window_size_right", "alibi_slopes"}
+    assert arguments >= {"scale", "window_size_left", "window_size_right"}
+
+
+def test_alibi_and_softcap_are_not_for_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(varlen_attention, "_from_vllm", lambda *needs: None)
+    assert varlen_attention.find("cuda", torch.float16, 64) is varlen_attention._torch_attention
+    assert varlen_attention.find("cuda", torch.float16, 64, alibi=True) is None
+    assert varlen_attention.find("cuda", torch.float16, 64, softcap=True) is None
 
 
 def test_an_older_gpu_has_none(monkeypatch):

@@ -47,7 +47,7 @@ def find(
     if torch.cuda.get_device_capability() < MIN_COMPUTE_CAPABILITY:
         return None
     found = _from_vllm(head_size, alibi, softcap)
-    if found is not None or softcap:
+    if found is not None or alibi or softcap:
         return found
     return _torch_attention
 
@@ -86,9 +86,11 @@ def _from_vllm(head_size: int, alibi: bool, softcap: bool) -> VarlenAttention | 
 
 
 def _torch_attention(call: VarlenCall) -> torch.Tensor:
-    """What `torch.nn.attention.varlen` calls, FlashAttention 2; its Python side knows no ALiBi."""
+    """What `torch.nn.attention.varlen` calls, FlashAttention 2, built without ALiBi."""
     if call.softcap:
         raise ValueError(f"PyTorch's FlashAttention has no softcap, got {call.softcap}")
+    if call.alibi_slopes is not None:
+        raise ValueError("PyTorch's FlashAttention is built without ALiBi, got alibi_slopes")
     left, right = (None if side < 0 else side for side in call.window)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         call.query,
@@ -104,7 +106,6 @@ def _torch_attention(call: VarlenCall) -> torch.Tensor:
         scale=call.softmax_scale,
         window_size_left=left,
         window_size_right=right,
-        alibi_slopes=call.alibi_slopes,
     )
     call.out.copy_(out)
     return lse

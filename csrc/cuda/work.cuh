@@ -223,7 +223,9 @@ INT8KV_DEVICE void store_out(const PagedAttentionParams& p, int64_t token, int h
 INT8KV_DEVICE float finish_row(const PagedAttentionParams& p, SoftmaxState state, int64_t token,
                                int head, bool writes_lse) {
   float factor = 1.0f;
+  const float poison = 0.0f * state.sum;  // NaN if a score was, which a sink must not hide
   if (p.sinks != nullptr) factor = merge_sink(state, p.sinks[head]);
+  state.sum += poison;
   if (p.lse != nullptr && writes_lse) p.lse[head * p.num_tokens + token] = log_sum_exp(state);
   return state.max == kMinusInfinity ? 0.0f : factor / state.sum;
 }
