@@ -23,35 +23,26 @@ constexpr int kReach = kSlotGroup - 1;  // a group begins at most this far befor
 constexpr int kSeen = 64;               // slots looked at, from `window - kReach`; 46 are used
 
 template <int kPairs>
-__device__ Row<kPairs> load_key(const ReshapeAndCacheParams& p, int64_t token, int kv_head,
-                                int lane) {
-  const int head_size = p.cache.head_size;
-  const int64_t offset = token * p.key_token_stride + kv_head * p.key_head_stride;
-  Row<kPairs> row = load_row<kPairs>(p.key, offset, p.dtype, head_size, lane);
-  const float* equalizer =
-      p.key_equalizer == nullptr ? nullptr : p.key_equalizer + int64_t{kv_head} * head_size;
-  for_each_pair(row, head_size, lane, [&](int pair, float (&x)[2]) {
-    x[0] = sanitize(x[0]);
-    x[1] = sanitize(x[1]);
-    if (equalizer != nullptr) {
-      x[0] = sanitize(x[0] / equalizer[2 * pair]);
-      x[1] = sanitize(x[1] / equalizer[2 * pair + 1]);
-    }
-  });
-  if (p.rotate_keys) warp_hadamard_rotate(row, head_size, lane);
-  return row;
+__device__ Row<kPairs> load_token(const ReshapeAndCacheParams& p, bool is_key, int64_t token,
+                                  int kv_head, int lane) {
+  const int64_t offset = is_key ? token * p.key_token_stride + kv_head * p.key_head_stride
+                                : token * p.value_token_stride + kv_head * p.value_head_stride;
+  return load_row<kPairs>(is_key ? p.key : p.value, offset, p.dtype, p.cache.head_size, lane);
 }
 
+// Equalizes and rotates.
 template <int kPairs>
-__device__ Row<kPairs> load_value(const ReshapeAndCacheParams& p, int64_t token, int kv_head,
-                                  int lane) {
-  const int64_t offset = token * p.value_token_stride + kv_head * p.value_head_stride;
-  Row<kPairs> row = load_row<kPairs>(p.value, offset, p.dtype, p.cache.head_size, lane);
-  for_each_pair(row, p.cache.head_size, lane, [](int, float (&x)[2]) {
-    x[0] = sanitize(x[0]);
-    x[1] = sanitize(x[1]);
-  });
-  return row;
+__device__ void transform_key(const ReshapeAndCacheParams& p, Row<kPairs>& row, int kv_head,
+                              int lane) {
+  const int head_size = p.cache.head_size;
+  if (p.key_equalizer != nullptr) {
+    const float* equalizer = p.key_equalizer + int64_t{kv_head} * head_size;
+    for_each_pair(row, head_size, lane, [&](int pair, float (&x)[2]) {
+      x[0] = sanitize(x[0] / equalizer[2 * pair]);
+      x[1] = sanitize(x[1] / equalizer[2 * pair + 1]);
+    });
+  }
+  if (p.rotate_keys) warp_hadamard_rotate(row, head_size, lane);
 }
 
 // Where a slot is. 32 bits, in which division is cheap, hold every slot of a cache that fits a GPU.
@@ -79,10 +70,13 @@ INT8KV_DEVICE int8_t quantize_by(float x, float scale, float reciprocal) {
 
 // Quantizes one token; store(pair, code, code) gets the codes, the scale goes to `scales[0]`.
 template <int kPairs, typename Store>
-__device__ void quantize_token(const ReshapeAndCacheParams& p, bool is_key, int64_t token,
+__device__ void quantize_token(const ReshapeAndCacheParams& p, bool is_key, Row<kPairs> row,
                                int kv_head, int lane, uint16_t* scales, Store&& store) {
-  Row<kPairs> row = is_key ? load_key<kPairs>(p, token, kv_head, lane)
-                           : load_value<kPairs>(p, token, kv_head, lane);
+  for_each_pair(row, p.cache.head_size, lane, [](int, float (&x)[2]) {
+    x[0] = sanitize(x[0]);
+    x[1] = sanitize(x[1]);
+  });
+  if (is_key) transform_key(p, row, kv_head, lane);
   const uint16_t scale_bits = scale_bits_from_amax(warp_amax(row));
   const float scale = bf16_bits_to_float(scale_bits);
   const float reciprocal = divide(1.0f, scale);
@@ -111,6 +105,11 @@ __global__ void __launch_bounds__(kWarps * 32, kPairs <= 4 ? 2 : 1)
 
   for (int64_t window = int64_t{blockIdx.x} * kWarps; window < p.num_tokens;
        window += int64_t{gridDim.x} * kWarps) {
+    // This warp's token is on its way while the slots are looked at.
+    const int64_t own = window + warp;
+    Row<kPairs> row = {};
+    if (own < p.num_tokens) row = load_token<kPairs>(p, is_key, own, kv_head, lane);
+
     // Look at the slots of the window and of the tokens that may share a group with it.
     if (threadIdx.x <= kSeen) {
       const int64_t token = window - kReach + threadIdx.x;
@@ -142,7 +141,10 @@ __global__ void __launch_bounds__(kWarps * 32, kPairs <= 4 ? 2 : 1)
       uint16_t* scales =
           reinterpret_cast<uint16_t*>(cache.chunk(place.block, kv_head) + scale_plane) +
           place.offset;
-      quantize_token<kPairs>(p, is_key, window - kReach + first + warp, kv_head, lane, scales,
+      const int64_t token = window - kReach + first + warp;
+      Row<kPairs> member = row;
+      if (token != own) member = load_token<kPairs>(p, is_key, token, kv_head, lane);
+      quantize_token<kPairs>(p, is_key, member, kv_head, lane, scales,
                              [&](int pair, int8_t a, int8_t b) {
                                if (is_key) {
                                  store_key_pair(tile + k_tile_byte(warp, 2 * pair), a, b);
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kWarps * 32, kPairs <= 4 ? 2 : 1)
       const auto [block, offset] = place_of(cache, slot);
       int8_t* chunk = cache.chunk(block, kv_head);
       uint16_t* scales = reinterpret_cast<uint16_t*>(chunk + scale_plane) + offset;
-      quantize_token<kPairs>(p, is_key, window + warp, kv_head, lane, scales,
+      quantize_token<kPairs>(p, is_key, row, kv_head, lane, scales,
                              [&](int pair, int8_t a, int8_t b) {
                                if (is_key) {
                                  store_key_pair(chunk + cache.k_code(offset, 2 * pair), a, b);
