@@ -2,9 +2,7 @@
 
     python benchmarks/end_to_end.py                  SmolLM2-135M-Instruct on CPU
     python benchmarks/end_to_end.py --threads 1,2 --rounds 5
-    python benchmarks/dummy_model.py llama-3.1-8b build/dummy-llama-3.1-8b
-    python benchmarks/end_to_end.py --device cuda --model build/dummy-llama-3.1-8b --rounds 1 \\
-        --workload 8x1024 --workload 8x8192 --engine-args '{"load_format": "dummy"}'
+    python benchmarks/end_to_end.py --device cuda --random-weights llama-3.1-8b --workload 8x1024 --workload 16x8192
 
 Every engine is a process of its own, started in turn (A B C A B C ...), and runs all workloads. Its sequences get
 different prompts, of real text unless the weights are random, and prefill first; then the steps in which all of them
@@ -32,7 +30,7 @@ from rich.progress import Progress
 if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import record
+from benchmarks import dummy_model, record
 from benchmarks.peers import name_missing
 from benchmarks.record import Device
 from benchmarks.timing import require_gpu, summarize
@@ -157,6 +155,7 @@ def missing_impls(device: Device) -> dict[str, str]:
 def main(
     device: Annotated[Device, typer.Option(help="where to run")] = Device.cpu,
     model: Annotated[str, typer.Option(help="folder of a model; default: the embedded SmolLM2")] = "",
+    random_weights: Annotated[dummy_model.Shape | None, typer.Option(help="a model of this shape instead")] = None,
     workload: Annotated[
         list[str] | None, typer.Option(help="sequences x prompt tokens, default 8x4096; may be repeated")
     ] = None,
@@ -175,11 +174,15 @@ def main(
     elif threads:
         counts = [int(count) for count in threads.split(",")]
     workloads = [Workload.parse(text) for text in workload or ["8x4096"]]
+    args = device_args(device) | json.loads(engine_args)
+    if random_weights is not None:
+        folder = Path(tempfile.mkdtemp()) / random_weights
+        dummy_model.make_config(random_weights).save_pretrained(folder)
+        model, args = str(folder), args | {"load_format": RANDOM_WEIGHTS}
     model = model or str(models.smollm2())
     console, failed, missing = Console(), False, missing_impls(device)
     name_missing(missing)
     chosen = ("auto", *(impl for impl in impls.split(",") if impl != "auto")) if impls else IMPLS[device]
-    args = device_args(device) | json.loads(engine_args)
     plans = {impl: Plan(model, impl, workloads, steps, args) for impl in chosen if impl not in missing}
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(counts) * rounds * len(plans))

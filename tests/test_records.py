@@ -250,6 +250,45 @@ def test_kernels_measure_and_record(record, tmp_path):
     assert all(line.rel_error < 0.005 for line in record.read("write", tmp_path))
 
 
+def test_end_to_end_makes_a_model_of_random_weights(record, monkeypatch, tmp_path):
+    """Its answers need not agree, and nothing but its configuration is on disk."""
+    end_to_end = importlib.import_module("benchmarks.end_to_end")
+    monkeypatch.setattr(importlib.import_module("benchmarks.cpu_peers"), "missing", dict)
+
+    def run_engine(plan, num_threads):
+        assert json.loads((Path(plan.model) / "config.json").read_text())["num_hidden_layers"] == 32
+        assert plan.engine_args == {"load_format": "dummy", "block_size": 16}
+        tokens = [["auto", "fp8", "int8_custom"].index(plan.kv_cache_dtype)] * 4
+        answer = {"times_us": [1000.0], "first_tokens": tokens, "prefill_s": 2.0}
+        return {"backends": ["SOME"], "answers": [answer] * len(plan.workloads)}
+
+    monkeypatch.setattr(end_to_end, "run_engine", run_engine)
+    with pytest.raises(SystemExit) as exit_:
+        end_to_end.main(
+            random_weights=end_to_end.dummy_model.Shape.llama_8b,
+            workload=["4x16", "4x32"],
+            rounds=1,
+            threads="1",
+            engine_args='{"block_size": 16}',
+            out=tmp_path,
+        )
+    assert exit_.value.code == 0
+    lines = record.read("end_to_end", tmp_path)
+    assert [(line.case["model"], line.case["seq_len"]) for line in lines] == 3 * [
+        ("llama-3.1-8b", 16),
+        ("llama-3.1-8b", 32),
+    ]
+    assert [line.metrics["first_token_agreement"] for line in lines] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert [line.metrics["prefill_tok_per_s"] for line in lines[:2]] == [32.0, 64.0]
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "0x4", "8x4x2", "ax4"])
+def test_a_workload_is_two_numbers(record, text):
+    end_to_end = importlib.import_module("benchmarks.end_to_end")
+    with pytest.raises(end_to_end.typer.BadParameter, match="expected sequences x context, as 8x4096"):
+        end_to_end.Workload.parse(text)
+
+
 @pytest.mark.parametrize(
     ("agree", "missing", "recorded"),
     [
