@@ -6,69 +6,79 @@
 namespace int8kv {
 namespace {
 
-// Merges the pieces of the items that several blocks share: a block per joint and row, a thread per
-// dim. Every thread weighs the pieces itself, so that the loads of outputs wait for nothing.
+// Merges the pieces of the items that several blocks share: a block per joint, a warp per row, four
+// dims per lane. Every lane weighs the pieces itself, so that the loads of outputs wait for
+// nothing.
 __global__ void __launch_bounds__(kAttentionThreads)
-    combine_pieces_kernel(const __grid_constant__ PagedAttentionParams p,
+    combine_pieces_kernel(const __grid_constant__ PagedAttentionParams p, int rows_per_tile,
                           const __grid_constant__ Workspace workspace) {
   constexpr int kBatch = 16;  // loads in flight
+  constexpr int kLaneDims = 4;
   const auto block = static_cast<int32_t>(blockIdx.x);
-  const auto rows_per_tile = static_cast<int32_t>(gridDim.y);
-  const auto r = static_cast<int32_t>(blockIdx.y);
   const Joint joint = workspace.joints[block];
   if (joint.last_block < 0) return;
   WorkItem item{};
   item.query_len = joint.query_len;
   item.kv_head = joint.kv_head;
   item.row_tile = joint.row_tile;
-  const QueryRow row = query_row(p, item, rows_per_tile, r);
-  if (!row.exists) return;
-
-  const int32_t num_pieces = joint.last_block - block + 1;
-  const auto partial_of = [&](int32_t piece) {
-    const int64_t slot = 2 * (int64_t{block} + piece) + (piece == 0);
-    return slot * rows_per_tile + r;
-  };
   const int head_size = p.cache.head_size;
-  float outs[kBatch];
-  const auto load_outs = [&](int32_t first, int dim) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const bool exists = first + i < num_pieces && dim < head_size;
-      outs[i] = exists ? workspace.out[partial_of(first + i) * head_size + dim] : 0.0f;
-    }
-  };
-  load_outs(0, static_cast<int>(threadIdx.x));
-
-  // Every warp for itself: the state over all pieces, lane by lane, then over the lanes.
   const int lane = threadIdx.x % 32;
-  float max = kMinusInfinity;
-  for (int32_t piece = lane; piece < num_pieces; piece += 32) {
-    max = fmaxf(max, workspace.states[partial_of(piece)].max);
-  }
-  max = warp_max(max);
-  const float origin = max == kMinusInfinity ? 0.0f : max;
-  float sum = 0.0f;
-  for (int32_t piece = lane; piece < num_pieces; piece += 32) {
-    const SoftmaxState state = workspace.states[partial_of(piece)];
-    sum += expf(state.max - origin) * state.sum;
-  }
-  const SoftmaxState total{max, warp_sum(sum)};
+  const int32_t num_pieces = joint.last_block - block + 1;
 
-  const int64_t token = int64_t{joint.query_begin} + row.query;
-  const float factor = finish_row(p, total, token, row.head, threadIdx.x == 0);
-  for (int dim = static_cast<int>(threadIdx.x); dim < head_size; dim += kAttentionThreads) {
-    if (dim >= kAttentionThreads) load_outs(0, dim);
-    float out = 0.0f;
-    for (int32_t first = 0; first < num_pieces; first += kBatch) {
-      if (first > 0) load_outs(first, dim);
+  for (int r = threadIdx.x / 32; r < rows_per_tile; r += kAttentionWarps) {
+    const QueryRow row = query_row(p, item, rows_per_tile, r);
+    if (!row.exists) continue;
+    const auto partial_of = [&](int32_t piece) {
+      const int64_t slot = 2 * (int64_t{block} + piece) + (piece == 0);
+      return slot * rows_per_tile + r;
+    };
+    float4 outs[kBatch];
+    const auto load_outs = [&](int32_t first, int dim) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (first + i >= num_pieces) break;
-        out += expf(workspace.states[partial_of(first + i)].max - origin) * outs[i];
+        if (first + i >= num_pieces || dim >= head_size) break;
+        const float* out = workspace.out + partial_of(first + i) * head_size + dim;
+        outs[i] = *reinterpret_cast<const float4*>(out);
+      }
+    };
+    load_outs(0, kLaneDims * lane);
+
+    // The state over all pieces, lane by lane, then over the lanes.
+    float max = kMinusInfinity;
+    for (int32_t piece = lane; piece < num_pieces; piece += 32) {
+      max = fmaxf(max, workspace.states[partial_of(piece)].max);
+    }
+    max = warp_max(max);
+    const float origin = max == kMinusInfinity ? 0.0f : max;
+    float sum = 0.0f;
+    for (int32_t piece = lane; piece < num_pieces; piece += 32) {
+      const SoftmaxState state = workspace.states[partial_of(piece)];
+      sum += expf(state.max - origin) * state.sum;
+    }
+    const SoftmaxState total{max, warp_sum(sum)};
+
+    const int64_t token = int64_t{joint.query_begin} + row.query;
+    const float factor = finish_row(p, total, token, row.head, lane == 0);
+    for (int dim = kLaneDims * lane; dim < head_size; dim += kLaneDims * 32) {
+      if (dim >= kLaneDims * 32) load_outs(0, dim);
+      float x[kLaneDims] = {};
+      for (int32_t first = 0; first < num_pieces; first += kBatch) {
+        if (first > 0) load_outs(first, dim);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (first + i >= num_pieces) break;
+          const float weight = expf(workspace.states[partial_of(first + i)].max - origin);
+          x[0] += weight * outs[i].x;
+          x[1] += weight * outs[i].y;
+          x[2] += weight * outs[i].z;
+          x[3] += weight * outs[i].w;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kLaneDims; ++i) {
+        store_out(p, token, row.head, dim + i, x[i] * factor);
       }
     }
-    store_out(p, token, row.head, dim, out * factor);
   }
 }
 
@@ -163,8 +173,8 @@ cudaError_t launch_paged_attention(const PagedAttentionParams& params, void* wor
     error = launch_kernel(kKernel, dim3(blocks), kAttentionThreads,
                           static_cast<size_t>(shared_bytes), stream, params, parts);
     if (error != cudaSuccess) return error;
-    return launch_kernel(combine_pieces_kernel, dim3(blocks, static_cast<unsigned>(rows_per_tile)),
-                         kAttentionThreads, 0, stream, params, parts);
+    return launch_kernel(combine_pieces_kernel, dim3(blocks), kAttentionThreads, 0, stream, params,
+                         rows_per_tile, parts);
   });
 }
 
