@@ -88,12 +88,14 @@ INT8KV_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 #endif
 }
 
-// Copies 16 bytes to shared memory without waiting, past the L1 cache, and has the whole line brought
-// to the L2 cache, where the neighbours want theirs (1 to 2 % faster on an H200); Turing waits.
+// Copies 16 bytes to shared memory without waiting, past the L1 cache, and has the whole line
+// brought to the L2 cache, where the neighbours want theirs (1 to 2 % faster on an H200); Turing
+// waits.
 INT8KV_DEVICE void copy_async_16(void* shared, const void* global) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global)
+               : "memory");
 #else
   *static_cast<uint4*>(shared) = __ldcg(static_cast<const uint4*>(global));
 #endif
