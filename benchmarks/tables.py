@@ -269,7 +269,7 @@ def gpu_table(results: Path) -> str:
     """Every case on the GPU measured last, and how many times faster we are than each of the others there."""
     measured = gpu_groups(results)
     if not measured:
-        return "_Never measured: `make gpu-check` on a machine with a GPU._"
+        return "_No records yet: `make gpu-check` on a machine with a GPU._"
     others = sorted({impl for group in measured for impl in group} - {"int8_custom"})
     rows = []
     for group in measured:
