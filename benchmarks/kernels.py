@@ -40,8 +40,8 @@ from benchmarks.timing import Budget, CallOnce, ReadBandwidth, ReadMeter, Timing
 
 DEFAULT_OUT = "benchmarks/results, with --quick none"
 
-MIN_GRAPH_CALLS = 8
-"""In a CUDA graph, so that its launch, several microseconds, is a small part of the time."""
+MIN_GPU_CALLS = 8
+"""Timed together, so that starting them, several microseconds, is a small part of the time."""
 ATTEMPTS = 3
 """How often a case is timed anew because something else was using the cores."""
 
@@ -64,10 +64,14 @@ def measure(
     step = layers.write_call if is_write else layers.attend_call
     calls = {peer.name: step(peer) for peer in peers}
     repeats = 1
-    if layers.device == Device.cuda and case.what != What.prefill:
-        repeats = max(layers.num_copies, MIN_GRAPH_CALLS)
-        calls = graphs(calls, repeats, left_out)
-        peers = [peer for peer in peers if peer.name in calls]
+    if layers.device == Device.cuda:
+        repeats = MIN_GPU_CALLS
+        if case.what == What.prefill:  # vLLM queues it layer by layer
+            calls = {name: timing.repeated(call, repeats) for name, call in calls.items()}
+        else:
+            repeats = max(layers.num_copies, repeats)
+            calls = graphs(calls, repeats, left_out)
+            peers = [peer for peer in peers if peer.name in calls]
     for _ in range(ATTEMPTS):
         before = meter.measure()  # also evicts what the checks left in the last-level cache
         timings = timing.interleave(calls, budget, meter.clock, repeats)
@@ -102,7 +106,7 @@ def graphs(calls: dict[str, CallOnce], repeats: int, left_out: Counter[str]) -> 
     captured = {}
     for name, call in calls.items():
         try:
-            captured[name] = timing.gpu_graph(call, repeats)
+            captured[name] = timing.GpuGraph(call, repeats)
         except Exception as error:  # whatever a foreign kernel raises, the rest is measured
             if name.startswith("int8_custom"):
                 raise

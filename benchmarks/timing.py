@@ -1,7 +1,7 @@
 """The only timer: interleaved implementations, cold cache, median and spread, and the machine's read bandwidth.
 
-What is inside the timed region is one call, Python wrapper included; on a GPU, for what vLLM replays from a CUDA graph,
-a graph of several, and the time is that of one of them. What is outside: everything that vLLM
+What is inside the timed region is one call, Python wrapper included; on a GPU several, as one
+CUDA graph where vLLM replays one, and the time is that of one of them. What is outside: everything that vLLM
 does once per step for all layers, the read-out of the clocks, and the choice of the next cold operands.
 """
 
@@ -101,16 +101,33 @@ def gpu_clock(call: CallOnce, turn: int) -> tuple[int, int]:
     return round(begin.elapsed_time(end) * 1e6), 0
 
 
-def gpu_graph(call: CallOnce, turns: int) -> CallOnce:
-    """`turns` calls, one after the other, as one CUDA graph, so that what is timed is not Python: as vLLM decodes.
+class GpuGraph:
+    """Several calls, one after the other, as one CUDA graph, so that what is timed is not Python: as vLLM decodes.
 
-    Every one of them must have run before.
+    Args:
+        call: every one of its turns must have run before.
+        turns: how many calls are captured.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for turn in range(turns):
-            call(turn)
-    return lambda _: graph.replay()
+
+    def __init__(self, call: CallOnce, turns: int) -> None:
+        self.call = call  # owns the tensors that the graph goes on using
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for turn in range(turns):
+                call(turn)
+
+    def __call__(self, turn: int) -> None:
+        self.graph.replay()
+
+
+def repeated(call: CallOnce, turns: int) -> CallOnce:
+    """`turns` calls without a wait between them."""
+
+    def run(turn: int) -> None:
+        for again in range(turns):
+            call(turn * turns + again)
+
+    return run
 
 
 def require_gpu() -> None:

@@ -1,6 +1,9 @@
 """The cases of `kernels.py`, and what of its GPU side a CPU can run."""
 
+import contextlib
+import gc
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,3 +118,27 @@ def test_a_failed_check_does_not_stop_the_others_and_shows_in_the_exit_status(tm
     summary = capsys.readouterr().out.split("=== summary")[1]
     for line in ("fails        failed with 3", "hangs        stopped after 5 s", "works        passed"):
         assert line in summary
+
+
+def test_a_graph_keeps_alive_what_it_uses(monkeypatch):
+    """A graph that outlives the tensors of its call reads freed memory: FlashAttention's metadata, once."""
+    timing = module("timing")
+    replays = []
+
+    class Graph:
+        def replay(self):
+            replays.append(buffer())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+
+    def make_call():
+        tensor = torch.ones(3)
+        return (lambda turn: tensor.add_(1)), weakref.ref(tensor)
+
+    call, buffer = make_call()
+    graph = timing.GpuGraph(call, 2)
+    del call
+    gc.collect()
+    graph(0)
+    assert replays[0] is not None and replays[0].tolist() == [3.0] * 3
