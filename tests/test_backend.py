@@ -22,23 +22,6 @@ def test_metadata_are_the_buffers_of_vllm():
     assert metadata.query_start_loc is buffers["query_start_loc"]
 
 
-def test_profiling_takes_the_workspace_of_the_largest_batch(monkeypatch):
-    """The operator allocates by the number of sequences, and takes a batch of no tokens."""
-    batches, paged_attention = [], ops.paged_attention
-
-    def attend(*args, **options):
-        batches.append(args)
-        return paged_attention(*args, **options)
-
-    monkeypatch.setattr(ops, "paged_attention", attend)
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=256))
-    layer = SimpleNamespace(vllm_config=config, num_kv_heads=2, head_size=64, scale=0.125, prefill_attention=None)
-    backend.Int8KVImpl.take_workspace(layer, torch.randn(8, 4, 64))
-    ((query, _, block_table, seq_lens, query_start_loc),) = batches
-    assert query.shape == (0, 4, 64)
-    assert (block_table.shape, seq_lens.shape, query_start_loc.shape) == ((256, 1), (256,), (257,))
-
-
 def config(max_num_batched_tokens: int = 512, max_model_len: int = 40960) -> SimpleNamespace:
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=8),
@@ -55,18 +38,18 @@ def test_the_prefill_workspace_holds_a_step_and_its_windows(max_model_len, windo
 
 
 def test_profiling_reserves_the_prefill_workspace(monkeypatch):
+    """vLLM profiles with a step that has no metadata."""
     sizes = []
     layer = SimpleNamespace(
         vllm_config=config(),
-        num_kv_heads=2,
-        head_size=64,
-        scale=0.125,
         sliding_window=None,
         prefill_attention=print,
         prefill_workspace=lambda num_rows, query: sizes.append(num_rows),
     )
-    backend.Int8KVImpl.take_workspace(layer, torch.randn(8, 4, 64))
-    assert sizes == [512 + prefill.MAX_CONTEXT_ROWS]
+    monkeypatch.setattr(backend.calibration, "attend", lambda layer, query, key, value, output: output.zero_())
+    tensors = torch.ones(4, 8, 4, 64)
+    output = backend.Int8KVImpl.forward(layer, None, *tensors[:3], None, None, tensors[3])
+    assert sizes == [512 + prefill.MAX_CONTEXT_ROWS] and not output.any()
 
 
 @pytest.mark.parametrize(

@@ -272,19 +272,6 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
             causal=True,
         )
 
-    def take_workspace(self, query: torch.Tensor) -> None:
-        """Allocate what attention over the largest batch needs, so that vLLM's memory profile counts it.
-
-        The partial results of split sequences depend on the number of sequences only; these have no tokens.
-        """
-        if self.prefill_attention is not None:
-            self.prefill_workspace(max_prefill_rows(self.vllm_config, self.sliding_window), query)
-        num_seqs, device = self.vllm_config.scheduler_config.max_num_seqs, query.device
-        zeros = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
-        kv_cache = cache_layout.allocate(1, self.num_kv_heads, cache_layout.SLOT_GROUP, self.head_size, device)
-        batch = (kv_cache, zeros[:num_seqs, None], zeros[:num_seqs], zeros)
-        ops.paged_attention(query[:0], *batch, softmax_scale=self.scale)
-
     def prefill_workspace(self, num_rows: int, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values for `prefill.attend`, shared by all layers."""
         shape = (num_rows, self.num_kv_heads, self.head_size)
@@ -334,8 +321,8 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("Int8KVImpl does not quantize its output; disable fuse_attn_quant")
         if attn_metadata is None:
-            if query.is_cuda:
-                self.take_workspace(query)
+            if self.prefill_attention is not None:  # so that the profile counts it; decode needs a few megabytes
+                self.prefill_workspace(max_prefill_rows(self.vllm_config, self.sliding_window), query)
             return calibration.attend(layer, query, key, value, output)
         key_equalizer = self.key_equalizer
         if layer.kv_sharing_target_layer_name is not None:  # the cache was written by another layer
