@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_int8kv import backend, ops, prefill
+from vllm_int8kv import backend, prefill
 
 
 def test_metadata_are_the_buffers_of_vllm():
