@@ -16,6 +16,10 @@ void set_mode(int copies_are_late, int fibers_fall, int resident) {
   emulation::resident = static_cast<unsigned>(resident);
 }
 
+void set_shared_bytes(int bytes) {
+  emulation::shared_bytes_of_a_block = static_cast<size_t>(bytes);
+}
+
 void set_l2_bytes(int64_t bytes) { emulation::l2_cache_bytes = bytes; }
 
 int reshape_and_cache(const ReshapeAndCacheParams* params) {

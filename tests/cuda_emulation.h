@@ -66,7 +66,8 @@ inline unsigned resident = 3;
 inline int64_t l2_cache_bytes = 4 << 20;
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kSharedBytes = 64 * 1024;  // what the smallest supported GPU has
+constexpr size_t kMostSharedBytes = 99 * 1024;
+inline size_t shared_bytes_of_a_block = 64 * 1024;  // what the smallest supported GPU has
 constexpr int kWarp = 32;
 
 [[noreturn]] inline void fail(const char* message) {
@@ -106,7 +107,7 @@ inline std::vector<Meeting> warps;
 inline Meeting block;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
-alignas(16) inline unsigned char shared_memory[kSharedBytes];
+alignas(16) inline unsigned char shared_memory[kMostSharedBytes];
 
 inline Fiber& self() { return *fibers[threadIdx.x]; }
 
@@ -364,7 +365,7 @@ inline void copy_async_commit() {
 template <int kPending>
 void copy_async_wait() {
   emulation::Fiber& fiber = emulation::self();
-  while (fiber.groups.size() > kPending) {
+  while (fiber.groups.size() > static_cast<size_t>(kPending)) {
     emulation::land(fiber.groups.front());
     fiber.groups.pop_front();
   }
@@ -402,7 +403,7 @@ inline cudaError_t l2_bytes(int64_t* bytes) {
 template <typename... Params>
 cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                           cudaStream_t, std::common_type_t<Params>... args) {
-  if (shared_bytes > emulation::kSharedBytes) return cudaErrorInvalidValue;
+  if (shared_bytes > emulation::shared_bytes_of_a_block) return cudaErrorInvalidValue;
   gridDim = grid;
   blockDim = dim3(static_cast<unsigned>(threads));
   emulation::body = [=] { kernel(args...); };
@@ -414,6 +415,11 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
       }
     }
   }
+  return cudaSuccess;
+}
+
+inline cudaError_t max_shared_bytes(int* bytes) {
+  *bytes = static_cast<int>(emulation::shared_bytes_of_a_block);
   return cudaSuccess;
 }
 

@@ -192,6 +192,19 @@ def gather_cache(
     assert kernels.gather_cache(ctypes.byref(params)) == 0
 
 
+def workspace_bytes(kernels: ctypes.CDLL, batch: Batch) -> int:
+    """What attention of a batch asks for: it grows with the rows per tile of the kernel that is chosen."""
+    num_tokens, num_heads, _ = batch.query.shape
+    params = PagedAttentionParams(
+        cache=cache_of(batch.kv_cache),
+        num_tokens=num_tokens,
+        num_seqs=len(batch.seq_lens),
+        num_heads=num_heads,
+        dtype=DTYPES[batch.query.dtype],
+    )
+    return kernels.workspace_bytes(ctypes.byref(params))
+
+
 def paged_attention(
     kernels: ctypes.CDLL,
     batch: Batch,

@@ -185,6 +185,26 @@ def test_v_scales_of_every_magnitude(kernels):
     check(kernels, batch, softmax_scale=0.125)
 
 
+@pytest.mark.parametrize("name", ["plain", "sliding-window", "non-causal-window", "softcap", "alibi", "sinks"])
+@pytest.mark.parametrize("head_size", [48, 64, 80, 128])
+def test_many_rows_in_one_pass(kernels, head_size, name):
+    """More than 16 query rows per KV head, on a GPU with shared memory for four row tiles: same answers as with two."""
+    options = {"softmax_scale": 0.1} | OPTIONS.get(name, {})
+    lens = [(9, 500), (1, 70), (14, 14), (12, 330)]
+    batch = hostile.make_batch(lens, num_heads=6, head_size=head_size, dtype=torch.bfloat16)
+    batch.values[0].mul_(10.0 ** torch.linspace(-6, 3, 500)[:, None, None])  # the unit of the weights grows
+    slots = batch.block_table[0, :32].long()[:, None] * 16 + torch.arange(16)
+    reference.reshape_and_cache(batch.keys[0], batch.values[0], batch.kv_cache, slots.flatten()[:500])
+    sizes = []
+    for shared_bytes in (48 << 10, 99 << 10):  # Turing has 64 KiB, which holds four of head_size 64
+        kernels.set_shared_bytes(shared_bytes)
+        for num_blocks in BLOCKS:
+            check(kernels, batch, num_blocks, **options)
+        sizes.append(emulated_cuda.workspace_bytes(kernels, batch))
+    kernels.set_shared_bytes(64 << 10)
+    assert sizes[1] > 1.9 * sizes[0], "four row tiles were not taken"
+
+
 def test_shared_memory_fits_every_gpu(kernels):
     """A launch that asks for more than Turing's 64 KiB returns an error, so this shape runs nowhere smaller."""
     batch = hostile.make_batch([(2, 70)], num_heads=16, num_kv_heads=1, head_size=256, dtype=torch.float16)

@@ -10,7 +10,6 @@
 
 namespace int8kv {
 
-constexpr int kRing = 2;
 constexpr int kUnitBytes = kSpanVectors * 32 * 16;
 constexpr int kScaleSlots = 2;           // tiles whose scales are on their way
 constexpr int kScaleBytes = 2 * 8 * 16;  // K and V scales of one tile
@@ -39,7 +38,7 @@ INT8KV_DEVICE float power_of_two(int biased) {
 }
 
 // One warp's way through its tiles. With kWholeSpans the head size is kSpans * 64.
-template <int kSpans, bool kWholeSpans>
+template <int kSpans, bool kWholeSpans, int kRing>
 struct Stream {
   const PagedAttentionParams& p;
   const int32_t* block_table;
@@ -121,15 +120,21 @@ struct Stream {
     for (int unit = 0; unit < kRing; ++unit) copy_unit(unit % (2 * kSpans));
   }
 
-  // Waits for the copies of all lanes.
-  INT8KV_DEVICE void wait_unit() {
-    copy_async_wait<kRing - 1>();
+  // Waits for the next kUnits units, as all lanes have copied them.
+  template <int kUnits>
+  INT8KV_DEVICE void wait_units() {
+    copy_async_wait<kRing - kUnits>();
     __syncwarp();
   }
-  INT8KV_DEVICE uint4 k_vector(int i) const { return vector_at(k_vector_byte(lane, i)); }
-  INT8KV_DEVICE uint4 v_vector(int i) const { return vector_at(v_vector_byte(lane, i)); }
+  // Vector i of the unit in use, or of one `ahead` of it, which is not wrapped around the ring.
+  INT8KV_DEVICE uint4 k_vector(int i, int ahead) const {
+    return vector_at((read + ahead) * kUnitBytes + k_vector_byte(lane, i));
+  }
+  INT8KV_DEVICE uint4 v_vector(int i) const {
+    return vector_at(read * kUnitBytes + v_vector_byte(lane, i));
+  }
   INT8KV_DEVICE uint4 vector_at(int byte) const {
-    return *reinterpret_cast<const uint4*>(ring + read * kUnitBytes + byte);
+    return *reinterpret_cast<const uint4*>(ring + byte);
   }
   // Gives unit `unit` of the tile in use back to the ring.
   INT8KV_DEVICE void next_unit(int unit) {

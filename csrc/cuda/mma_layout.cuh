@@ -25,17 +25,24 @@ struct WarpStates {
   float unit[kAttentionWarps];
 };
 
-// Dynamic shared memory: rings | scales | query operands | TileRows | WarpStates. A warp's ring
-// holds its output when an item ends.
+// Dynamic shared memory: rings | scales | query operands | TileRows | WarpStates | lane states. A
+// warp's ring holds its output when an item ends.
 template <int kSpans, int kRowTiles>
 struct MmaLayout {
+  // Row tiles whose scores are in registers at once; a warp goes over the keys of a tile once for
+  // each part, and for that holds a whole tile.
+  static constexpr int kPartTiles = kRowTiles < 2 ? kRowTiles : 2;
+  static constexpr int kParts = kRowTiles / kPartTiles;
+  static constexpr int kRing = kParts > 1 ? 2 * kSpans : 2;
   static constexpr int kRows = 8 * kRowTiles;
   static constexpr int kDims = kSpans * kSpanDims;
   static constexpr int kScales = kAttentionWarps * kRing * kUnitBytes;
   static constexpr int kQuery = kScales + kAttentionWarps * kScaleSlots * kScaleBytes;
   static constexpr int kTileRows = kQuery + kRows * kDims * kQueryTerms * 2;
   static constexpr int kStates = kTileRows + static_cast<int>(sizeof(TileRows<kRows>));
-  static constexpr int kBytes = kStates + static_cast<int>(sizeof(WarpStates<kRows>));
+  static constexpr int kLaneStates = kStates + static_cast<int>(sizeof(WarpStates<kRows>));
+  static constexpr int kLaneStateBytes = kParts > 1 ? 4 * kRowTiles* kAttentionThreads * 4 : 0;
+  static constexpr int kBytes = kLaneStates + kLaneStateBytes;
   static_assert(kRows * kDims * 4 <= kRing * kUnitBytes, "a warp's output must fit its ring");
 };
 

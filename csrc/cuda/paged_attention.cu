@@ -97,13 +97,21 @@ cudaError_t with_mma_kernel(const PagedAttentionParams& params, F&& f) {
                   : with_mma_kernel<kSpans, kRowTiles, false>(f);
 }
 
-// Two row tiles unless every sequence has one query token and a small group; a hint, both are right
-// for every batch.
+// As many row tiles as the query tokens of a sequence and the heads of a group need, and as the
+// device has shared memory for; a hint, all are right for every batch.
 template <int kSpans, typename F>
 cudaError_t with_mma_kernel(const PagedAttentionParams& params, F&& f) {
   const int group = params.num_heads / params.cache.num_kv_heads;
-  const bool is_small = params.num_tokens <= params.num_seqs && group <= 8;
-  return is_small ? with_mma_kernel<kSpans, 1>(params, f) : with_mma_kernel<kSpans, 2>(params, f);
+  const int64_t query_len = (params.num_tokens + params.num_seqs - 1) / params.num_seqs;
+  if (query_len * group <= 8) return with_mma_kernel<kSpans, 1>(params, f);
+  if (query_len * group > 16) {
+    int most_bytes = 0;
+    const cudaError_t error = max_shared_bytes(&most_bytes);
+    if (error != cudaSuccess) return error;
+    // The plain kernel spills with so many rows.
+    if (MmaLayout<kSpans, 4>::kBytes <= most_bytes) return with_mma_kernel<kSpans, 4, false>(f);
+  }
+  return with_mma_kernel<kSpans, 2>(params, f);
 }
 
 // Calls f<kernel>(rows_per_tile, shared_bytes) with the kernel for a batch.

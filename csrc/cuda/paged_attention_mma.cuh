@@ -46,8 +46,14 @@ class MmaItem {
  public:
   using Layout = MmaLayout<kSpans, kRowTiles>;
   static constexpr int kRows = Layout::kRows;
-  static constexpr int kColumns = 2 * kRowTiles;  // query rows whose scores a lane holds
-  using Tiles = Stream<kSpans, kPlain>;
+  static constexpr int kRing = Layout::kRing;
+  static constexpr int kParts = Layout::kParts;
+  static constexpr int kPartTiles = Layout::kPartTiles;
+  static constexpr int kColumns = 2 * kRowTiles;       // query rows that a lane has a column of
+  static constexpr int kPartColumns = 2 * kPartTiles;  // and their scores at once
+  using Scores = float[4][kPartTiles][4];
+  using Weights = uint32_t[4][kRowTiles][2];
+  using Tiles = Stream<kSpans, kPlain, kRing>;
 
   // Starts the first copies.
   __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
@@ -68,7 +74,10 @@ class MmaItem {
     rows = reinterpret_cast<TileRows<kRows>*>(shared + Layout::kTileRows);
     states = reinterpret_cast<WarpStates<kRows>*>(shared + Layout::kStates);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) max_score[c] = kMinusInfinity;
+    for (int c = 0; c < kColumns; ++c) {
+      row_max(c) = kMinusInfinity;
+      row_sum(c) = 0.0f;
+    }
   }
 
   // Writes the query operands and TileRows; the caller synchronizes.
@@ -108,25 +117,34 @@ class MmaItem {
   __device__ void attend() {
     int scale_slot = 0;
     for (int32_t tile = first_tile; tile < stream.tile_end(); tile += kAttentionWarps) {
-      float scores[4][kRowTiles][4] = {};
+      Weights weights;
+      Unit unit;
+      if (kParts > 1) stream.template wait_units<kSpans>();
 #pragma unroll
-      for (int span = 0; span < kSpans; ++span) {
-        stream.wait_unit();
-        multiply_keys(span, scores);
-        stream.next_unit(span);
+      for (int part = 0; part < kParts; ++part) {
+        Scores scores = {};
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+          if (kParts == 1) stream.template wait_units<1>();
+          multiply_keys(span, part, scores);
+          if (kParts == 1) stream.next_unit(span);
+        }
+        const int32_t tile_key = tile * kTileSlots;
+        const unsigned char* scale_bytes = stream.scales + scale_slot * kScaleBytes + lane / 4 * 16;
+        if (tile_key >= rows->seen_by_all.begin && tile_key + kTileSlots <= rows->seen_by_all.end) {
+          softmax<false>(tile_key, part, scale_bytes, unit, scores, weights);
+        } else {
+          softmax<true>(tile_key, part, scale_bytes, unit, scores, weights);
+        }
       }
-      const unsigned char* scale_bytes = stream.scales + scale_slot * kScaleBytes + lane / 4 * 16;
       scale_slot = (scale_slot + 1) % kScaleSlots;
-      uint32_t weights[4][kRowTiles][2];
-      const int32_t tile_key = tile * kTileSlots;
-      if (tile_key >= rows->seen_by_all.begin && tile_key + kTileSlots <= rows->seen_by_all.end) {
-        softmax<false>(tile_key, scale_bytes, scores, weights);
-      } else {
-        softmax<true>(tile_key, scale_bytes, scores, weights);
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        if (kParts > 1) stream.next_unit(span);
       }
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
-        stream.wait_unit();
+        stream.template wait_units<1>();
         multiply_values(span, weights);
         stream.next_unit(kSpans + span);
       }
@@ -140,12 +158,12 @@ class MmaItem {
     float* own = reinterpret_cast<float*>(stream.ring);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      float total = sum[c];
+      float total = row_sum(c);
 #pragma unroll
       for (int mask = 4; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
       const int r = column_row(c);
       if (lane < 4) {
-        states->max[warp][r] = max_score[c];
+        states->max[warp][r] = row_max(c);
         states->sum[warp][r] = total;
       }
 #pragma unroll
@@ -208,16 +226,28 @@ class MmaItem {
   // The query row of a lane's column c of the scores and the output.
   INT8KV_DEVICE int column_row(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }
 
-  __device__ void multiply_keys(int span, float (&scores)[4][kRowTiles][4]) {
+  // The largest score of column c's row so far, in units of log2, and the sum over this lane's
+  // keys: in shared memory where registers are few.
+  INT8KV_DEVICE float& row_max(int c) { return lane_state(c); }
+  INT8KV_DEVICE float& row_sum(int c) { return lane_state(kColumns + c); }
+  INT8KV_DEVICE float& lane_state(int i) {
+    if constexpr (kParts == 1) return state[i];
+    float* states_of_lanes = reinterpret_cast<float*>(dynamic_shared() + Layout::kLaneStates);
+    return states_of_lanes[i * kAttentionThreads + threadIdx.x];
+  }
+
+  __device__ void multiply_keys(int span, int part, Scores& scores) {
+    const int ahead = kParts > 1 ? span : 0;
 #pragma unroll
     for (int step = 0; step < kSpanDims / 16; ++step) {
       if (!kPlain && span * kSpanDims + step * 16 >= p.cache.head_size) break;
-      const uint4 first = stream.k_vector(2 * step);
-      const uint4 second = stream.k_vector(2 * step + 1);
-      uint4 q[kRowTiles];
+      const uint4 first = stream.k_vector(2 * step, ahead);
+      const uint4 second = stream.k_vector(2 * step + 1, ahead);
+      uint4 q[kPartTiles];
 #pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
-        const int operand = ((span * 4 + step) * kRowTiles + n) * 32 + lane;
+      for (int n = 0; n < kPartTiles; ++n) {
+        const int row_tile = part * kPartTiles + n;
+        const int operand = ((span * 4 + step) * kRowTiles + row_tile) * 32 + lane;
         q[n] = *reinterpret_cast<const uint4*>(query + 4 * operand);
       }
 #pragma unroll
@@ -226,7 +256,7 @@ class MmaItem {
         codes_to_half2(word_of(first, w), a[0], a[1]);
         codes_to_half2(word_of(second, w), a[2], a[3]);
 #pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) {
+        for (int n = 0; n < kPartTiles; ++n) {
           mma_m16n8k16(scores[w][n], a, q[n].x, q[n].y);
           mma_m16n8k16(scores[w][n], a, q[n].z, q[n].w);
         }
@@ -234,7 +264,7 @@ class MmaItem {
     }
   }
 
-  __device__ void multiply_values(int span, const uint32_t (&weights)[4][kRowTiles][2]) {
+  __device__ void multiply_values(int span, const Weights& weights) {
     if (!kPlain && span * kSpanDims >= p.cache.head_size) return;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -253,15 +283,14 @@ class MmaItem {
     }
   }
 
-  // Scores of this lane's 8 keys x kColumns rows, in units of log2: scaled, capped, biased and,
+  // Scores of this lane's 8 keys x kPartColumns rows, in units of log2: scaled, capped, biased and,
   // with kMasked, masked in place.
   template <bool kMasked>
-  __device__ void finish_scores(int32_t tile_key, const uint4& k_scales,
-                                float (&scores)[4][kRowTiles][4]) {
+  __device__ void finish_scores(int32_t tile_key, int part, const uint4& k_scales, Scores& scores) {
     const int32_t first_key = tile_key + k_lane_slot(lane);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int r = column_row(c);
+    for (int c = 0; c < kPartColumns; ++c) {
+      const int r = column_row(part * kPartColumns + c);
       const float factor = rows->score_factor[r];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -300,38 +329,57 @@ class MmaItem {
     return 1.0f - 2.0f / (exp2_fast(2.0f * kLog2e * x) + 1.0f);
   }
 
-  // Updates the running state by one tile and turns its scores into the second operand of the
-  // output: fp16 probabilities times V scales in units of 2^(unit_exponent - kWeightExponent).
-  template <bool kMasked>
-  __device__ void softmax(int32_t tile_key, const unsigned char* scale_bytes,
-                          float (&scores)[4][kRowTiles][4], uint32_t (&weights)[4][kRowTiles][2]) {
-    finish_scores<kMasked>(tile_key, *reinterpret_cast<const uint4*>(scale_bytes), scores);
-    const uint4 v_scales = *reinterpret_cast<const uint4*>(scale_bytes + kScaleBytes / 2);
+  // The unit of a tile's weights: by what those of the tile before are multiplied, and V scales.
+  struct Unit {
+    float change;
+    float from_scale;
+  };
 
-    // V scales of keys that no row sees may be anything, NaN included.
-    const int32_t first_key = tile_key + k_lane_slot(lane);
-    float v_factors[8];
+  // V scale of key i of this lane's 8. Those that no row sees may be anything, NaN included.
+  template <bool kMasked>
+  __device__ float value_scale(int32_t tile_key, const uint4& v_scales, int i) const {
+    const int32_t key = tile_key + k_lane_slot(lane) + i;
+    const bool is_seen = !kMasked || (key >= stream.keys.begin && key < stream.keys.end);
+    return is_seen ? scale_of(v_scales, i) : 0.0f;
+  }
+
+  // Raises the unit where a tile's V scales ask for it.
+  template <bool kMasked>
+  __device__ Unit next_unit(int32_t tile_key, const uint4& v_scales) {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int32_t key = first_key + i;
-      const bool is_seen = !kMasked || (key >= stream.keys.begin && key < stream.keys.end);
-      v_factors[i] = is_seen ? scale_of(v_scales, i) : 0.0f;
-      largest = fmaxf(largest, v_factors[i]);
+      largest = fmaxf(largest, value_scale<kMasked>(tile_key, v_scales, i));
     }
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
     const int exponent = max(unit_exponent, static_cast<int>(float_bits(largest) >> 23));
-    const float unit_change = power_of_two(127 + unit_exponent - exponent);
-    const float to_unit = power_of_two(254 - exponent + kWeightExponent);
+    const Unit unit{power_of_two(127 + unit_exponent - exponent),
+                    power_of_two(254 - exponent + kWeightExponent)};
     unit_exponent = exponent;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v_factors[i] *= to_unit;
+    return unit;
+  }
 
-    float rescale[kColumns];
+  // Updates the running state of a part's rows by one tile and turns its scores into the second
+  // operand of the output: fp16 probabilities times V scales in units of
+  // 2^(unit_exponent - kWeightExponent), which the first part finds.
+  template <bool kMasked>
+  __device__ void softmax(int32_t tile_key, int part, const unsigned char* scale_bytes, Unit& unit,
+                          Scores& scores, Weights& weights) {
+    finish_scores<kMasked>(tile_key, part, *reinterpret_cast<const uint4*>(scale_bytes), scores);
+    const uint4 v_scales = *reinterpret_cast<const uint4*>(scale_bytes + kScaleBytes / 2);
+    if (part == 0) unit = next_unit<kMasked>(tile_key, v_scales);
+    float v_factors[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v_factors[i] = value_scale<kMasked>(tile_key, v_scales, i) * unit.from_scale;
+    }
+
+    float rescale[kPartColumns];
     bool is_rescaled = false;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
+    for (int c = 0; c < kPartColumns; ++c) {
+      float& old_max = row_max(part * kPartColumns + c);
       float tile_max = kMinusInfinity;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -341,10 +389,10 @@ class MmaItem {
       for (int mask = 4; mask < 32; mask *= 2) {
         tile_max = fmaxf(tile_max, shuffle_xor(tile_max, mask));
       }
-      const float new_max = fmaxf(max_score[c], tile_max);
+      const float new_max = fmaxf(old_max, tile_max);
       const float origin = new_max == kMinusInfinity ? 0.0f : new_max;
-      const float decay = exp2_fast(max_score[c] - origin);
-      max_score[c] = new_max;
+      const float decay = exp2_fast(old_max - origin);
+      old_max = new_max;
       float tile_sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -353,8 +401,9 @@ class MmaItem {
         tile_sum += probability;
         score = probability * v_factors[i];
       }
-      sum[c] = sum[c] * decay + tile_sum;
-      rescale[c] = decay * unit_change;
+      float& total = row_sum(part * kPartColumns + c);
+      total = total * decay + tile_sum;
+      rescale[c] = decay * unit.change;
       is_rescaled |= rescale[c] != 1.0f;
     }
     if (ballot(is_rescaled) != 0) {  // rarely, once the largest score has been seen
@@ -363,9 +412,10 @@ class MmaItem {
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            out[span][v][c / 2][c % 2] *= rescale[c];
-            out[span][v][c / 2][c % 2 + 2] *= rescale[c];
+          for (int c = 0; c < kPartColumns; ++c) {
+            float (&x)[4] = out[span][v][part * kPartTiles + c / 2];
+            x[c % 2] *= rescale[c];
+            x[c % 2 + 2] *= rescale[c];
           }
         }
       }
@@ -375,11 +425,11 @@ class MmaItem {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
 #pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
+      for (int n = 0; n < kPartTiles; ++n) {
         const uint32_t even = transpose_8x8(pack_half2(scores[w][n][0], scores[w][n][1]));
         const uint32_t odd = transpose_8x8(pack_half2(scores[w][n][2], scores[w][n][3]));
-        weights[w][n][0] = byte_permute(even, odd, 0x5410);
-        weights[w][n][1] = byte_permute(even, odd, 0x7632);
+        weights[w][part * kPartTiles + n][0] = byte_permute(even, odd, 0x5410);
+        weights[w][part * kPartTiles + n][1] = byte_permute(even, odd, 0x7632);
       }
     }
   }
@@ -394,8 +444,7 @@ class MmaItem {
   WarpStates<kRows>* states;
 
   int unit_exponent = kMinUnitExponent;
-  float max_score[kColumns];  // of every key so far, in units of log2
-  float sum[kColumns] = {};   // of this lane's keys
+  float state[kParts == 1 ? 2 * kColumns : 1];
   float out[kSpans][4][kRowTiles][4] = {};
 };
 

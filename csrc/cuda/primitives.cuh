@@ -157,6 +157,14 @@ inline cudaError_t l2_bytes(int64_t* bytes) {
   return error;
 }
 
+// Shared memory that a thread block of the current device may have.
+inline cudaError_t max_shared_bytes(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 // Thread blocks of kKernel that the current device holds at once. Asked for once per device, since
 // the answer takes longer than a launch.
 template <auto kKernel>
