@@ -136,6 +136,18 @@ def test_a_decode_batch(kernels):
         assert hostile.same_bits(out, padded[:3])
 
 
+def test_a_batch_of_nothing(kernels):
+    batch = hostile.make_batch([(1, 300)], dtype=torch.bfloat16)
+    empty = torch.zeros(0, dtype=torch.int32)
+    for nothing in (
+        replace(batch, query=batch.query[:0]),
+        replace(batch, query=batch.query[:0], seq_lens=empty, query_start_loc=torch.zeros(1, dtype=torch.int32)),
+    ):
+        assert emulated_cuda.workspace_bytes(kernels, nothing) == 0
+        out, lse = emulated_cuda.paged_attention(kernels, nothing, softmax_scale=0.125)
+        assert len(out) == lse.shape[1] == 0
+
+
 def test_more_queries_than_keys(kernels):
     for dtype in (torch.float32, torch.float16):
         batch = hostile.make_batch([(6, 2), (20, 17)], dtype=dtype)

@@ -126,6 +126,10 @@ cudaError_t with_kernel(const PagedAttentionParams& params, F&& f) {
   return with_mma_kernel<4, 1>(params, f);
 }
 
+bool is_empty(const PagedAttentionParams& params) {
+  return params.num_tokens == 0 || params.num_seqs == 0 || params.num_heads == 0;
+}
+
 // What is launched for a batch, and the parts of its workspace in bytes.
 struct Plan {
   int num_blocks;
@@ -150,6 +154,8 @@ cudaError_t make_plan(const PagedAttentionParams& params, int rows_per_tile, int
 }  // namespace
 
 cudaError_t paged_attention_workspace_bytes(const PagedAttentionParams& params, size_t* bytes) {
+  *bytes = 0;
+  if (is_empty(params)) return cudaSuccess;
   Plan plan{};
   const cudaError_t error =
       with_kernel(params, [&]<auto kKernel>(int rows_per_tile, int shared_bytes) {
@@ -161,7 +167,7 @@ cudaError_t paged_attention_workspace_bytes(const PagedAttentionParams& params, 
 
 cudaError_t launch_paged_attention(const PagedAttentionParams& params, void* workspace,
                                    size_t workspace_bytes, cudaStream_t stream) {
-  if (params.num_tokens == 0 || params.num_seqs == 0 || params.num_heads == 0) return cudaSuccess;
+  if (is_empty(params)) return cudaSuccess;
   if (params.num_heads % params.cache.num_kv_heads != 0 || params.cache.head_size > kMaxHeadSize) {
     return cudaErrorInvalidValue;
   }
