@@ -345,7 +345,7 @@ class MmaItem {
 
   // Raises the unit where a tile's V scales ask for it.
   template <bool kMasked>
-  __device__ Unit next_unit(int32_t tile_key, const uint4& v_scales) {
+  __device__ Unit raise_unit(int32_t tile_key, const uint4& v_scales) {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -368,7 +368,7 @@ class MmaItem {
                           Scores& scores, Weights& weights) {
     finish_scores<kMasked>(tile_key, part, *reinterpret_cast<const uint4*>(scale_bytes), scores);
     const uint4 v_scales = *reinterpret_cast<const uint4*>(scale_bytes + kScaleBytes / 2);
-    if (part == 0) unit = next_unit<kMasked>(tile_key, v_scales);
+    if (part == 0) unit = raise_unit<kMasked>(tile_key, v_scales);
     float v_factors[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

@@ -156,16 +156,28 @@ __device__ void for_each_work_item(const PagedAttentionParams& p, int rows_per_t
   }
 }
 
-// The keys of a piece that at least one row of its tile sees.
-INT8KV_DEVICE KeyRange piece_keys(const PagedAttentionParams& p, const WorkItem& item,
-                                  int rows_per_tile) {
+// What the first and the last row of an item's tile see; those between see something between.
+struct TileRanges {
+  KeyRange first;
+  KeyRange last;
+};
+
+INT8KV_DEVICE TileRanges tile_ranges(const PagedAttentionParams& p, const WorkItem& item,
+                                     int rows_per_tile) {
   const QueryRow first = query_row(p, item, rows_per_tile, 0);
   const QueryRow last = query_row(p, item, rows_per_tile, rows_per_tile - 1);
   const int32_t before = item.seq_len - item.query_len;
   const int32_t last_query = last.exists ? last.query : item.query_len - 1;
+  return {visible_keys(p, before + first.query, item.seq_len),
+          visible_keys(p, before + last_query, item.seq_len)};
+}
+
+// The keys of a piece that at least one row of its tile sees.
+INT8KV_DEVICE KeyRange piece_keys(const PagedAttentionParams& p, const WorkItem& item,
+                                  int rows_per_tile) {
+  const TileRanges ranges = tile_ranges(p, item, rows_per_tile);
   const int64_t end = int64_t{item.tile_end} * kTileSlots;
-  KeyRange keys{visible_keys(p, before + first.query, item.seq_len).begin,
-                visible_keys(p, before + last_query, item.seq_len).end};
+  KeyRange keys{ranges.first.begin, ranges.last.end};
   keys.begin = max(keys.begin, item.tile_begin * kTileSlots);
   if (keys.end > end) keys.end = static_cast<int32_t>(end);
   return keys;
@@ -174,12 +186,8 @@ INT8KV_DEVICE KeyRange piece_keys(const PagedAttentionParams& p, const WorkItem&
 // The keys that all rows of its tile see.
 INT8KV_DEVICE KeyRange keys_all_see(const PagedAttentionParams& p, const WorkItem& item,
                                     int rows_per_tile) {
-  const QueryRow first = query_row(p, item, rows_per_tile, 0);
-  const QueryRow last = query_row(p, item, rows_per_tile, rows_per_tile - 1);
-  const int32_t before = item.seq_len - item.query_len;
-  const int32_t last_query = last.exists ? last.query : item.query_len - 1;
-  return {visible_keys(p, before + last_query, item.seq_len).begin,
-          visible_keys(p, before + first.query, item.seq_len).end};
+  const TileRanges ranges = tile_ranges(p, item, rows_per_tile);
+  return {ranges.last.begin, ranges.first.end};
 }
 
 // The chunk that holds slot `position`, which the caller has clamped to keys that a row sees.
