@@ -43,8 +43,8 @@ IMPLS = {
 MIN_AGREEMENT = 0.75
 RANDOM_WEIGHTS = "dummy"
 """vLLM's `load_format`"""
-MAX_GPU_STEP_TOKENS = 8192
-"""Of a prefill step, for every format: vLLM's default differs between GPUs."""
+DEVICE_ARGS = {Device.cpu: {}, Device.cuda: {"max_num_batched_tokens": 8192}}
+"""Arguments of every engine: vLLM's default for the tokens of a step differs between GPUs."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,6 @@ def to_record(
     )
 
 
-def device_args(device: Device) -> dict:
-    """Arguments of the engines that only a device needs."""
-    return {} if device == Device.cpu else {"max_num_batched_tokens": MAX_GPU_STEP_TOKENS}
-
-
 def missing_impls(device: Device) -> dict[str, str]:
     """Formats that vLLM does not run here, and why."""
     if device == Device.cuda:
@@ -174,7 +169,7 @@ def main(
     elif threads:
         counts = [int(count) for count in threads.split(",")]
     workloads = [Workload.parse(text) for text in workload or ["8x4096"]]
-    args = device_args(device) | json.loads(engine_args)
+    args = DEVICE_ARGS[device] | json.loads(engine_args)
     if random_weights is not None:
         folder = Path(tempfile.mkdtemp()) / random_weights
         dummy_model.make_config(random_weights).save_pretrained(folder)

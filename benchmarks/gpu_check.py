@@ -84,13 +84,13 @@ def stages(out: Path) -> Iterator[Stage]:
             options = ["--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "all"]
             checked = [sanitizer, "--tool", tool, "--kernel-regex", OUR_KERNELS, *options]
             yield Stage(tool, [*checked, *pytest, "-x", "-k", cases, *files], 40)
-    for script, seconds in (("kernels.py", 120), ("quantize.py", 60)):
-        path = record.ROOT / "benchmarks" / script
-        yield Stage(script, [sys.executable, str(path), "--device", "cuda", "--out", str(out)], seconds, is_check=False)
+    scripts = [("kernels.py", 120, []), ("quantize.py", 60, [])]
     if find_spec("vllm") is not None:
-        path = record.ROOT / "benchmarks" / "end_to_end.py"
-        command = [sys.executable, str(path), "--device", "cuda", "--out", str(out), *ENGINES]
-        yield Stage(path.name, command, 160, is_check=False)
+        scripts.append(("end_to_end.py", 160, ENGINES))
+    for script, seconds, options in scripts:
+        path = record.ROOT / "benchmarks" / script
+        command = [sys.executable, str(path), "--device", "cuda", "--out", str(out), *options]
+        yield Stage(script, command, seconds, is_check=False)
 
 
 def run(stage: Stage) -> str:
