@@ -84,12 +84,12 @@ struct Unit : AttentionUnit {
     return p.cache.chunk(p.block_table[seq * p.block_table_stride + slot / block_size],
                          head_begin + unit_head);
   }
-  // Products and weights are those of the rows of the head in hand.
-  int32_t *products(int32_t row, int32_t term) const {
-    return s.products + (term * num_rows + row % num_rows) * kTileSlots;
+  // Those of the rows [0, num_rows) of the head in hand.
+  int32_t *products(int32_t row_of_head, int32_t term) const {
+    return s.products + (term * num_rows + row_of_head) * kTileSlots;
   }
-  int16_t *weights(int32_t row, int32_t term) const {
-    return s.weights + (term * num_rows + row % num_rows) * kTileSlots;
+  int16_t *weights(int32_t row_of_head, int32_t term) const {
+    return s.weights + (term * num_rows + row_of_head) * kTileSlots;
   }
   // The terms of the queries of one head lie together.
   int16_t *query_terms(int32_t unit_head, int32_t term) const {

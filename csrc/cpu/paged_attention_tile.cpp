@@ -82,67 +82,77 @@ void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                  });
 }
 
-// Scores of one row in place of its products, -inf where it sees no key. Returns the maximum, lane
-// by lane.
-f32x16 score_row(Unit &u, int32_t row, int32_t tile_begin, int32_t tile_slots) {
+// A row of the head in hand, in one tile.
+struct TileRow {
+  int32_t row;        // of the unit
+  int32_t *products;  // [kTileSlots], then scores, then weights; those of the second term lie
+  int32_t *second;    // apart
+  int32_t tile_begin;
+  int32_t tile_slots;
+};
+
+// Scores of a row in place of its products, -inf where it sees no key. Returns the maximum, lane by
+// lane. kPlain: one term, all keys in sight, nothing but the scales.
+template <bool kPlain>
+INT8KV_INLINE f32x16 score_row(const Unit &u, const TileRow &t) {
   const PagedAttentionParams &p = u.p;
-  const Scratch &s = u.s;
-  int32_t *products = u.products(row, 0);
-  const int32_t *second = u.products(row, 1);
-  const int32_t begin = u.key_begin(row) - tile_begin, end = u.key_end(row) - tile_begin;
-  const float row_scale = s.row_scales[row];
+  const float *k_scales = u.s.k_scales;
+  const float row_scale = u.s.row_scales[t.row];
+  int32_t begin = 0, end = 0;
+  if (!kPlain) {
+    begin = u.key_begin(t.row) - t.tile_begin;
+    end = u.key_end(t.row) - t.tile_begin;
+  }
   const i32x16 lane = iota();
   f32x16 max_score = splat(kMinusInfinity);
-  for (int32_t i = 0; i < tile_slots; i += kLanes) {
-    f32x16 x = to_floats(load<i32x16>(products + i));
-    if (u.num_terms == 2) {
-      x += to_floats(load<i32x16>(second + i)) * (1.0f / kSecondTerm);
+  for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
+    f32x16 x = to_floats(load<i32x16>(t.products + i));
+    if (!kPlain && u.num_terms == 2) {
+      x += to_floats(load<i32x16>(t.second + i)) * (1.0f / kSecondTerm);
     }
-    x = x * row_scale * load<f32x16>(s.k_scales + i);
-    if (p.softcap > 0.0f) x = tanh(x / p.softcap) * p.softcap;
-    if (p.alibi_slopes) {
-      const i32x16 distance = lane + (tile_begin + i - u.position(row));
-      x += to_floats(distance) * p.alibi_slopes[u.head(row)];
+    x = x * row_scale * load<f32x16>(k_scales + i);
+    if (!kPlain && p.softcap > 0.0f) x = tanh(x / p.softcap) * p.softcap;
+    if (!kPlain && p.alibi_slopes) {
+      const i32x16 distance = lane + (t.tile_begin + i - u.position(t.row));
+      x += to_floats(distance) * p.alibi_slopes[u.head(t.row)];
     }
-    if (i < begin || i + kLanes > end) {
+    if (!kPlain && (i < begin || i + kLanes > end)) {
       const f32x16 slot = to_floats(lane + i);
       x = select(less(slot, splat(begin)), splat(kMinusInfinity), x);
       x = select(less(slot, splat(end)), x, splat(kMinusInfinity));
     }
     max_score = max(max_score, x);
-    store(products + i, x);
+    store(t.products + i, x);
   }
   return max_score;
 }
 
-// exp(score - shift) * v_scale of one row in place of its scores. Returns the sums of the
+// exp(score - shift) * v_scale of a row in place of its scores. Returns the sums of the
 // probabilities and leaves the largest weight, lane by lane.
-f32x16 weigh_row(Unit &u, int32_t row, float shift, int32_t tile_slots, f32x16 &max_weight) {
-  int32_t *scores = u.products(row, 0);
-  f32x16 sum = {};
-  max_weight = f32x16{};
-  for (int32_t i = 0; i < tile_slots; i += kLanes) {
-    const f32x16 probability = exp_negative(load<f32x16>(scores + i) - shift);
+INT8KV_INLINE f32x16 weigh_row(const float *v_scales, const TileRow &t, float shift,
+                               f32x16 &max_weight) {
+  f32x16 sum = {}, largest = {};
+  for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
+    const f32x16 probability = exp_negative(load<f32x16>(t.products + i) - shift);
     sum += probability;
     // By select, not by the product: keys out of sight may lie in a block that
     // was given back, and their scales may be NaN.
     const f32x16 weight =
-        select(less(f32x16{}, probability), probability * load<f32x16>(u.s.v_scales + i), f32x16{});
-    max_weight = max(max_weight, weight);
-    store(scores + i, weight);
+        select(less(f32x16{}, probability), probability * load<f32x16>(v_scales + i), f32x16{});
+    largest = max(largest, weight);
+    store(t.products + i, weight);
   }
+  max_weight = largest;
   return sum;
 }
 
-// The weights of one row as integer terms relative to `to_term`.
-void quantize_weights(Unit &u, int32_t row, float to_term, int32_t tile_slots) {
-  const int32_t *weights = u.products(row, 0);
-  for (int32_t i = 0; i < tile_slots; i += kLanes) {
-    const f32x16 x = load<f32x16>(weights + i) * to_term;
-    store(u.weights(row, 0) + i, round_to_16(x));
-    if (u.num_terms == 2) {
-      store(u.weights(row, 1) + i, round_to_16((x - round_even(x)) * kSecondTerm));
-    }
+// The weights of a row as integer terms relative to `to_term`; `second` is null if there is one.
+INT8KV_INLINE void quantize_weights(const TileRow &t, float to_term, int16_t *first,
+                                    int16_t *second) {
+  for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
+    const f32x16 x = load<f32x16>(t.products + i) * to_term;
+    store(first + i, round_to_16(x));
+    if (second) store(second + i, round_to_16((x - round_even(x)) * kSecondTerm));
   }
 }
 
@@ -153,9 +163,17 @@ void quantize_weights(Unit &u, int32_t row, float to_term, int32_t tile_slots) {
 void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slots) {
   Scratch &s = u.s;
   const int32_t first = unit_head * u.num_rows, num_rows = u.num_rows;
+  const auto row_of = [&](int32_t i) {
+    return TileRow{first + i, u.products(i, 0), u.products(i, 1), tile_begin, tile_slots};
+  };
+  // Rows are ordered by position: the last one's window and the first one's end bound all.
+  const int32_t padded_end = tile_begin + (tile_slots + kLanes - 1) / kLanes * kLanes;
+  const bool is_plain = u.num_terms == 1 && u.p.softcap == 0.0f && u.p.alibi_slopes == nullptr &&
+                        u.key_begin(num_rows - 1) <= tile_begin && u.key_end(0) >= padded_end;
   float tile_max[kMaxRows + kLanes] = {}, shifts[kMaxRows + kLanes], to_terms[kMaxRows];
   for (int32_t i = 0; i < num_rows; ++i) {
-    tile_max[i] = reduce_max(score_row(u, first + i, tile_begin, tile_slots));
+    const TileRow t = row_of(i);
+    tile_max[i] = reduce_max(is_plain ? score_row<true>(u, t) : score_row<false>(u, t));
   }
   for (int32_t i = 0; i < num_rows; i += kLanes) {
     const f32x16 old_max = load<f32x16>(s.maxes + first + i);
@@ -169,14 +187,17 @@ void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
   for (int32_t i = 0; i < num_rows; ++i) {
     const int32_t row = first + i;
     f32x16 max_weight;
-    const float sum = reduce_add(weigh_row(u, row, shifts[i], tile_slots, max_weight));
+    const float sum = reduce_add(weigh_row(s.v_scales, row_of(i), shifts[i], max_weight));
     const float weight_max = reduce_max(max_weight);
     s.maxes[row] = tile_max[i];
     s.sums[row] = s.sums[row] * s.rescales[i] + sum;
     s.weight_scales[i] = weight_max / kMaxTerm;
     to_terms[i] = weight_max > kMinWeight ? kMaxTerm / weight_max : 0.0f;
   }
-  for (int32_t i = 0; i < num_rows; ++i) quantize_weights(u, first + i, to_terms[i], tile_slots);
+  for (int32_t i = 0; i < num_rows; ++i) {
+    int16_t *second = u.num_terms == 2 ? u.weights(i, 1) : nullptr;
+    quantize_weights(row_of(i), to_terms[i], u.weights(i, 0), second);
+  }
 }
 
 // out = out * rescale + weights * V for the rows of one head.

@@ -255,15 +255,12 @@ INT8KV_INLINE i32x16 to_ints(f32x16 x) {
 #endif
 }
 
-// x * 2^n for whole n <= 0 and x near 1; below the normal range 0 or, with AVX-512, subnormal.
-INT8KV_INLINE f32x16 scale_by_power_of_two(f32x16 x, f32x16 n) {
 #if defined(__AVX512F__)
+// x * 2^n for whole n <= 0 and x near 1; below the normal range 0 or subnormal.
+INT8KV_INLINE f32x16 scale_by_power_of_two(f32x16 x, f32x16 n) {
   return as<f32x16>(_mm512_maskz_scalef_ps(kAllLanes, get(x, 0), get(n, 0)));
-#else
-  const i32x16 exponent = to_ints(max(n, splat(-127.0f))) + 127;
-  return x * as<f32x16>(exponent << 23);
-#endif
 }
+#endif
 
 INT8KV_INLINE u32x16 widen(u16x16 x) {
 #if defined(__AVX512F__)

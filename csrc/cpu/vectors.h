@@ -24,25 +24,35 @@ INT8KV_INLINE float reduce_add(f32x16 v) {
 
 // A sum with it has no bits left for a fraction where |x| < 2^22.
 constexpr float kRoundingSum = 12582912.0f;  // 1.5 * 2^23
+constexpr int32_t kRoundingSumBits = 0x4b400000;
 
 // Round half to even for |x| < 2^22.
 INT8KV_INLINE f32x16 round_even(f32x16 x) { return (x + kRoundingSum) - kRoundingSum; }
 
-// The same for |x| < 2^15, as integers.
+// The same for |x| < 2^15, as integers: the sum's low bits.
 INT8KV_INLINE i16x16 round_to_16(f32x16 x) {
-#if defined(__AVX512F__)
-  return narrow_to_16(as<i32x16>(x + kRoundingSum));  // the sum's low bits; others would saturate
-#else
-  return narrow_to_16(to_ints(round_even(x)));
+  i32x16 bits = as<i32x16>(x + kRoundingSum);
+#if !defined(__AVX512F__)
+  bits = bits - kRoundingSumBits;  // the others would saturate
 #endif
+  return narrow_to_16(bits);
 }
+
+// exp_negative is 0 from here down. Without AVX-512 2^n is put together from the bits of n + 127:
+// at n = -127 these are the bits of 0, below they would wrap.
+#if defined(__AVX512F__)
+constexpr float kZeroExponent = -150.0f;
+#else
+constexpr float kZeroExponent = -88.029692f;  // -127 / log2(e)
+#endif
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 where that is below the normal range, with
 // AVX-512 below all numbers.
 INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
   constexpr float kLog2e = 1.44269504089f;
-  const f32x16 clamped = max(x, splat(-150.0f));  // exp(-inf) is 0, -inf + inf is not
-  const f32x16 n = round_even(clamped * kLog2e);
+  const f32x16 clamped = max(x, splat(kZeroExponent));  // exp(-inf) is 0, -inf + inf is not
+  const f32x16 rounding_sum = clamped * kLog2e + kRoundingSum;
+  const f32x16 n = rounding_sum - kRoundingSum;
   const f32x16 f = clamped * kLog2e - n;
   // 2^f for |f| <= 1/2, relative error 1.1e-7: minimax of degree 5 with p(0) = 1.
   f32x16 y = splat(1.326472731e-3f);
@@ -51,7 +61,11 @@ INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
   y = y * f + 2.402224243e-1f;
   y = y * f + 6.931470037e-1f;
   y = y * f + 1.0f;
+#if defined(__AVX512F__)
   return scale_by_power_of_two(y, n);
+#else
+  return y * as<f32x16>((as<i32x16>(rounding_sum) + 127) << 23);  // other bits than n's drop out
+#endif
 }
 
 // tanh within 4 units in the last place: its series near 0, where (1 - e) / (1 + e) would cancel.
