@@ -171,7 +171,8 @@ def main(
     workloads = [Workload.parse(text) for text in workload or ["8x4096"]]
     args = DEVICE_ARGS[device] | json.loads(engine_args)
     if random_weights is not None:
-        folder = Path(tempfile.mkdtemp()) / random_weights
+        temporary = tempfile.TemporaryDirectory()  # removed with this name
+        folder = Path(temporary.name) / random_weights
         dummy_model.make_config(random_weights).save_pretrained(folder)
         model, args = str(folder), args | {"load_format": RANDOM_WEIGHTS}
     model = model or str(models.smollm2())

@@ -16,8 +16,8 @@ from vllm import LLM, SamplingParams
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from benchmarks import worker_extension
 from benchmarks.end_to_end import Plan, Workload
-from benchmarks.replica import WorkerExtension
 
 WARMUP_STEPS = 3
 SPARE_TOKENS = 512
@@ -94,10 +94,10 @@ def main() -> None:
         enable_prefix_caching=False,
         disable_log_stats=True,
         skip_tokenizer_init=plan.has_random_weights,
-        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
+        worker_extension_cls=worker_extension.CLASS,
         **plan.engine_args,
     )
-    backends = sorted({name for names in llm.collective_rpc("attention_backends") for name in names})
+    backends = worker_extension.attention_backends(llm)
     answers = [decode(llm, plan, workload) for workload in plan.workloads]
     answer.write_text(json.dumps({"backends": backends, "answers": answers}))
 

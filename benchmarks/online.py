@@ -21,8 +21,9 @@ import ray
 import yaml
 
 from benchmarks.bench_config import BenchConfig, Case
-from benchmarks.replica import Row, WorkerExtension, bind_cores, engine_args, environment, milliseconds
+from benchmarks.replica import Row, bind_cores, engine_args, environment, milliseconds
 from benchmarks.sweep import Run
+from benchmarks.worker_extension import WorkerExtension, merged
 from benchmarks.workload import Request
 from vllm_int8kv.engine_process import die_with_parent
 
@@ -59,7 +60,7 @@ class Server:
         command = [sys.executable, "-m", "vllm_int8kv.cli", "serve", "--config", str(file)]
         variables = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         variables["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc, as vLLM's own benchmark does
-        root = str(Path(__file__).resolve().parents[1])  # of `benchmarks`, whose `WorkerExtension` the workers load
+        root = str(Path(__file__).resolve().parents[1])  # of `benchmarks`, whose `worker_extension` the workers load
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -96,7 +97,7 @@ class Server:
             "host": socket.gethostname(),
             "pid": self.process.pid,
             "cores": os.environ.get("VLLM_CPU_OMP_THREADS_BIND"),
-            "backends": sorted({name for names in backends for name in names}),
+            "backends": merged(backends),
             "kv_cache_tokens": int(labels["num_gpu_blocks"]) * int(labels["block_size"]),
             "environment": environment(self.config),
             "url": self.url,

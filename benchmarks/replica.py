@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks import worker_extension
 from benchmarks.bench_config import BenchConfig, Device, Mode
 from benchmarks.workload import Request
 
@@ -75,7 +76,7 @@ class Replica:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "cores": os.environ.get("VLLM_CPU_OMP_THREADS_BIND"),
-            "backends": sorted({name for names in self.llm.collective_rpc("attention_backends") for name in names}),
+            "backends": worker_extension.attention_backends(self.llm),
             "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
             "environment": environment(self.config),
         }
@@ -168,7 +169,7 @@ def as_vllm(request: Request) -> tuple:
 def engine_args(config: BenchConfig, model: str) -> dict[str, Any]:
     """The arguments of vLLM beside model and kv_cache_dtype, the same for every cache."""
     args: dict[str, Any] = {"max_num_seqs": config.max_num_seqs, "seed": config.seed}
-    args["worker_extension_cls"] = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
+    args["worker_extension_cls"] = worker_extension.CLASS
     args["disable_log_stats"] = config.mode == Mode.offline  # a server's metrics say how large its cache is
     if config.longest is not None:
         args["max_model_len"] = config.longest
@@ -192,15 +193,6 @@ def kv_cache_bytes(config: BenchConfig, model: str) -> int:
     block_size = config.engine_args.get("block_size", 128 if config.device == Device.cpu else 16)
     blocks = config.kv_cache_seqs * -(-config.longest // block_size) + 1  # vLLM keeps block 0 for itself
     return bf16_cache_bytes(EngineArgs(model=model).create_model_config(), blocks * block_size) // config.world_size
-
-
-class WorkerExtension:
-    """What vLLM's workers can be asked for beside their own methods (`worker_extension_cls`)."""
-
-    def attention_backends(self) -> list[str]:
-        """The names of the attention backends of all layers."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        return sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")})
 
 
 def environment(config: BenchConfig) -> dict[str, str | None]:

@@ -5,6 +5,8 @@
 
 namespace int8kv {
 
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kQueryTerms = 2;  // fp16 terms of a query element, 11 bits each
 
 // What the rows of a tile need besides their operands, in shared memory.

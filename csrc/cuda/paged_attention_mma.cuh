@@ -12,7 +12,7 @@
 // the probabilities; no code is scaled.
 #pragma once
 
-#include "mma_layout.cuh"
+#include "mma_rows.cuh"
 
 namespace int8kv {
 
@@ -30,9 +30,6 @@ constexpr int kResidentBlocks =
     : kPlain                    ? 4
                                 : 3;
 #endif
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // The largest probability times V scale becomes 2^14 to 2^15 in fp16, so that 2^-28 of it is
 // normal.
@@ -82,36 +79,7 @@ class MmaItem {
 
   // Writes the query operands and TileRows; the caller synchronizes.
   __device__ void load_queries(const WorkItem& item) {
-    if (threadIdx.x == 0) rows->seen_by_all = keys_all_see(p, item, kRows);
-    for (int r = warp; r < kRows; r += kAttentionWarps) {
-      const QueryRow row = query_row(p, item, kRows, r);
-      Row<kSpans> values = {};
-      float to_half = 1.0f;
-      if (row.exists) {
-        values = load_query<kSpans>(p, int64_t{item.query_begin} + row.query, row.head,
-                                    item.kv_head, lane);
-        // Scale the largest element to [2^8, 2^9): the second term is then normal where it matters.
-        const int exponent = static_cast<int>(float_bits(warp_amax(values)) >> 23);
-        to_half = power_of_two(min(max(127 + 8 + 127 - exponent, 1), 254));
-      }
-      for_each_pair(values, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
-        const float x0 = x[0] * to_half, x1 = x[1] * to_half;
-        const uint32_t high = pack_half2(x0, x1);
-        query[query_word(kRowTiles, r, pair, 0)] = high;
-        query[query_word(kRowTiles, r, pair, 1)] =
-            pack_half2(x0 - half_bits_to_float(static_cast<uint16_t>(high & 0xffffu)),
-                       x1 - half_bits_to_float(static_cast<uint16_t>(high >> 16)));
-      });
-      if (lane == 0) {
-        const int32_t position = item.seq_len - item.query_len + row.query;
-        const float scale = p.softmax_scale / to_half;
-        rows->score_factor[r] = p.softcap > 0.0f ? scale / p.softcap : scale * kLog2e;
-        rows->alibi_slope[r] =
-            p.alibi_slopes != nullptr && row.exists ? p.alibi_slopes[row.head] * kLog2e : 0.0f;
-        rows->position[r] = position;
-        rows->visible[r] = row.exists ? visible_keys(p, position, item.seq_len) : KeyRange{0, 0};
-      }
-    }
+    int8kv::load_queries<kSpans, kRowTiles>(p, item, query, *rows);
   }
 
   __device__ void attend() {
@@ -180,46 +148,9 @@ class MmaItem {
     if (lane == 0) states->unit[warp] = power_of_two(unit_exponent - kWeightExponent);
   }
 
-  // Merges the warps' outputs in their order and writes the rows of `item`, which need not stay in
-  // registers until then.
+  // Merges the warps and writes the rows of `item`, which need not stay in registers until then.
   __device__ void store(const WorkItem& item, const Workspace& workspace) {
-    const int head_size = p.cache.head_size;
-    for (int r = warp; r < kRows; r += kAttentionWarps) {
-      const QueryRow row = query_row(p, item, kRows, r);
-      if (!row.exists) continue;
-      SoftmaxState state;
-      float max2 = kMinusInfinity;
-#pragma unroll
-      for (int w = 0; w < kAttentionWarps; ++w) max2 = fmaxf(max2, states->max[w][r]);
-      float factors[kAttentionWarps];
-#pragma unroll
-      for (int w = 0; w < kAttentionWarps; ++w) {
-        const float weight =
-            states->max[w][r] == kMinusInfinity ? 0.0f : exp2_fast(states->max[w][r] - max2);
-        state.sum += weight * states->sum[w][r];
-        factors[w] = weight * states->unit[w];
-      }
-      if (max2 != kMinusInfinity) state.max = max2 * kLn2;
-
-      const int64_t token = int64_t{item.query_begin} + row.query;
-      const bool is_whole = item.is_whole();
-      const int64_t partial = item.partial(kRows) + r;
-      const float final_factor = is_whole ? finish_row(p, state, token, row.head, lane == 0) : 1.0f;
-      if (!is_whole && lane == 0) workspace.states[partial] = state;
-      const float* outs = reinterpret_cast<const float*>(dynamic_shared()) + r * Layout::kDims;
-      for (int dim = lane; dim < head_size; dim += 32) {
-        float x = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kAttentionWarps; ++w) {
-          x += factors[w] * outs[w * (kRing * kUnitBytes / 4) + dim];
-        }
-        if (is_whole) {
-          store_out(p, token, row.head, dim, x * final_factor);
-        } else {
-          workspace.out[partial * head_size + dim] = x;
-        }
-      }
-    }
+    store_rows<Layout>(p, item, workspace, *states);
   }
 
  private:
