@@ -1,6 +1,7 @@
 """Fixtures of all tests: seeds, devices and CPU kernel paths."""
 
 import ctypes
+import os
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -84,11 +85,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a GPU, so that `-m cuda` selects it."""
+    """Mark what needs a GPU, so that `-m cuda` selects it; files that start engines first for several workers.
+
+    They take longest, and a worker that began one last would leave the others idle.
+    """
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if "cuda" in item.fixturenames or "cuda" in [x for x in parameters if isinstance(x, str)]:
             item.add_marker("cuda")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        long = {item.path for item in items if item.get_closest_marker("engine")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
