@@ -25,6 +25,7 @@ def engine(model: Path, *, own_process: bool = False, **options) -> Iterator["LL
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     defaults = dict(kv_cache_dtype="int8_custom", enforce_eager=True, max_num_seqs=8, max_model_len=640)
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if own_process else "0")
         # A worker pins its process to cores and replaces this function; the other tests need both as they were.
@@ -42,6 +43,7 @@ def engine(model: Path, *, own_process: bool = False, **options) -> Iterator["LL
             ensure_kv_transfer_shutdown()
             gc.collect()
             cleanup_dist_env_and_memory()
+            set_num_threads(num_threads)  # vLLM's n-gram proposer leaves another number behind
 
 
 def _once_per_process(patch: pytest.MonkeyPatch) -> None:
