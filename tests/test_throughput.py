@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from vllm_int8kv import models
 
 SMOKE = ROOT / "configs" / "bench" / "cpu_smoke.yaml"
-DEADLINE_S = 240
+DEADLINE_S = 480
 
 
 @pytest.fixture(autouse=True)
