@@ -49,9 +49,13 @@ demo: setup  ## Serve SmolLM2 from an INT8 cache and compare it with the model d
 
 # With WORKERS=2 two files at a time, each on one thread, as the threads of one would wait for the other's.
 WORKERS ?= 0
+ifneq ($(WORKERS),0)
+PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 900
+test: export OMP_NUM_THREADS := 1
+endif
 .PHONY: test
 test: setup  ## Run all tests (WORKERS=2: in two processes, a third faster)
-	@$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 .PHONY: support
 support: setup  ## Run the feature tests and rewrite the support table of README.md

@@ -84,9 +84,9 @@ void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
 
 // A row of the head in hand, in one tile.
 struct TileRow {
-  int32_t row;        // of the unit
-  int32_t *products;  // [kTileSlots], then scores, then weights; those of the second term lie
-  int32_t *second;    // apart
+  int32_t row;            // of the unit
+  int32_t *products;      // [kTileSlots] of the first term; then the scores, then the weights
+  const int32_t *second;  // products of the second term, if there is one
   int32_t tile_begin;
   int32_t tile_slots;
 };
