@@ -29,11 +29,16 @@ struct Path {
 
 bool has_scalar() { return true; }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#if defined(INT8KV_EMULATE_AVX512)
+bool has_avx512() { return has_avx2(); }
+bool has_avx512_vnni() { return has_avx512(); }
+#else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 
 const Path* paths() {
 #define PATH_OF_ISA(isa) \
