@@ -91,8 +91,8 @@ class BenchConfig:
     pipeline_parallel_size: Count = 1
     """groups of GPUs that share the layers; more than one needs device cuda"""
     kv_cache_seqs: Count | None = None
-    """KV memory of an engine, as the number of longest requests that fit with an unquantized 16-bit cache; None leaves
-    the memory to engine_args"""
+    """KV memory of an engine, as the number of longest requests that fit with an unquantized cache; None leaves the
+    memory to engine_args"""
     max_num_seqs: Count = 256
     """sequences that an engine may have running; it admits no more than fit into its KV memory"""
     engine_args: dict[str, Any] = Field(default_factory=dict)

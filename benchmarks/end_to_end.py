@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py                  SmolLM2-135M-Instruct on CPU
     python benchmarks/end_to_end.py --threads 1,2 --rounds 5
+    python benchmarks/end_to_end.py --dtype float32
     python benchmarks/end_to_end.py --device cuda --random-weights llama-3.1-8b --workload 8x1024 --workload 16x8192
 
 Every engine is a process of its own, started in turn (A B C A B C ...), and runs all workloads. Its sequences get
@@ -35,6 +36,7 @@ from benchmarks.peers import name_missing
 from benchmarks.record import Device
 from benchmarks.timing import require_gpu, summarize
 from vllm_int8kv import models
+from vllm_int8kv.doctor import has_fast_bf16
 
 IMPLS = {
     Device.cpu: ("auto", "fp8", "int8_custom"),
@@ -68,6 +70,7 @@ class Plan:
     """What one engine runs: all workloads, `steps` timed decode steps of each."""
 
     model: str
+    dtype: str
     kv_cache_dtype: str
     workloads: list[Workload]
     steps: int
@@ -124,7 +127,7 @@ def to_record(
     return record.of_run(
         record.environment(Device.cuda if num_threads is None else Device.cpu),
         what="end_to_end",
-        case=asdict(workload) | {"model": Path(plan.model).name, "steps": plan.steps, "dtype": "bfloat16"},
+        case=asdict(workload) | {"model": Path(plan.model).name, "steps": plan.steps, "dtype": plan.dtype},
         impl=plan.kv_cache_dtype,
         resolved_backend=", ".join(backends),
         tok_per_s=round(workload.num_seqs / taken["median_us"] * 1e6, 2),
@@ -154,6 +157,9 @@ def main(
     workload: Annotated[
         list[str] | None, typer.Option(help="sequences x prompt tokens, default 8x4096; may be repeated")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="of the model; default: bfloat16, float32 on a CPU that multiplies bfloat16 in software")
+    ] = "",
     steps: Annotated[int, typer.Option(help="decode steps timed per engine and workload")] = 50,
     rounds: Annotated[int, typer.Option(help="engines per format")] = 3,
     threads: Annotated[str, typer.Option(help="CPU thread counts; default: all cores but one, as vLLM does")] = "",
@@ -176,10 +182,11 @@ def main(
         dummy_model.make_config(random_weights).save_pretrained(folder)
         model, args = str(folder), args | {"load_format": RANDOM_WEIGHTS}
     model = model or str(models.smollm2())
+    dtype = dtype or ("bfloat16" if has_fast_bf16() else "float32")
     console, failed, missing = Console(), False, missing_impls(device)
     name_missing(missing)
     chosen = ("auto", *(impl for impl in impls.split(",") if impl != "auto")) if impls else IMPLS[device]
-    plans = {impl: Plan(model, impl, workloads, steps, args) for impl in chosen if impl not in missing}
+    plans = {impl: Plan(model, dtype, impl, workloads, steps, args) for impl in chosen if impl not in missing}
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(counts) * rounds * len(plans))
         for count in counts:

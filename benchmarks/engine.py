@@ -38,10 +38,10 @@ def prompts(llm: LLM, plan: Plan, workload: Workload) -> list[list[int]]:
     return [(tokens[start:] + tokens[:start])[: workload.seq_len] for start in starts]
 
 
-def bf16_cache_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Memory in which `num_tokens` fit with a bf16 cache; every format gets the same."""
+def unquantized_cache_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """Memory in which `num_tokens` fit with a cache in the model's dtype; every format gets the same."""
     heads = config.get_total_num_kv_heads() * config.get_total_num_hidden_layers()
-    return 4 * heads * config.get_head_size() * num_tokens
+    return 2 * config.dtype.itemsize * heads * config.get_head_size() * num_tokens
 
 
 def decode(llm: LLM, plan: Plan, workload: Workload) -> dict:
@@ -81,14 +81,15 @@ def decode(llm: LLM, plan: Plan, workload: Workload) -> dict:
 def main() -> None:
     fields, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     plan = Plan(**fields | {"workloads": [Workload(**sizes) for sizes in fields["workloads"]]})
-    config = EngineArgs(model=plan.model).create_model_config()
+    config = EngineArgs(model=plan.model, dtype=plan.dtype).create_model_config()
     room = max(workload.seq_len for workload in plan.workloads) + SPARE_TOKENS
     # Blocks are as large as the layout asks, so each sequence may leave most of one empty.
     tokens = max((workload.num_seqs + 1) * (workload.seq_len + SPARE_TOKENS + 256) for workload in plan.workloads)
     llm = LLM(
         plan.model,
+        dtype=plan.dtype,
         kv_cache_dtype=plan.kv_cache_dtype,
-        kv_cache_memory_bytes=bf16_cache_bytes(config, tokens),
+        kv_cache_memory_bytes=unquantized_cache_bytes(config, tokens),
         max_model_len=room,
         max_num_seqs=max(workload.num_seqs for workload in plan.workloads),
         enable_prefix_caching=False,

@@ -225,7 +225,9 @@ def _end_to_end_of(found: list[Group]) -> str:
         for impl, line in group.items():
             rows.append(
                 [
-                    f"{LABELS[impl]}, {line.case['num_seqs']} x {line.case['seq_len']}",
+                    impl if impl == "int8_custom" else f"vLLM {impl}",
+                    line.case["dtype"],
+                    f"{line.case['num_seqs']} x {line.case['seq_len']}",
                     str(line.num_threads),
                     f"{line.tok_per_s:.1f}",
                     f"{line.median_us / 1e3:.1f}",
@@ -233,8 +235,8 @@ def _end_to_end_of(found: list[Group]) -> str:
                     times(line.tok_per_s / group["auto"].tok_per_s),
                 ]
             )
-    head = ["cache, sequences x context", "threads", "output tokens/s", "ms per step", "p10 to p90", "vs bf16"]
-    return markdown(head, rows)
+    head = ["KV cache", "model", "sequences x context", "threads", "output tokens/s", "ms per step", "p10 to p90"]
+    return markdown([*head, "vs auto"], rows)
 
 
 def batch_text(case: dict) -> str:

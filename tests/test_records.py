@@ -165,7 +165,8 @@ def test_report_writes_tables_and_plots_and_notices_changes(record, measured, re
     for impl, median_us in (("int8_custom", 20.0), ("auto", 90.0), ("fp8", 70.0)):
         line = replace(measured, impl=impl, median_us=median_us, p90_us=99.0)
         record.append(line, tmp_path)
-        record.append(replace(line, what="end_to_end", tok_per_s=8e6 / median_us), tmp_path)
+        case = line.case | {"dtype": "bfloat16"}
+        record.append(replace(line, what="end_to_end", case=case, tok_per_s=8e6 / median_us), tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n{MARKERS}\nThe end.\n")
 
@@ -258,6 +259,7 @@ def test_end_to_end_makes_a_model_of_random_weights(record, monkeypatch, tmp_pat
     def run_engine(plan, num_threads):
         assert json.loads((Path(plan.model) / "config.json").read_text())["num_hidden_layers"] == 32
         assert plan.engine_args == {"load_format": "dummy", "block_size": 16}
+        assert plan.dtype == "float16"
         tokens = [["auto", "fp8", "int8_custom"].index(plan.kv_cache_dtype)] * 4
         answer = {"times_us": [1000.0], "first_tokens": tokens, "prefill_s": 2.0}
         return {"backends": ["SOME"], "answers": [answer] * len(plan.workloads)}
@@ -266,6 +268,7 @@ def test_end_to_end_makes_a_model_of_random_weights(record, monkeypatch, tmp_pat
     with pytest.raises(SystemExit) as exit_:
         end_to_end.main(
             random_weights=end_to_end.dummy_model.Shape.llama_8b,
+            dtype="float16",
             workload=["4x16", "4x32"],
             rounds=1,
             threads="1",
@@ -274,9 +277,9 @@ def test_end_to_end_makes_a_model_of_random_weights(record, monkeypatch, tmp_pat
         )
     assert exit_.value.code == 0
     lines = record.read("end_to_end", tmp_path)
-    assert [(line.case["model"], line.case["seq_len"]) for line in lines] == 3 * [
-        ("llama-3.1-8b", 16),
-        ("llama-3.1-8b", 32),
+    assert [(line.case["model"], line.case["dtype"], line.case["seq_len"]) for line in lines] == 3 * [
+        ("llama-3.1-8b", "float16", 16),
+        ("llama-3.1-8b", "float16", 32),
     ]
     assert [line.metrics["first_token_agreement"] for line in lines] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert [line.metrics["prefill_tok_per_s"] for line in lines[:2]] == [32.0, 64.0]
