@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks import worker_extension
 from benchmarks.end_to_end import Plan, Workload
+from vllm_int8kv.forced_decoding import kv_cache_memory_bytes
 
 WARMUP_STEPS = 3
 SPARE_TOKENS = 512
@@ -36,12 +36,6 @@ def prompts(llm: LLM, plan: Plan, workload: Workload) -> list[list[int]]:
     tokens = llm.get_tokenizer().encode(text)
     starts = [seq * len(tokens) // workload.num_seqs for seq in range(workload.num_seqs)]
     return [(tokens[start:] + tokens[:start])[: workload.seq_len] for start in starts]
-
-
-def unquantized_cache_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Memory in which `num_tokens` fit with a cache in the model's dtype; every format gets the same."""
-    heads = config.get_total_num_kv_heads() * config.get_total_num_hidden_layers()
-    return 2 * config.dtype.itemsize * heads * config.get_head_size() * num_tokens
 
 
 def decode(llm: LLM, plan: Plan, workload: Workload) -> dict:
@@ -89,7 +83,7 @@ def main() -> None:
         plan.model,
         dtype=plan.dtype,
         kv_cache_dtype=plan.kv_cache_dtype,
-        kv_cache_memory_bytes=unquantized_cache_bytes(config, tokens),
+        kv_cache_memory_bytes=kv_cache_memory_bytes(config, tokens),
         max_model_len=room,
         max_num_seqs=max(workload.num_seqs for workload in plan.workloads),
         enable_prefix_caching=False,

@@ -188,12 +188,12 @@ def kv_cache_bytes(config: BenchConfig, model: str) -> int:
     """Memory in which `kv_cache_seqs` longest requests fit with an unquantized cache, per GPU of the engine."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from benchmarks.engine import unquantized_cache_bytes
+    from vllm_int8kv.forced_decoding import kv_cache_memory_bytes
 
     block_size = config.engine_args.get("block_size", 128 if config.device == Device.cpu else 16)
     blocks = config.kv_cache_seqs * -(-config.longest // block_size) + 1  # vLLM keeps block 0 for itself
     args = EngineArgs(model=model, dtype=config.engine_args.get("dtype", "auto"))
-    return unquantized_cache_bytes(args.create_model_config(), blocks * block_size) // config.world_size
+    return kv_cache_memory_bytes(args.create_model_config(), blocks * block_size) // config.world_size
 
 
 def environment(config: BenchConfig) -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import sanitize
 import typer
+from kernel_build import ROOT
 
 COUNTS = "FUZZ_COUNTS"
 """Environment variable with the file for the counts."""
@@ -38,7 +39,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder, "counts.json")
         variables = {"FUZZ_EXAMPLES": str(examples), COUNTS: str(counts)}
-        arguments = ["-q", "-p", "fuzz", "-o", "timeout=0", str(sanitize.ROOT / "tests" / "test_fuzz.py")]
+        arguments = ["-q", "-p", "fuzz", "-o", "timeout=0", str(ROOT / "tests" / "test_fuzz.py")]
         start = time.monotonic()
         if sanitize.run(arguments, variables) != 0:
             sys.exit(1)
@@ -50,7 +51,7 @@ def main(
 
 def write(found: dict[str, dict[str, int]], examples: int, seconds: float, results: Path) -> None:
     """Append the record of a run that found nothing."""
-    sys.path.insert(0, str(sanitize.ROOT))
+    sys.path.insert(0, str(ROOT))
     from benchmarks import record
     from benchmarks.timing import summarize
     from vllm_int8kv import ops
