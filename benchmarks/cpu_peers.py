@@ -6,7 +6,7 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.peers import QUERY_DTYPE, Attend, Batch, Int8Custom, Peer, Shape
+from benchmarks.peers import Attend, Batch, Int8Custom, Peer, Shape
 from vllm_int8kv import ops
 
 
@@ -55,7 +55,7 @@ class VllmCpu(Peer):
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_size,
             seq_lens=batch.seq_lens,
-            dtype=QUERY_DTYPE,
+            dtype=shape.torch_dtype,
             query_start_loc=batch.query_start_loc,
             causal=True,
             sliding_window_size=-1,
@@ -87,7 +87,7 @@ class VllmCpu(Peer):
         return attend
 
     def _isa(self, shape: Shape) -> str:
-        return _get_attn_isa(QUERY_DTYPE, shape.block_size, shape.head_size, self.name)
+        return _get_attn_isa(shape.torch_dtype, shape.block_size, shape.head_size, self.name)
 
 
 def truncate_to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -108,14 +108,18 @@ def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def missing() -> dict[str, str]:
     """What vLLM does not run on this CPU, by kv_cache_dtype, with its reason."""
     try:
-        _get_attn_isa(QUERY_DTYPE, block_size=128, head_size=128, kv_cache_dtype="fp8")
+        _get_attn_isa(torch.bfloat16, block_size=128, head_size=128, kv_cache_dtype="fp8")
     except NotImplementedError as error:
         return {"fp8": str(error)}
     return {}
 
 
-def load(every_isa: bool = False) -> list[Peer]:
-    """The implementations this CPU can run, ours first, and with the instruction sets of older CPUs if asked to.
+def load(dtype: torch.dtype, every_isa: bool = False) -> list[Peer]:
+    """The implementations this CPU can run, ours first.
+
+    Args:
+        dtype: of the model.
+        every_isa: ours also with the instruction sets of older CPUs.
 
     Raises:
         RuntimeError: vLLM here is not its CPU build.
@@ -125,5 +129,5 @@ def load(every_isa: bool = False) -> list[Peer]:
     current_platform.import_kernels()
     slower = [Int8Custom(isa) for isa in ops.cpu_isas()[:-1]] if every_isa else []
     not_here = missing()
-    caches = [VllmCpu("auto", torch.bfloat16, tolerance=0.005), VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005)]
+    caches = [VllmCpu("auto", dtype, tolerance=0.005), VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005)]
     return [Int8Custom(), *slower, *(peer for peer in caches if peer.name not in not_here)]

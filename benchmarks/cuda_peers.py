@@ -7,9 +7,11 @@ from importlib import import_module
 
 import torch
 
-from benchmarks.peers import QUERY_DTYPE, Attend, Batch, Int8Custom, Peer, Shape
+from benchmarks.peers import Attend, Batch, Int8Custom, Peer, Shape
 
 FP8 = torch.float8_e4m3fn
+BF16 = torch.bfloat16
+"""The dtype of all models here."""
 NUM_TRITON_SEGMENTS = 16
 """Parts into which vLLM's Triton kernel cuts the keys of a decoding sequence (`NUM_PAR_SOFTMAX_SEGMENTS`)."""
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
@@ -37,7 +39,7 @@ class Paged16Or8(Peer):
 
     def allocate(self, shape: Shape) -> torch.Tensor:
         size = (shape.num_blocks, 2, shape.block_size, shape.num_kv_heads, shape.head_size)
-        return torch.zeros(size, dtype=QUERY_DTYPE, device=self.device).to(self.dtype)
+        return torch.zeros(size, dtype=BF16, device=self.device).to(self.dtype)
 
     def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return key.to(self.dtype).float(), value.to(self.dtype).float()
@@ -54,7 +56,7 @@ class Sdpa(Paged16Or8):
     """PyTorch's attention on keys and values that lie one after the other: no pages, for comparison only."""
 
     def __init__(self, device: str = "cuda") -> None:
-        super().__init__("sdpa, not paged", QUERY_DTYPE, device)
+        super().__init__("sdpa, not paged", BF16, device)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
         if len(set(shape.seq_lens)) > 1:
@@ -143,7 +145,7 @@ class FlashAttention(Paged16Or8):
     def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
         from vllm import _custom_ops
 
-        dtype, stored_as = ("fp8", torch.uint8) if self.dtype == FP8 else ("auto", QUERY_DTYPE)
+        dtype, stored_as = ("fp8", torch.uint8) if self.dtype == FP8 else ("auto", BF16)
         halves = (cache[:, half].view(stored_as) for half in (0, 1))
         _custom_ops.reshape_and_cache_flash(key, value, *halves, slots, dtype, self.scale, self.scale)
 
@@ -163,7 +165,7 @@ class FlashInfer(Paged16Or8):
         used = torch.arange(shape.blocks_per_seq, device="cuda") < counts[:, None]
         pages = (indptr, batch.block_table[used], (batch.seq_lens - 1) % shape.block_size + 1)
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_size, shape.block_size)
-        options = {"q_data_type": QUERY_DTYPE, "kv_data_type": self.dtype, "sm_scale": shape.softmax_scale}
+        options = {"q_data_type": BF16, "kv_data_type": self.dtype, "sm_scale": shape.softmax_scale}
         if shape.query_len == 1:
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
             wrapper.plan(*pages, *heads, **options)
@@ -177,12 +179,12 @@ class XFormers(Paged16Or8):
     """xFormers' split-K kernel on pages, in Triton: bf16, at most 16 query tokens, pages of whole blocks of 64 keys."""
 
     def __init__(self, device: str = "cuda") -> None:
-        super().__init__("xformers", QUERY_DTYPE, device)
+        super().__init__("xformers", BF16, device)
 
     def allocate(self, shape: Shape) -> torch.Tensor:
         # It wants all pages of K in one piece, then all of V.
         size = (2, shape.num_blocks, shape.block_size, shape.num_kv_heads, shape.head_size)
-        return torch.zeros(size, dtype=QUERY_DTYPE, device=self.device).transpose(0, 1)
+        return torch.zeros(size, dtype=BF16, device=self.device).transpose(0, 1)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
         from xformers.ops import fmha
@@ -309,10 +311,10 @@ class TritonInt8PerTokenHead(Triton):
 def _flash_attention() -> Iterator[Peer]:
     module = import_module("vllm.vllm_flash_attn.flash_attn_interface")
     if module.is_fa_version_supported(3):
-        yield FlashAttention(3, QUERY_DTYPE)
+        yield FlashAttention(3, BF16)
         yield FlashAttention(3, FP8)
     elif module.is_fa_version_supported(2):
-        yield FlashAttention(2, QUERY_DTYPE)
+        yield FlashAttention(2, BF16)
 
 
 def _triton() -> Iterator[Peer]:
@@ -324,7 +326,7 @@ def _triton() -> Iterator[Peer]:
 
 def _flashinfer() -> Iterator[Peer]:
     import_module("flashinfer")
-    yield FlashInfer(QUERY_DTYPE)
+    yield FlashInfer(BF16)
     yield FlashInfer(FP8)
 
 

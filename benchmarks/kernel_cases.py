@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
-from benchmarks.peers import QUERY_DTYPE, Peer, RaggedShape, Shape
+from benchmarks.peers import Peer, RaggedShape, Shape
 from benchmarks.record import Device
 
 
@@ -15,6 +15,8 @@ class What(StrEnum):
     prefill = "prefill"
     isa = "isa"
     """decode, with the kernels for older CPUs too"""
+    fp32 = "fp32"
+    """decode and prefill of a model in fp32"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ def every_case() -> Iterator[Case]:
             yield Case(What.write, replace(model, seq_len=num_tokens, query_len=num_tokens))
         for num_tokens in (512, 1024, 2048, 4096):
             yield Case(What.prefill, replace(model, seq_len=num_tokens, query_len=num_tokens))
+        wide = replace(model, dtype="float32")
+        for num_seqs in (1, 8):
+            yield Case(What.fp32, replace(wide, num_seqs=num_seqs))
+        for num_tokens in (512, 2048):
+            yield Case(What.fp32, replace(wide, seq_len=num_tokens, query_len=num_tokens))
 
 
 GPU_MODELS = {
@@ -104,10 +111,10 @@ def bytes_moved(case: Case, peer: Peer) -> int | None:
     """Bytes a perfect implementation of the format moves; None for prefill, which arithmetic bounds."""
     shape = case.shape
     slot = shape.num_kv_heads * peer.slot_bytes(shape.head_size)
-    if case.what == What.prefill:
+    if case.what == What.prefill or (case.what == What.fp32 and shape.query_len > 1):
         return None
     if case.what == What.write:
-        fresh = 2 * shape.num_kv_heads * shape.head_size * QUERY_DTYPE.itemsize
+        fresh = 2 * shape.num_kv_heads * shape.head_size * shape.torch_dtype.itemsize
         return shape.num_tokens * (fresh + slot)
     return sum(shape.seq_lens) * slot
 

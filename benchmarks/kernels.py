@@ -10,7 +10,8 @@ A case is one layer's work in one step: the batch's tokens are written, every im
 exact attention over the values as its format stores them, and only then timed. Four sequences of a batch are
 checked, the first and the last among them. Operands rotate over as many copies of the layer's cache as it takes
 to find each of them cold, as a model's layers do. Blocks are scattered. On CPU 8 KV heads, except 3 at 3 queries per
-KV head (SmolLM2); the largest case holds 2.1 GB of bf16 keys and values.
+KV head (SmolLM2); the largest case holds 2.1 GB of bf16 keys and values. Models are in bf16; `fp32` has a few shapes
+in fp32, which CPUs without AVX-512 should serve.
 """
 
 import os
@@ -122,7 +123,7 @@ def to_record(
     gb_per_s = None if moved is None else moved / taken.median_us / 1e3
     return record.Record(
         what=case.what.value,
-        case=asdict(case.shape) | {"dtype": "bfloat16", "seed": layers.seed, "num_copies": layers.num_copies},
+        case=asdict(case.shape) | {"seed": layers.seed, "num_copies": layers.num_copies},
         impl=peer.name,
         resolved_backend=peer.backend(case.shape),
         bytes_moved=moved,
@@ -211,7 +212,7 @@ def load_peers(case: Case, device: Device) -> list[Peer]:
         return cuda_peers.load()
     from benchmarks import cpu_peers  # needs vLLM
 
-    return cpu_peers.load(every_isa=case.what == What.isa)
+    return cpu_peers.load(case.shape.torch_dtype, every_isa=case.what == What.isa)
 
 
 def main(

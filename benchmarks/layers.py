@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.peers import QUERY_DTYPE, Batch, Peer, Shape
+from benchmarks.peers import Batch, Peer, Shape
 from benchmarks.timing import CallOnce, cold_copies
 from vllm_int8kv import reference
 
@@ -47,7 +47,7 @@ class Layers:
 
     def _normal(self, num_tokens: int, num_heads: int) -> torch.Tensor:
         size = (num_tokens, num_heads, self.shape.head_size)
-        return torch.randn(size, generator=self.generator, device=self.device).to(QUERY_DTYPE)
+        return torch.randn(size, generator=self.generator, device=self.device).to(self.shape.torch_dtype)
 
     def _fill(self, caches: dict[str, torch.Tensor]) -> None:
         """Write every sequence's past; its last `query_len` tokens are left for `write_call`."""

@@ -15,8 +15,6 @@ import torch
 from vllm_int8kv import cache_layout, ops, prefill, reference, varlen_attention
 from vllm_int8kv.varlen_attention import VarlenAttention
 
-QUERY_DTYPE = torch.bfloat16
-
 
 def name_missing(missing: dict[str, str]) -> None:
     """Say what cannot be compared with here, and why."""
@@ -35,6 +33,12 @@ class Shape:
     num_kv_heads: int
     head_size: int
     block_size: int = 128
+    dtype: str = "bfloat16"
+    """Of the model: queries, new keys and values, and vLLM's cache `auto`."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def blocks_per_seq(self) -> int:
@@ -183,7 +187,7 @@ class Int8Custom(Peer):
         """What the plugin gives prompts of this length to, instead of its own kernel."""
         if shape.query_len <= prefill.MAX_DECODE_QUERY_LEN:
             return None
-        return varlen_attention.find(self.device, QUERY_DTYPE, shape.head_size)
+        return varlen_attention.find(self.device, shape.torch_dtype, shape.head_size)
 
     def _plan_prefill(self, shape: Shape, batch: Batch, library: VarlenAttention) -> Attend:
         key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
@@ -196,7 +200,7 @@ class Int8Custom(Peer):
             device=batch.seq_lens.device,
         )
         size = (2, plan.num_rows, shape.num_kv_heads, shape.head_size)
-        key, value = torch.empty(size, dtype=QUERY_DTYPE, device=self.device)
+        key, value = torch.empty(size, dtype=shape.torch_dtype, device=self.device)
 
         def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
             return prefill.attend(

@@ -215,6 +215,22 @@ def write_table(results: Path) -> str:
     )
 
 
+def fp32_table(results: Path) -> str:
+    """Decode and prefill of models in fp32."""
+    return per_machine("fp32", results, _fp32_of)
+
+
+def _fp32_of(found: list[Group]) -> str:
+    impls, rows = impls_of(found), []
+    for group in sorted(found, key=lambda g: (shape_text(g["auto"]), g["auto"].num_threads, num_tokens(g))):
+        case = group["auto"].case
+        what = f"decode {batch_text(case)}" if case["query_len"] == 1 else f"prefill {case['seq_len']:,}"
+        row = [what, shape_text(group["auto"]), str(group["auto"].num_threads)]
+        rows.append([*row, *latencies(group, impls), *gains(group, impls)])
+    heads = [text.replace("bf16", "fp32") for text in (*latency_heads(impls), *gain_heads(impls))]
+    return markdown(["sequences x context", "query/KV heads x head size", "threads", *heads], rows)
+
+
 def end_to_end_table(results: Path) -> str:
     return per_machine("end_to_end", results, _end_to_end_of)
 
@@ -305,6 +321,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": gpu_table,
     "prefill": prefill_table,
     "write": write_table,
+    "fp32": fp32_table,
     "end_to_end": end_to_end_table,
     "accuracy": engine_table,
     "accuracy_paths": paths_table,

@@ -134,6 +134,7 @@ NAMES = (
         "gpu",
         "prefill",
         "write",
+        "fp32",
         "end_to_end",
         "quantize",
         "quantize_error",
