@@ -49,8 +49,9 @@ $(VENV)/.built: $(VENV)/.dependencies pyproject.toml $(SOURCES)
 demo: setup  ## Serve SmolLM2 from an INT8 cache and compare it with the model dtype
 	@$(BIN)/vllm-int8kv demo
 
-# Two files at a time, each on one thread, as the threads of one would wait for the other's.
-WORKERS ?= 2
+# Three files at a time, each on one thread, as the threads of one would wait for the other's. Two leave a third of two
+# cores idle, while processes start and end.
+WORKERS ?= 3
 ifneq ($(WORKERS),0)
 PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS := 1
