@@ -40,9 +40,11 @@ $(VENV)/.dependencies: requirements-cpu.lock
 	  { echo "setup: could not fetch a package of $< from PyPI; check the network and run make again"; exit 1; }
 	@touch $@
 
+# Without CUDA, which PyTorch has not here either; in a folder of its own, as CMake would remember that for other builds.
 $(VENV)/.built: $(VENV)/.dependencies pyproject.toml $(SOURCES)
-	@echo "setup: building the operators"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(UV) pip install -q --no-build-isolation --no-deps -e .
+	@echo "setup: building the operators for CPU"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(UV) pip install -q --no-build-isolation --no-deps \
+	  -C build-dir=build/setup -C cmake.define.INT8KV_CUDA=OFF -e .
 	@touch $@
 
 .PHONY: demo
