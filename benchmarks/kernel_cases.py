@@ -105,6 +105,7 @@ def quick_cases() -> Iterator[Case]:
     yield Case(What.verify, replace(SMOLLM2, query_len=4))
     yield Case(What.write, replace(GQA_4, num_seqs=8, seq_len=100))
     yield Case(What.prefill, replace(SMOLLM2, seq_len=512, query_len=512))
+    yield Case(What.fp32, replace(SMOLLM2, seq_len=512, dtype="float32"))
 
 
 def bytes_moved(case: Case, peer: Peer) -> int | None:

@@ -21,6 +21,7 @@ PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1200)  # six engines in turn: 200 to 550 s on two busy cores
 def test_eval_through_every_read_path(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of a pool wait for one another on a busy machine
     report_file = tmp_path / "report.json"

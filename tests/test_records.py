@@ -240,7 +240,8 @@ def test_readme_equals_the_committed_records():
 
 
 def test_kernels_measure_and_record(record, tmp_path):
-    result = run_script("kernels.py", "--quick", "--only", "write", "--threads", "1", "--out", tmp_path)
+    only = ["--only", "write", "--only", "fp32"]
+    result = run_script("kernels.py", "--quick", *only, "--threads", "1", "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     backends = {line.impl: line.resolved_backend.split()[0] for line in record.read("write", tmp_path)}
     wanted = {"int8_custom": "INT8_KV", "auto": "CPU_ATTN"}
@@ -250,6 +251,10 @@ def test_kernels_measure_and_record(record, tmp_path):
         assert "not here: fp8 (FP8 KV cache on CPU requires x86 with AVX-512" in result.stdout
     assert backends == wanted
     assert all(line.rel_error < 0.005 for line in record.read("write", tmp_path))
+    wide = {line.impl: line for line in record.read("fp32", tmp_path)}
+    assert wide.keys() == wanted.keys()
+    assert wide["int8_custom"].case["dtype"] == "float32"
+    assert all(wide[impl].rel_error < 1e-5 for impl in ("int8_custom", "auto"))
 
 
 def test_end_to_end_makes_a_model_of_random_weights(record, monkeypatch, tmp_path):
