@@ -197,8 +197,10 @@ def _latencies_of(unit: Callable[[Record], str], head: str, found: list[Group]) 
                 *gains(group, impls),
             ]
         )
-    columns = [head, "query/KV heads x head size", "threads", *latency_heads(impls)]
-    return markdown([*columns, *gain_heads(impls)], rows)
+    columns = [*latency_heads(impls), *gain_heads(impls)]
+    if found[0]["auto"].case["dtype"] == "float32":
+        columns = [text.replace("bf16", "fp32") for text in columns]
+    return markdown([head, "query/KV heads x head size", "threads", *columns], rows)
 
 
 def prefill_table(results: Path) -> str:
@@ -217,18 +219,12 @@ def write_table(results: Path) -> str:
 
 def fp32_table(results: Path) -> str:
     """Decode and prefill of models in fp32."""
-    return per_machine("fp32", results, _fp32_of)
 
+    def unit(line: Record) -> str:
+        decodes = line.case["query_len"] == 1
+        return f"decode {batch_text(line.case)}" if decodes else f"prefill {line.case['seq_len']:,}"
 
-def _fp32_of(found: list[Group]) -> str:
-    impls, rows = impls_of(found), []
-    for group in sorted(found, key=lambda g: (shape_text(g["auto"]), g["auto"].num_threads, num_tokens(g))):
-        case = group["auto"].case
-        what = f"decode {batch_text(case)}" if case["query_len"] == 1 else f"prefill {case['seq_len']:,}"
-        row = [what, shape_text(group["auto"]), str(group["auto"].num_threads)]
-        rows.append([*row, *latencies(group, impls), *gains(group, impls)])
-    heads = [text.replace("bf16", "fp32") for text in (*latency_heads(impls), *gain_heads(impls))]
-    return markdown(["sequences x context", "query/KV heads x head size", "threads", *heads], rows)
+    return latency_table("fp32", unit, "sequences x context", results)
 
 
 def end_to_end_table(results: Path) -> str:
