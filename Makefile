@@ -77,9 +77,9 @@ soak: setup  ## Load a server for MINUTES=30 and check every answer; appends a r
 sanitize: setup  ## Test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python tests/sanitize.py
 
-.PHONY: test-avx512
-test-avx512: setup  ## Test the AVX-512 kernels on emulated instructions, for CPUs without
-	@$(BIN)/python tests/emulate_avx512.py
+.PHONY: test-emulated
+test-emulated: setup  ## Test the AVX-VNNI and AVX-512 kernels on emulated instructions, for CPUs without
+	@$(BIN)/python tests/emulate_isas.py
 
 EXAMPLES ?= 20000
 .PHONY: fuzz

@@ -12,7 +12,7 @@ from support import Recorder
 
 from vllm_int8kv import ops
 
-CPU_ISAS = ["scalar", "avx2", "avx512", "avx512_vnni"]
+CPU_ISAS = ["scalar", "avx2", "avx2_vnni", "avx512", "avx512_vnni"]
 NO_CUDA = "GPU case: "
 
 

@@ -1,4 +1,4 @@
-// AVX-512 without AVX-512: included before the sources of csrc/cpu that are compiled for it (INT8KV_EMULATE_AVX512),
+// AVX-512 without AVX-512: included before the sources of csrc/cpu that are compiled for it (INT8KV_EMULATE_ISAS),
 // it replaces the intrinsics they use by loops over lanes, each after the operation in Intel's Intrinsics Guide.
 // A further one does not compile until it has its loop here ("target specific option mismatch").
 #pragma once
@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 // What the compiler defines where the CPU has them; after its header, which would take its own intrinsics for usable.
 #define __AVX512F__ 1
@@ -36,14 +35,7 @@ INT8KV_EMULATED V lanes(const F& f) {
   return v;
 }
 
-INT8KV_EMULATED __m512i setzero_si512() { return __m512i{}; }
 INT8KV_EMULATED __m512i set1_epi32(int x) { return (__m512i)(I32x16{} + x); }
-INT8KV_EMULATED __m512i loadu_si512(const void* from) {
-  __m512i v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-INT8KV_EMULATED void storeu_si512(void* to, __m512i v) { std::memcpy(to, &v, sizeof(v)); }
 INT8KV_EMULATED void stream_si512(__m512i* to, __m512i v) { *to = v; }  // aligned, as the instruction wants it
 
 INT8KV_EMULATED __m512i add_epi32(__m512i a, __m512i b) { return (__m512i)((U32x16)a + (U32x16)b); }
@@ -99,10 +91,7 @@ INT8KV_EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
 
 }  // namespace int8kv::emulated_avx512
 
-#define _mm512_setzero_si512 int8kv::emulated_avx512::setzero_si512
 #define _mm512_set1_epi32 int8kv::emulated_avx512::set1_epi32
-#define _mm512_loadu_si512 int8kv::emulated_avx512::loadu_si512
-#define _mm512_storeu_si512 int8kv::emulated_avx512::storeu_si512
 #define _mm512_stream_si512 int8kv::emulated_avx512::stream_si512
 #define _mm512_add_epi32 int8kv::emulated_avx512::add_epi32
 #define _mm512_madd_epi16 int8kv::emulated_avx512::madd_epi16

@@ -3,7 +3,7 @@
     python tests/sanitize.py [arguments of pytest]
 
 PyTorch itself is not instrumented, but its allocations are: a kernel that reads or writes outside a tensor's storage
-ends the run with a report. Where the CPU has no AVX-512, those kernels run on emulated instructions.
+ends the run with a report. Kernels that this CPU cannot run do so on emulated instructions.
 """
 
 import subprocess
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from emulate_avx512 import EMULATED
+from emulate_isas import OPTION, is_needed
 from kernel_build import ROOT, build, run_tests
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
@@ -39,9 +39,7 @@ def run(arguments: Sequence[str], variables: Mapping[str, str] | None = None) ->
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they allocate
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    # Not by asking the operators, which would load the installed library: fuzz.py imports this in the tests' process.
-    has_avx512 = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
-    options = [f"-DCMAKE_CXX_FLAGS={FLAGS}", f"{EMULATED}={'OFF' if has_avx512 else 'ON'}"]
+    options = [f"-DCMAKE_CXX_FLAGS={FLAGS}", f"{OPTION}={'ON' if is_needed() else 'OFF'}"]
     return run_tests(build("sanitize", *options), arguments, environment | (variables or {}))
 
 

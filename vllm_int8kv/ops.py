@@ -201,7 +201,7 @@ def dequantize_per_channel(
 
 
 def cpu_isas() -> list[str]:
-    """The CPU kernel paths this machine can run, slowest first: scalar, avx2, avx512, avx512_vnni."""
+    """The CPU kernel paths this machine can run, slowest first: scalar, avx2, avx2_vnni, avx512, avx512_vnni."""
     return torch.ops.int8kv.cpu_isas().split(",")
 
 

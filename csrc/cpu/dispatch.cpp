@@ -6,7 +6,7 @@
 #include "kernels.h"
 #include "quantize_per_channel.h"
 
-#define INT8KV_FOR_EACH_ISA(F) F(scalar) F(avx2) F(avx512) F(avx512_vnni)
+#define INT8KV_FOR_EACH_ISA(F) F(scalar) F(avx2) F(avx2_vnni) F(avx512) F(avx512_vnni)
 
 namespace int8kv::cpu {
 
@@ -29,10 +29,12 @@ struct Path {
 
 bool has_scalar() { return true; }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#if defined(INT8KV_EMULATE_AVX512)
+#if defined(INT8KV_EMULATE_ISAS)
+bool has_avx2_vnni() { return has_avx2(); }
 bool has_avx512() { return has_avx2(); }
 bool has_avx512_vnni() { return has_avx512(); }
 #else
+bool has_avx2_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

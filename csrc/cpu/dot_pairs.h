@@ -28,13 +28,22 @@ struct DotPairs {
   bool accumulate;
 };
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kHasDot = true;  // its sum waits five cycles for the one before, an addition one
+#else
+constexpr bool kHasDot = false;
+#endif
+
+// How many rows, groups of b and pairs a pass holds sums of.
+//
+// Where b is in the L1 cache the sums belong to several groups, which then share a broadcast, enough
+// of them to hide the latency of the multiply-add. Where b comes from memory it is read front to
+// back, one group after the other, and the sums belong to several pairs: only then do the hardware's
+// prefetchers help ours (8 x 4096 tokens on one thread: 24 GB/s instead of 21 at GQA 4 with AVX-512;
+// 1.1 to 1.3 times as fast at GQA 1 and 2 with AVX2). With AVX-512, the broadcasts of more than four
+// rows cost more than that gains.
 #if defined(__AVX512BW__)
 constexpr int kBlockRows = 8;
-// About eight independent sums hide the latency of the multiply-add. They belong to several groups,
-// which then share a broadcast, where b is in the L1 cache. Where b comes from memory it is read
-// front to back, one group after the other, and the sums belong to several pairs: only then do the
-// hardware's prefetchers help ours (8 x 4096 tokens, GQA 4: 24 GB/s instead of 21 on one thread).
-// With more than four rows the broadcasts cost more than that gains.
 constexpr bool reads_in_order(int rows, bool streams) { return streams && rows <= 4; }
 constexpr int groups_per_pass(int rows, bool streams) {
   return reads_in_order(rows, streams) ? 1 : rows <= 2 ? 8 : rows <= 6 ? 4 : 2;
@@ -42,71 +51,25 @@ constexpr int groups_per_pass(int rows, bool streams) {
 constexpr int pairs_per_pass(int rows, bool streams) {
   return !reads_in_order(rows, streams) ? 1 : rows <= 1 ? 8 : rows <= 2 ? 4 : 2;
 }
-
-template <int kRows, int kGroups, bool kStreams>
-INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
-  constexpr int kPairs = pairs_per_pass(kRows, kStreams);
-  const int16_t* a = d.a + row * d.a_stride;
-  const int8_t* b = d.b + group * d.group_stride;
-  int32_t* c = d.c + row * d.c_stride + group * kLanes;
-  __m512i sum[kPairs][kRows][kGroups];
-  for (int r = 0; r < kRows; ++r) {
-    for (int g = 0; g < kGroups; ++g) {
-      sum[0][r][g] = d.accumulate ? _mm512_loadu_si512(c + r * d.c_stride + g * kLanes)
-                                  : _mm512_setzero_si512();
-      for (int i = 1; i < kPairs; ++i) sum[i][r][g] = _mm512_setzero_si512();
-    }
-  }
-  const auto add_pair = [&](int32_t pair, auto& sums) __attribute__((always_inline)) {
-    __m512i lines[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-      const int8_t* line = b + g * d.group_stride + pair * (2 * kLanes);
-      lines[g] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
-      if (kStreams && pair % 2 == 0) {
-        _mm_prefetch(reinterpret_cast<const char*>(line) + d.prefetch_ahead, _MM_HINT_T0);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i broadcast = _mm512_set1_epi32(load<int32_t>(a + r * d.a_stride + 2 * pair));
-      for (int g = 0; g < kGroups; ++g) {
-#if defined(__AVX512VNNI__)
-        sums[r][g] = _mm512_dpwssd_epi32(sums[r][g], lines[g], broadcast);
-#else
-        sums[r][g] = _mm512_add_epi32(sums[r][g], _mm512_madd_epi16(lines[g], broadcast));
-#endif
-      }
-    }
-  };
-  int32_t pair = 0;
-  for (; pair + kPairs <= d.num_pairs; pair += kPairs) {
-    for (int i = 0; i < kPairs; ++i) add_pair(pair + i, sum[i]);
-  }
-  for (; kPairs > 1 && pair < d.num_pairs; ++pair) add_pair(pair, sum[0]);
-  for (int r = 0; r < kRows; ++r) {
-    for (int g = 0; g < kGroups; ++g) {
-      for (int i = 1; i < kPairs; ++i) {
-        sum[0][r][g] = _mm512_add_epi32(sum[0][r][g], sum[i][r][g]);
-      }
-      _mm512_storeu_si512(c + r * d.c_stride + g * kLanes, sum[0][r][g]);
-    }
-  }
-}
-
-#else  // AVX2 and SSE2
+#elif defined(__AVX2__)
 constexpr int kBlockRows = 4;
-#if defined(__AVX2__)
-// Groups share a broadcast only where b is in the L1 cache, see above: from memory, one at a time
-// is 1.1 to 1.3 times as fast with one or two query heads per KV head.
 constexpr int groups_per_pass(int rows, bool streams) {
   return streams ? 1 : rows <= 1 ? 4 : rows <= 2 ? 2 : 1;
 }
+constexpr int pairs_per_pass(int rows, bool streams) {
+  return !streams || !kHasDot ? 1 : rows <= 1 ? 4 : rows <= 2 ? 2 : 1;
+}
 #else
+constexpr int kBlockRows = 4;
 constexpr int groups_per_pass(int, bool) { return 1; }
+constexpr int pairs_per_pass(int, bool) { return 1; }
 #endif
 
 // The codes of kRegisterLanes pairs as 16-bit integers.
 INT8KV_INLINE IntRegister load_pairs(const int8_t* codes) {
-#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+#elif defined(__AVX2__)
   return _mm256_cvtepi8_epi16(load<__m128i>(codes));
 #else
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
@@ -114,43 +77,62 @@ INT8KV_INLINE IntRegister load_pairs(const int8_t* codes) {
 #endif
 }
 
+// sum + the products of a's and b's pairs.
+INT8KV_INLINE IntRegister add_products(IntRegister sum, IntRegister a, IntRegister b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+  return INT8KV_MM(add_epi32)(sum, INT8KV_MM(madd_epi16)(a, b));
+#endif
+}
+
 template <int kRows, int kGroups, bool kStreams>
 INT8KV_INLINE void dot_pairs_block(const DotPairs& d, int32_t row, int32_t group) {
+  constexpr int kPairs = pairs_per_pass(kRows, kStreams);
+  constexpr int kParts = kNumRegisters * kGroups;
   const int16_t* a = d.a + row * d.a_stride;
   const int8_t* b = d.b + group * d.group_stride;
   int32_t* c = d.c + row * d.c_stride + group * kLanes;
-  constexpr int kParts = kNumRegisters * kGroups;
-  IntRegister sum[kRows][kParts];
+  IntRegister sum[kPairs][kRows][kParts];
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kParts; ++i) {
       const int32_t* from = c + r * d.c_stride + i * kRegisterLanes;
-      sum[r][i] = d.accumulate ? load<IntRegister>(from) : IntRegister{};
+      sum[0][r][i] = d.accumulate ? load<IntRegister>(from) : IntRegister{};
+      for (int p = 1; p < kPairs; ++p) sum[p][r][i] = IntRegister{};
     }
   }
-  for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
+  const auto add_pair = [&](int32_t pair, auto& sums) __attribute__((always_inline)) {
     IntRegister codes[kParts];
     for (int i = 0; i < kParts; ++i) {
       const int8_t* line = b + i / kNumRegisters * d.group_stride + pair * (2 * kLanes);
       codes[i] = load_pairs(line + i % kNumRegisters * 2 * kRegisterLanes);
-      if (kStreams && i % kNumRegisters == 0) {  // twice per cache line costs less than a branch
+      // Half a cache line. With shorter registers fetching it twice costs less than a branch.
+      if (kStreams && i % kNumRegisters == 0 && (kNumRegisters > 1 || pair % 2 == 0)) {
         _mm_prefetch(reinterpret_cast<const char*>(line) + d.prefetch_ahead, _MM_HINT_T0);
       }
     }
     for (int r = 0; r < kRows; ++r) {
       const IntRegister broadcast =
           INT8KV_MM(set1_epi32)(load<int32_t>(a + r * d.a_stride + 2 * pair));
-      for (int i = 0; i < kParts; ++i) {
-        sum[r][i] = INT8KV_MM(add_epi32)(sum[r][i], INT8KV_MM(madd_epi16)(codes[i], broadcast));
-      }
+      for (int i = 0; i < kParts; ++i) sums[r][i] = add_products(sums[r][i], codes[i], broadcast);
     }
+  };
+  int32_t pair = 0;
+  for (; pair + kPairs <= d.num_pairs; pair += kPairs) {
+    for (int p = 0; p < kPairs; ++p) add_pair(pair + p, sum[p]);
   }
+  for (; kPairs > 1 && pair < d.num_pairs; ++pair) add_pair(pair, sum[0]);
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kParts; ++i) {
-      store(c + r * d.c_stride + i * kRegisterLanes, sum[r][i]);
+      for (int p = 1; p < kPairs; ++p) {
+        sum[0][r][i] = INT8KV_MM(add_epi32)(sum[0][r][i], sum[p][r][i]);
+      }
+      store(c + r * d.c_stride + i * kRegisterLanes, sum[0][r][i]);
     }
   }
 }
-#endif
 
 template <int kRows, int kGroups, bool kStreams>
 INT8KV_INLINE void dot_pairs_rows(const DotPairs& d, int32_t row, int32_t group) {
