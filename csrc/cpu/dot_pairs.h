@@ -36,12 +36,12 @@ constexpr bool kHasDot = false;
 
 // How many rows, groups of b and pairs a pass holds sums of.
 //
-// Where b is in the L1 cache the sums belong to several groups, which then share a broadcast, enough
-// of them to hide the latency of the multiply-add. Where b comes from memory it is read front to
-// back, one group after the other, and the sums belong to several pairs: only then do the hardware's
-// prefetchers help ours (8 x 4096 tokens on one thread: 24 GB/s instead of 21 at GQA 4 with AVX-512;
-// 1.1 to 1.3 times as fast at GQA 1 and 2 with AVX2). With AVX-512, the broadcasts of more than four
-// rows cost more than that gains.
+// Where b is in the L1 cache the sums belong to several groups, which then share a broadcast,
+// enough of them to hide the latency of the multiply-add. Where b comes from memory it is read
+// front to back, one group after the other, and the sums belong to several pairs: only then do the
+// hardware's prefetchers help ours (8 x 4096 tokens on one thread: 24 GB/s instead of 21 at GQA 4
+// with AVX-512; 1.1 to 1.3 times as fast at GQA 1 and 2 with AVX2). With AVX-512, the broadcasts of
+// more than four rows cost more than that gains.
 #if defined(__AVX512BW__)
 constexpr int kBlockRows = 8;
 constexpr bool reads_in_order(int rows, bool streams) { return streams && rows <= 4; }
