@@ -65,7 +65,11 @@ def fuzz_table(results: Path) -> str:
         "computed, as the reference does where there is one",
         "refused, by what the error names",
     ]
-    where = f"<sub>{line.device}; {line.utc[:10]}; commit {line.commit}; `benchmarks/results/fuzz.jsonl`.</sub>"
+    kernels = line.resolved_backend.removeprefix("INT8_KV ")
+    if line.case.get("emulated"):
+        kernels += "; those with VNNI or AVX-512 on emulated instructions"
+    where = f"<sub>Kernels: {kernels}. {line.device}; {line.utc[:10]}; commit {line.commit}; "
+    where += "`benchmarks/results/fuzz.jsonl`.</sub>"
     return f"{markdown(head, rows)}\n\n{where}"
 
 

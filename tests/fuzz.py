@@ -17,6 +17,7 @@ from typing import Annotated
 
 import sanitize
 import typer
+from emulate_isas import is_needed
 from kernel_build import ROOT
 
 COUNTS = "FUZZ_COUNTS"
@@ -24,11 +25,12 @@ COUNTS = "FUZZ_COUNTS"
 
 
 def pytest_sessionfinish() -> None:
-    """As a pytest plug-in (`-p fuzz`): write what came of the calls."""
+    """As a pytest plug-in (`-p fuzz`): write what came of the calls, and on which kernels."""
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for (operator, outcome), count in sorted(sys.modules["test_fuzz"].OUTCOMES.items()):
         found[operator][outcome] = count
-    Path(os.environ[COUNTS]).write_text(json.dumps(found))
+    isas = sys.modules["test_fuzz"].ops.cpu_isas()
+    Path(os.environ[COUNTS]).write_text(json.dumps({"isas": isas, "operators": found}))
 
 
 def main(
@@ -46,22 +48,21 @@ def main(
         seconds, found = time.monotonic() - start, json.loads(counts.read_text())
     print(json.dumps(found, indent=1))
     if record is not None:
-        write(found, examples, seconds, record)
+        write(found["isas"], found["operators"], examples, seconds, record)
 
 
-def write(found: dict[str, dict[str, int]], examples: int, seconds: float, results: Path) -> None:
+def write(isas: list[str], found: dict[str, dict[str, int]], examples: int, seconds: float, results: Path) -> None:
     """Append the record of a run that found nothing."""
     sys.path.insert(0, str(ROOT))
     from benchmarks import record
     from benchmarks.timing import summarize
-    from vllm_int8kv import ops
 
     line = record.of_run(
         record.environment(),
         what="fuzz",
-        case={"examples": examples, "sanitizers": "address, undefined"},
+        case={"examples": examples, "sanitizers": "address, undefined", "emulated": is_needed()},
         impl="int8_custom",
-        resolved_backend=f"INT8_KV {ops.cpu_isa()}",
+        resolved_backend=f"INT8_KV {', '.join(isas)}",
         metrics=found,
         num_threads=1,
         **asdict(summarize([seconds * 1e6], cpu_us=0.0)) | {"cpu_per_wall": None},

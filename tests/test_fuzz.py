@@ -1,13 +1,15 @@
 """Fuzzed operators: any argument raises an error that names it or is defined behaviour, and nothing else is touched.
 
-The cache is a window of a larger tensor whose other bytes must stay as they are; under `make sanitize` reads outside
-of a tensor end the run too. `make fuzz` does so with more examples and records what came of them.
+On every kernel path. The cache is a window of a larger tensor whose other bytes must stay as they are; under
+`make sanitize` reads outside of a tensor end the run too. `make fuzz` does so with more examples and records what came
+of them.
 """
 
 import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -44,8 +46,11 @@ def refused(operator: str, error: Exception) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(set_num_threads) -> None:
+def one_thread(set_num_threads) -> Iterator[None]:
     set_num_threads(1)
+    isa = ops.cpu_isa()
+    yield
+    ops.set_cpu_isa(isa)
 
 
 def guarded_cache(offset: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,8 +80,10 @@ slots = st.one_of(
     dtype=st.sampled_from(DTYPES[:3]),
     odd=st.lists(ODD_FLOATS, min_size=1, max_size=8),
     rotate=st.booleans(),
+    isa=st.sampled_from(ops.cpu_isas()),
 )
-def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotate):
+def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotate, isa):
+    ops.set_cpu_isa(isa)
     num_tokens = len(slot_list)
     storage, cache = guarded_cache(offset)
     key, value = torch.randn(2, num_tokens, NUM_KV_HEADS, HEAD_SIZE).to(dtype)
@@ -111,8 +118,12 @@ def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotat
     sliding_window=st.one_of(st.none(), st.integers(1, 40), st.just(2**31 - 1)),
     causal=st.booleans(),
     offset=st.integers(0, 17),
+    isa=st.sampled_from(ops.cpu_isas()),
 )
-def test_reads_the_named_blocks_or_refuses(blocks, seq_lens, query_lens, num_tokens, sliding_window, causal, offset):
+def test_reads_the_named_blocks_or_refuses(
+    blocks, seq_lens, query_lens, num_tokens, sliding_window, causal, offset, isa
+):
+    ops.set_cpu_isa(isa)
     storage, cache = guarded_cache(offset)
     kv = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE)
     ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE))
