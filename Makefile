@@ -1,5 +1,5 @@
 # Everything a person types. `make demo` and `make test` set themselves up from a bare clone; they
-# need Linux on x86-64, Python 3.11 or newer, make and a C++ compiler.
+# need Linux on x86-64, Python 3.11 or newer, make and g++ 11 or newer.
 .DEFAULT_GOAL := help
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,6 +12,8 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 CUDA_ARCHITECTURES ?= 75;80;86;89;90;100;120
 SOURCES := $(shell find csrc -type f)
 PYTHON_FILES := vllm_int8kv tests benchmarks .ci
+# ON: warnings of the C++ compiler are errors, in CI, where it is known which one.
+WERROR ?= OFF
 # A folder of wheels that pip knows, uv knows too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -27,7 +29,7 @@ setup: $(VENV)/.built  ## Create .venv with vLLM for CPU and build the operators
 $(VENV)/.dependencies: requirements-cpu.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "setup: $(PYTHON) is older than Python 3.11; name a newer one with make PYTHON=..."; exit 1; }
-	@command -v c++ >/dev/null || { echo "setup: no C++ compiler (c++) found; install g++ 12 or newer"; exit 1; }
+	@command -v c++ >/dev/null || { echo "setup: no C++ compiler (c++) found; install g++ 11 or newer"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "setup: $(PYTHON) cannot create a virtual environment; install its venv module"; exit 1; }
 	@echo "setup: installing vLLM for CPU and its dependencies into $(VENV)"
@@ -44,7 +46,8 @@ $(VENV)/.dependencies: requirements-cpu.lock
 $(VENV)/.built: $(VENV)/.dependencies pyproject.toml $(SOURCES)
 	@echo "setup: building the operators for CPU"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(UV) pip install -q --no-build-isolation --no-deps \
-	  -C build-dir=build/setup -C cmake.define.INT8KV_CUDA=OFF -e .
+	  -C build-dir=build/setup -C cmake.define.INT8KV_CUDA=OFF \
+	  -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR) -e .
 	@touch $@
 
 .PHONY: demo

@@ -6,7 +6,7 @@ from hostile import gather_args, make_batch, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_int8kv import ops, reference
+from vllm_int8kv import cache_layout, ops, reference
 
 
 def stretches(batch, *stretch):
@@ -36,6 +36,21 @@ def test_bits_of_the_reference(device, head_size, block_size, dtype):
         ops.gather_cache(got[0], got[1][..., 1:], there.kv_cache, *(x.to(device) for x in place), **options)
         assert same_bits(got[0].cpu(), want[0]) and same_bits(got[1].cpu(), want[1])
         assert (want[0][350:] == 7.0).all() and (want[0][:350] != 7.0).any()
+
+
+def test_fp16_from_zero_to_infinity(device):
+    """Every scale from what rounds to 0, over the subnormal numbers, to what overflows."""
+    kv = torch.randn(2, 320, 2, 64) * torch.logspace(-10, 7, 320)[:, None, None]
+    kv_cache = cache_layout.allocate(20, 2, 16, 64)
+    reference.reshape_and_cache(*kv, kv_cache, torch.arange(320))
+    place = [torch.tensor(x, dtype=torch.int32) for x in ([range(20)], [0, 320], [0])]
+    want = torch.empty(2, 320, 2, 64, dtype=torch.float16)
+    reference.gather_cache(*want, kv_cache, *place)
+    got = torch.empty_like(want, device=device)
+    ops.gather_cache(*got, kv_cache.to(device), *(x.to(device) for x in place))
+    assert same_bits(got.cpu(), want)
+    magnitude = want.float().abs()
+    assert (magnitude == 0).any() and ((magnitude > 0) & (magnitude < 2.0**-14)).any() and magnitude.isinf().any()
 
 
 def test_it_is_what_was_written(device):

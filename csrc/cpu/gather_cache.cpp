@@ -22,12 +22,24 @@ void hadamard_rotate(float* x, int32_t head_size) {
   for (int32_t i = 0; i < head_size; ++i) x[i] *= norm;
 }
 
+// Rounded half to even. As float_to_half in vectors.h does it; GCC 11 has no _Float16 here.
+uint16_t float_to_half_bits(float x) {
+  const uint32_t bits = float_bits(x), abs_bits = bits & 0x7fffffffu;
+  const auto sign = static_cast<uint16_t>((bits & 0x80000000u) >> 16);
+  if (abs_bits > 0x7f800000u) return sign | 0x7e00u;  // NaN
+  const float magnitude = std::fabs(x);
+  if (magnitude >= 65520.0f) return sign | 0x7c00u;
+  // Subnormal: adding 0.5 leaves the result, rounded, in the low bits.
+  if (magnitude < 6.103515625e-05f) return sign | (float_bits(magnitude + 0.5f) - 0x3f000000u);
+  return sign | ((abs_bits - (112u << 23) + 0xfffu + ((abs_bits >> 13) & 1u)) >> 13);
+}
+
 void store_row(void* base, int64_t offset, const float* x, int32_t head_size, DType dtype) {
   for (int32_t i = 0; i < head_size; ++i) {
     if (dtype == DType::kFloat32) {
       static_cast<float*>(base)[offset + i] = x[i];
     } else if (dtype == DType::kFloat16) {
-      static_cast<_Float16*>(base)[offset + i] = static_cast<_Float16>(x[i]);
+      static_cast<uint16_t*>(base)[offset + i] = float_to_half_bits(x[i]);
     } else {
       static_cast<uint16_t*>(base)[offset + i] = float_to_bf16_bits(x[i]);
     }
