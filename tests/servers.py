@@ -18,7 +18,9 @@ START_SECONDS, STOP_SECONDS = 400, 60
 
 
 class Server:
-    """A server that has started; ends with the block.
+    """A server of SmolLM2 that has started; ends with the block.
+
+    In fp32, which no CPU multiplies in software, unless the options say otherwise.
 
     Args:
         options: of `vllm-int8kv serve`, beside the model and the address.
@@ -31,7 +33,7 @@ class Server:
             sock.bind(("127.0.0.1", 0))
             self.port = sock.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
-        command = [sys.executable, "-m", "vllm_int8kv.cli", "serve", "smollm2", *options]
+        command = [sys.executable, "-m", "vllm_int8kv.cli", "serve", "smollm2", "--dtype", "float32", *options]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         with log.open("w") as file:
             self.process = subprocess.Popen(

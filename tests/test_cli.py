@@ -157,13 +157,14 @@ def test_demo_refuses_a_json_file_in_no_folder(tmp_path):
 def test_demo_shows_the_error_of_an_engine(tmp_path):
     result = runner.invoke(cli.app, ["demo", str(tmp_path / "no-model")])
     assert result.exit_code == 1
-    assert "Error: the engine with kv_cache_dtype='auto' and dtype='auto' ended with exit code 1" in result.stderr
+    dtype = "auto" if doctor.has_fast_bf16() else "float32"
+    assert f"Error: the engine with kv_cache_dtype='auto' and dtype='{dtype}' ended with exit code 1" in result.stderr
     assert "no-model" in result.stderr.split("Its last lines:")[1]
 
 
 @pytest.mark.engine
 def test_demo_on_a_tiny_scale(capsys, monkeypatch):
-    """All four engines and the report, with a short text and context."""
+    """All engines and the report, with a short text and context."""
     # Threads of a pool wait for one another; on a busy machine that takes longer than the work.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plan = demo.Plan(
@@ -193,6 +194,26 @@ def test_demo_on_a_tiny_scale(capsys, monkeypatch):
     cli.print_demo(report)
     shown = capsys.readouterr().out
     assert "capital of France" in shown and f"{report['capacity_ratio']:.2f}x" in shown
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_fast_bf16", "engines"),
+    [
+        ("auto", True, [("auto", "answer decode"), ("float32", "text")]),
+        ("bfloat16", False, [("bfloat16", "answer decode"), ("float32", "text")]),
+        ("auto", False, [("float32", "answer text decode")]),
+        ("float32", True, [("float32", "answer text decode")]),
+    ],
+)
+def test_engines_of_the_demo(dtype, has_fast_bf16, engines, monkeypatch):
+    """The text is scored in fp32; engines that would have the same dtype are one."""
+    monkeypatch.setattr(demo, "has_fast_bf16", lambda: has_fast_bf16)
+    plans = demo.make_plans(demo.Plan("model", dtype=dtype), "/folder")
+    assert [(plan.dtype, plan.kv_cache_dtype, " ".join(plan.stages())) for plan in plans] == [
+        (dtype, kv_cache_dtype, f"load {stages}") for dtype, stages in engines for kv_cache_dtype in demo.DTYPES
+    ]
+    assert [plan.is_reference for plan in plans if plan.text] == [True, False]
+    assert len({plan.scores_path for plan in plans if plan.text}) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Bounds leave room around what README's table has for more tokens: KL 1.9e-4 for 
 """
 
 import json
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +17,13 @@ from vllm_int8kv.config import read_layer_policy
 from vllm_int8kv.demo import TEXT
 from vllm_int8kv.engine_process import EngineError
 from vllm_int8kv.evaluate import CacheSpec, first_divergence
+from vllm_int8kv.scoring import TextFiles
 
 runner = CliRunner()
 PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(1200)  # six engines in turn: 200 to 550 s on two busy cores
 def test_eval_through_every_read_path(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of a pool wait for one another on a busy machine
     report_file = tmp_path / "report.json"
@@ -81,6 +83,21 @@ def test_arguments_of_an_engine_and_an_engine_that_fails(monkeypatch):
     assert report["caches"][larger]["paths"]["decode"]["kl_per_token"]["value"] < 1e-6
     assert list(report["left_out"]) == [too_small]
     assert report["left_out"][too_small].startswith("ValueError: No available memory for the cache blocks.")
+
+
+def test_a_chunk_larger_than_asked_for_is_refused(tmp_path):
+    from vllm.v1.sample.sampler import Sampler
+
+    from vllm_int8kv.forced_decoding import PromptScoring
+
+    files = TextFiles([0, 1, 2, 3], str(tmp_path / "p.npy"), str(tmp_path / "reference.npy"), is_reference=True)
+    files.create(vocab_size=5)
+    worker = PromptScoring()
+    worker.model_runner = SimpleNamespace(sampler=Sampler())
+    worker.score_next_prompt(asdict(files), chunk_tokens=2)
+    worker.model_runner.sampler.compute_logprobs(torch.zeros(2, 5))
+    with pytest.raises(RuntimeError, match="a chunk of 3 tokens instead of 2 at most"):
+        worker.model_runner.sampler.compute_logprobs(torch.zeros(3, 5))
 
 
 def test_an_engine_that_fails_and_is_not_optional_ends_the_comparison(monkeypatch):

@@ -184,7 +184,9 @@ def test_structured_output():
 def test_data_parallel_server(tmp_path):
     prompts = ["a b c d e f g", "1 2 3 4 5"] * 4
     options = "--enforce-eager --max-model-len 256 --max-num-seqs 4 --kv-cache-memory-bytes 67108864"
-    with Server([*options.split(), "--data-parallel-size", "2"], tmp_path / "log.txt") as server:
+    with Server(
+        [*options.split(), "--data-parallel-size", "2", "--api-server-count", "1"], tmp_path / "log.txt"
+    ) as server:
 
         def complete(prompt: str) -> str:
             answer = server.client().completions.create(model="smollm2", prompt=prompt, temperature=0, max_tokens=4)

@@ -1,13 +1,13 @@
 """`vllm-int8kv demo`: one model with an unquantized and with an INT8 KV cache, measured side by side.
 
-Four engines run one after the other, each in a process of its own (`demo_engine.py`). Two with the model's own
-dtype answer the prompts, count the tokens that fit into the same memory and decode at a long context. Two in
-fp32 score a text. Those are apart because bf16 arithmetic hides the cache: two bf16 engines that only round in
-another order (`enforce_eager` or not) differ by a KL of 1.3e-3 per token, several times what INT8 costs.
+Engines run one after the other, each in a process of its own (`demo_engine.py`). Two with the model's own dtype
+answer the prompts, count the tokens that fit into the same memory and decode at a long context. Two in fp32 score a
+text. Those are apart because bf16 arithmetic hides the cache: two bf16 engines that only round in another order
+(`enforce_eager` or not) differ by a KL of 1.3e-3 per token, several times what INT8 costs.
 
 CPUs that compute bf16 in software take six times as long for it as for fp32 (11 against 61 GFLOPS for [2048, 576] x
-[576, 1536] on two AVX2 cores): there all engines run in fp32. The contexts of the speed test are as long as their
-prefill has time for.
+[576, 1536] on two AVX2 cores): there two engines do everything in fp32. The contexts of the speed test are as long as
+their prefill has time for.
 """
 
 import tempfile
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.doctor import has_fast_bf16
 from vllm_int8kv.engine_process import run_engine
 from vllm_int8kv.scoring import load_scores, summarize
 
@@ -66,7 +67,7 @@ class Plan:
 
 
 def run_demo(plan: Plan, console: Console, *, name: str, verbose: bool = False) -> dict[str, Any]:
-    """Run the four engines.
+    """Run the engines.
 
     Args:
         plan: model and sizes; the rest of it is filled in here. An empty `text` means the one that comes with
@@ -81,24 +82,38 @@ def run_demo(plan: Plan, console: Console, *, name: str, verbose: bool = False) 
         EngineError: an engine failed.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-int8kv-") as folder:
-        plans, text = [], plan.text or TEXT.read_text()
-        for dtype in DTYPES:
-            plans.append(replace(plan, kv_cache_dtype=dtype, prompts=plan.prompts or PROMPTS, text=""))
-        files = {"reference_path": str(Path(folder, "reference.npy"))}
-        for dtype in DTYPES:
-            files |= {"scores_path": str(Path(folder, f"{dtype}.npy")), "is_reference": dtype == "auto"}
-            plans.append(replace(plan, kv_cache_dtype=dtype, dtype="float32", text=text, decode_steps=0, **files))
-        columns = TextColumn("{task.description:<30}"), BarColumn(), TimeElapsedColumn()
+        plans = make_plans(plan, folder)
+        columns = TextColumn("{task.description:<33}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=console, disable=verbose) as progress:
             results = _run_engines(plans, progress, verbose)
-        auto_scores, int8_scores = (load_scores([plan.scores_path]) for plan in plans[2:])
+        auto_scores, int8_scores = (load_scores([plan.scores_path]) for plan in plans if plan.text)
     return _report(name, plans[0].prompts, results, summarize(int8_scores, auto_scores))
+
+
+def make_plans(plan: Plan, folder: str) -> list[Plan]:
+    """What each engine does, those with the answers and the speed first; scores go to files of a folder."""
+    if plan.dtype == "auto" and not has_fast_bf16():
+        plan = replace(plan, dtype="float32")
+    plan = replace(plan, prompts=plan.prompts or PROMPTS, text=plan.text or TEXT.read_text())
+    files = {
+        dtype: {
+            "scores_path": str(Path(folder, f"{dtype}.npy")),
+            "reference_path": str(Path(folder, "reference.npy")),
+            "is_reference": dtype == "auto",
+        }
+        for dtype in DTYPES
+    }
+    if plan.dtype == "float32":
+        return [replace(plan, kv_cache_dtype=dtype, **files[dtype]) for dtype in DTYPES]
+    speed = [replace(plan, kv_cache_dtype=dtype, text="") for dtype in DTYPES]
+    only_text = replace(plan, dtype="float32", prompts=(), decode_steps=0)
+    return speed + [replace(only_text, kv_cache_dtype=dtype, **files[dtype]) for dtype in DTYPES]
 
 
 def _run_engines(plans: list[Plan], progress: Progress, verbose: bool) -> list[dict[str, Any]]:
     task_ids = []
     for plan in plans:
-        what = "text in fp32" if plan.text else "answers, speed"
+        what = ", ".join(stage for stage in plan.stages() if stage != "load")
         total = sum(plan.stages().values())
         task_ids.append(progress.add_task(f"{plan.kv_cache_dtype}: {what}", total=total, start=False))
     results = []

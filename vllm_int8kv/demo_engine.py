@@ -11,8 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_int8kv.demo import Plan
-from vllm_int8kv.doctor import has_fast_bf16
-from vllm_int8kv.engine_process import emit
+from vllm_int8kv.engine_process import emit, finish
 from vllm_int8kv.forced_decoding import OPTIONS, kv_cache_memory_bytes, score_decode, steps
 from vllm_int8kv.scoring import TextFiles
 
@@ -25,13 +24,12 @@ PROBE_TOKENS = 1024
 def main() -> None:
     plan = Plan(**json.load(sys.stdin))
     emit(stage="load", done=0.0)
-    dtype = "float32" if plan.dtype == "auto" and not has_fast_bf16() else plan.dtype
-    model_config = EngineArgs(model=plan.model, dtype=dtype).create_model_config()
+    model_config = EngineArgs(model=plan.model, dtype=plan.dtype).create_model_config()
     # Beside the context: the tokens of the speed test and what prefill steps let the first sequences run ahead.
     max_model_len = min(plan.context_len + MARGIN_TOKENS, model_config.max_model_len)
     llm = LLM(
         plan.model,
-        dtype=dtype,
+        dtype=plan.dtype,
         kv_cache_dtype=plan.kv_cache_dtype,
         kv_cache_memory_bytes=kv_cache_memory_bytes(model_config, plan.num_seqs * max_model_len),
         max_model_len=max_model_len,
@@ -61,7 +59,7 @@ def main() -> None:
             llm, plan, max_model_len - MARGIN_TOKENS, vocab_size
         )
         result["decode_tok_per_s"] = measure_decode(llm, plan, result["context_len"], vocab_size)
-    emit(result=result)
+    finish(llm, result)
 
 
 def answer(llm: LLM, plan: Plan) -> list[str]:

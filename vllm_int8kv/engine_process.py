@@ -5,6 +5,7 @@ start with `EVENT` go on with one JSON object for the parent; every other line i
 """
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -37,6 +38,15 @@ def die_with_parent() -> None:
 def emit(**event: object) -> None:
     """Send one event to the parent."""
     print(EVENT + json.dumps(event), flush=True)
+
+
+def finish(llm: "LLM", result: Mapping[str, Any]) -> None:  # noqa: F821
+    """Send the result and end the engine: the last thing an engine process does."""
+    emit(result=result)
+    # Otherwise vLLM does it while Python exits, which then looks for garbage among all that vLLM has imported: 3 s
+    # instead of 1.4 s, of the 20 s that a small model takes to start and end.
+    llm.llm_engine.engine_core.shutdown()
+    gc.freeze()
 
 
 def run_engine(

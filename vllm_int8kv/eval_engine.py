@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_int8kv.config import KEY
-from vllm_int8kv.engine_process import emit
+from vllm_int8kv.engine_process import emit, finish
 from vllm_int8kv.evaluate import Plan, scores_path
 from vllm_int8kv.forced_decoding import (
     OPTIONS,
@@ -60,13 +60,13 @@ def main() -> None:
         elif path == "prefix":
             result["prefix_hit_share"] = score_prefix_reads(llm, texts, plan.prefix_stride, on_progress)
         else:
-            score_prefill(llm, texts, on_progress)
+            score_prefill(llm, texts, on_progress, plan.chunk_tokens if path == "chunked" else None)
     if plan.generate_tokens:
         result["answers"] = answer(llm, token_ids, plan.generate_tokens)
         emit(stage="generate", done=1.0)
     if plan.needle_lengths:
         result["needle"] = find_needles(llm, token_ids, plan.needle_lengths)
-    emit(result=result)
+    finish(llm, result)
 
 
 def start(plan: Plan) -> LLM:
@@ -80,8 +80,7 @@ def start(plan: Plan) -> LLM:
         "kv_cache_memory_bytes": kv_cache_memory_bytes(model_config, min(num_seqs * max_model_len, MAX_CACHE_TOKENS)),
         "max_model_len": max_model_len,
         "max_num_seqs": num_seqs,
-        # In one step, or in chunks: chunked prefill goes as far as the budget of a step.
-        "max_num_batched_tokens": plan.chunk_tokens if plan.paths == ("chunked",) else max(2048, max_model_len),
+        "max_num_batched_tokens": max(2048, max_model_len),  # whole texts in one step
         "enable_chunked_prefill": True,
         "enable_prefix_caching": True,
         # Compiling takes about a minute on two cores, more than it saves here.

@@ -217,28 +217,17 @@ def evaluate(
 
 
 def _run_cache(plan: Plan, name: str, is_reference: bool, progress: Progress, verbose: bool) -> dict[str, Any]:
-    """Run the engines of one cache: one for everything, and one with small chunks."""
-    whole = [path for path in PATHS if path in plan.paths and path != "chunked"]
-    if is_reference and "decode" not in whole:
-        whole.insert(0, "decode")
-    plans = [replace(plan, paths=tuple(whole), is_reference=is_reference)]
-    if "chunked" in plan.paths:
-        plans.append(replace(plan, paths=("chunked",), generate_tokens=0, needle_lengths=()))
-    result: dict[str, Any] = {}
-    for part in plans:
-        if result:
-            part = replace(part, token_ids=result["token_ids"])
-        what = f"{name}, chunks" if part.paths == ("chunked",) else name
-        task_id = progress.add_task(what, total=sum(part.stages().values()))
-        done = run_engine(
-            "vllm_int8kv.eval_engine",
-            asdict(part),
-            part.stages(),
-            lambda completed, task_id=task_id: progress.update(task_id, completed=completed),
-            verbose,
-        )
-        progress.stop_task(task_id)
-        result = done | result
+    """Run the engine of one cache."""
+    wanted = {"decode", *plan.paths} if is_reference else plan.paths
+    plan = replace(plan, paths=tuple(path for path in PATHS if path in wanted), is_reference=is_reference)
+    stages = plan.stages()
+    task_id = progress.add_task(name, total=sum(stages.values()))
+
+    def show(done: float) -> None:
+        progress.update(task_id, completed=done)
+
+    result = run_engine("vllm_int8kv.eval_engine", asdict(plan), stages, show, verbose)
+    progress.stop_task(task_id)
     return result
 
 

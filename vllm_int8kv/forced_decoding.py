@@ -68,13 +68,19 @@ class ForcedDecoding(AdapterLogitsProcessor):
 class PromptScoring:
     """Extension of vLLM's worker, for `LLM.collective_rpc`."""
 
-    def score_next_prompt(self, files: dict) -> None:
-        """Score the rows of the next prompt from its prefill; it must be alone and ask for `prompt_logprobs`."""
+    def score_next_prompt(self, files: dict, chunk_tokens: int) -> None:
+        """Score the rows of the next prompt from its prefill; it must be alone and ask for `prompt_logprobs`.
+
+        Raises:
+            RuntimeError: during the prefill, if a chunk has more than `chunk_tokens` tokens.
+        """
         sampler, text, row = self.model_runner.sampler, recorder(TextFiles(**files)), 0
         compute_logprobs = type(sampler).compute_logprobs
 
         def record(logits: torch.Tensor) -> torch.Tensor:
             nonlocal row
+            if len(logits) > chunk_tokens:
+                raise RuntimeError(f"a chunk of {len(logits)} tokens instead of {chunk_tokens} at most")
             log_probs = compute_logprobs(logits)
             text.record(row, log_probs.cpu().numpy())
             row += len(log_probs)
@@ -126,13 +132,27 @@ def score_decode(llm: LLM, texts: Sequence[TextFiles], num_parts: int, on_progre
         on_progress(sum(num_done.values()) / num_rows)
 
 
-def score_prefill(llm: LLM, texts: Sequence[TextFiles], on_progress: Callable[[float], None]) -> None:
-    """Score every token of the texts by their prefill, one text at a time, in chunks of `max_num_batched_tokens`."""
+def score_prefill(
+    llm: LLM, texts: Sequence[TextFiles], on_progress: Callable[[float], None], chunk_tokens: int | None = None
+) -> None:
+    """Score every token of the texts by their prefill, one text at a time.
+
+    In chunks of `max_num_batched_tokens`, or of `chunk_tokens` if that is fewer. The engine must run in this process.
+    """
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-    for index, files in enumerate(texts):
-        llm.collective_rpc("score_next_prompt", args=(asdict(files),))
-        llm.generate({"prompt_token_ids": files.token_ids}, params, use_tqdm=False)
-        on_progress((index + 1) / len(texts))
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    budget = scheduler.max_num_scheduled_tokens
+    chunk_tokens = min(chunk_tokens or budget, budget)
+    # The budget of a step, which vLLM takes from its options. Its limit for long prompts leaves those alone that have
+    # no others beside them.
+    scheduler.max_num_scheduled_tokens = chunk_tokens
+    try:
+        for index, files in enumerate(texts):
+            llm.collective_rpc("score_next_prompt", args=(asdict(files), chunk_tokens))
+            llm.generate({"prompt_token_ids": files.token_ids}, params, use_tqdm=False)
+            on_progress((index + 1) / len(texts))
+    finally:
+        scheduler.max_num_scheduled_tokens = budget
 
 
 def score_prefix_reads(

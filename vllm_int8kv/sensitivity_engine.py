@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_int8kv import cache_layout, ops
 from vllm_int8kv.config import Int8KVConfig
-from vllm_int8kv.engine_process import emit
+from vllm_int8kv.engine_process import emit, finish
 from vllm_int8kv.equalization import key_equalizer
 from vllm_int8kv.eval_engine import start, text_files, write_texts
 from vllm_int8kv.evaluate import Plan
@@ -124,7 +124,7 @@ def main() -> None:
         e_o = float(np.mean(hooks.errors[index]))
         layers.append({"layer": index, "e_o": e_o, "kl_per_token": divergences[index], "shape": vars(shape)})
     result = {"layers": layers, "kl_all_layers": divergences[None], "text_tokens": list(map(len, token_ids))}
-    emit(result=result | {"dtype": str(model_config.dtype).removeprefix("torch.")})
+    finish(llm, result | {"dtype": str(model_config.dtype).removeprefix("torch.")})
 
 
 def score(llm: LLM, plan: Plan, vocab_size: int) -> float:

@@ -17,7 +17,7 @@ class SoakServer(Server):
 
     def __init__(self, log: Path) -> None:
         options = (
-            f"--dtype float32 --enforce-eager --max-model-len {MAX_MODEL_LEN} --max-num-seqs {MAX_NUM_SEQS} "
+            f"--enforce-eager --max-model-len {MAX_MODEL_LEN} --max-num-seqs {MAX_NUM_SEQS} "
             f"--max-num-batched-tokens 256 --block-size {BLOCK_SIZE} --num-gpu-blocks-override {NUM_BLOCKS} "
             "--kv-cache-memory-bytes 67108864 --disable-uvicorn-access-log"
         )

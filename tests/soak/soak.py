@@ -129,15 +129,15 @@ class Result:
         return found
 
 
-def make_prompts() -> list[list[int]]:
-    """Two of each length modulo the block size; neighbours share a prefix."""
+def make_prompts(per_length: int) -> list[list[int]]:
+    """`per_length` of each length modulo the block size; neighbours share a prefix."""
     from transformers import AutoTokenizer
 
     from vllm_int8kv.models import smollm2
 
     text = " ".join(f"Item {i} costs {i * 7 % 50} coins." for i in range(60))
     tokens = AutoTokenizer.from_pretrained(smollm2())(text)["input_ids"]
-    return [tokens[8 * (i // 4) :][: 24 + 7 * i] for i in range(2 * BLOCK_SIZE)]
+    return [tokens[8 * (i // 4) :][: 24 + 7 * i] for i in range(per_length * BLOCK_SIZE)]
 
 
 async def ask_idle(client: openai.AsyncOpenAI, prompt: list[int]) -> Idle:
@@ -209,9 +209,9 @@ async def request(
                 result.unexplained.append(f"{where}: {text!r} instead of {idle.text!r}, gap {gap:.2g}")
 
 
-async def load(server: SoakServer, minutes: float, connections: int, seed: int = 0) -> Result:
+async def load(server: SoakServer, minutes: float, connections: int, per_length: int, seed: int = 0) -> Result:
     """Learn the idle answers, then keep `connections` requests in flight."""
-    result, prompts = Result(), make_prompts()
+    result, prompts = Result(), make_prompts(per_length)
     limits = openai.DefaultAsyncHttpxClient(limits=openai.DEFAULT_CONNECTION_LIMITS, timeout=REQUEST_SECONDS)
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=limits)
     idle = [await ask_idle(client, prompt) for prompt in prompts]
@@ -248,10 +248,10 @@ async def load(server: SoakServer, minutes: float, connections: int, seed: int =
     return result
 
 
-def run(minutes: float, connections: int, log: Path) -> Result:
-    """Start a server, load it, stop it."""
+def run(minutes: float, connections: int, log: Path, per_length: int = 2) -> Result:
+    """Start a server, load it with `make_prompts(per_length)`, stop it."""
     with SoakServer(log) as server:
-        result = asyncio.run(load(server, minutes, connections))
+        result = asyncio.run(load(server, minutes, connections, per_length))
         # Before the server is stopped: vLLM's front end may log the end of its own engine as an error.
         result.log_errors = [
             line for line in log.read_text(errors="replace").splitlines() if " ERROR " in line or "Traceback" in line

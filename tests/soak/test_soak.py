@@ -13,7 +13,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> soak.Result:
-    return soak.run(1.0, 48, tmp_path_factory.mktemp("soak") / "log.txt")
+    return soak.run(1.0, 48, tmp_path_factory.mktemp("soak") / "log.txt", per_length=1)
 
 
 def test_nothing_is_lost_corrupt_or_different(result):
