@@ -57,7 +57,7 @@ class Plan:
     decode_context_len: int = 0
     """What the speed test takes of it; 0: as much as `prefill_seconds` allow."""
     prefill_seconds: float = 50.0
-    """By the time of a short prompt; long ones take up to 1.8 times as long, as attention does."""
+    """By the time of a short prompt; the tokens of long ones take longer, as attention does."""
     decode_steps: int = 24
     """Timed steps of the speed test; 0 leaves it out."""
 
