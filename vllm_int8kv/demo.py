@@ -96,19 +96,20 @@ def make_plans(plan: Plan, folder: str) -> list[Plan]:
     if plan.dtype == "auto" and not has_fast_bf16():
         plan = replace(plan, dtype="float32")
     plan = replace(plan, prompts=plan.prompts or PROMPTS, text=plan.text or TEXT.read_text())
-    files = {
-        dtype: {
-            "scores_path": str(Path(folder, f"{dtype}.npy")),
-            "reference_path": str(Path(folder, "reference.npy")),
-            "is_reference": dtype == "auto",
-        }
+    everything = [
+        replace(
+            plan,
+            kv_cache_dtype=dtype,
+            scores_path=str(Path(folder, f"{dtype}.npy")),
+            reference_path=str(Path(folder, "reference.npy")),
+            is_reference=dtype == "auto",
+        )
         for dtype in DTYPES
-    }
+    ]
     if plan.dtype == "float32":
-        return [replace(plan, kv_cache_dtype=dtype, **files[dtype]) for dtype in DTYPES]
-    speed = [replace(plan, kv_cache_dtype=dtype, text="") for dtype in DTYPES]
-    only_text = replace(plan, dtype="float32", prompts=(), decode_steps=0)
-    return speed + [replace(only_text, kv_cache_dtype=dtype, **files[dtype]) for dtype in DTYPES]
+        return everything
+    speed = [replace(plan, text="") for plan in everything]
+    return speed + [replace(plan, dtype="float32", prompts=(), decode_steps=0) for plan in everything]
 
 
 def _run_engines(plans: list[Plan], progress: Progress, verbose: bool) -> list[dict[str, Any]]:
