@@ -89,14 +89,17 @@ def measure(
 
 
 def check(layers: Layers, left_out: Counter[str]) -> dict[str, float]:
-    """The relative error of every implementation; on a GPU, where what is installed may not suit the card or the
-    shape, the others are left out instead of raising, and `left_out` counts why."""
+    """The relative error of every implementation.
+
+    Another one than ours that does not match its reference, or does not suit the machine or the shape, is left out,
+    and `left_out` counts why: vLLM 0.32's fp8 cache is off by 2 to 13 % on CPUs with AMX, for example.
+    """
     errors = {}
     for peer in layers.peers:
         try:
             errors[peer.name] = layers.check(peer)
         except Exception as error:  # whatever a foreign kernel raises, the rest is measured
-            if layers.device == Device.cpu or peer is layers.peers[0]:
+            if peer is layers.peers[0]:
                 raise
             left_out[f"{peer.name}: {repr(error)[:200]}"] += 1
     return errors
