@@ -68,7 +68,7 @@ test: setup  ## Run all tests (WORKERS=0: in one process)
 .PHONY: support
 support: setup  ## Run the feature tests and rewrite the support table of README.md
 	@$(BIN)/python -m pytest -m support --write-support
-	@$(BIN)/python benchmarks/report.py
+	@$(BIN)/python -m benchmarks.report
 
 MINUTES ?= 30
 CONNECTIONS ?= 200
@@ -78,16 +78,16 @@ soak: setup  ## Load a server for MINUTES=30 and check every answer; appends a r
 
 .PHONY: sanitize
 sanitize: setup  ## Test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(BIN)/python tests/sanitize.py
+	@$(BIN)/python tests/builds/sanitize.py
 
 .PHONY: test-emulated
 test-emulated: setup  ## Test the AVX-VNNI and AVX-512 kernels on emulated instructions, for CPUs without
-	@$(BIN)/python tests/emulate_isas.py
+	@$(BIN)/python tests/builds/emulate_isas.py
 
 EXAMPLES ?= 20000
 .PHONY: fuzz
 fuzz: setup  ## Fuzz the operators under the sanitizers with EXAMPLES=20000; appends a record
-	@$(BIN)/python tests/fuzz.py --examples $(EXAMPLES) --record benchmarks/results
+	@$(BIN)/python tests/builds/fuzz.py --examples $(EXAMPLES) --record benchmarks/results
 
 .PHONY: test-vllm033
 test-vllm033: setup  ## Test the registration against the real vLLM 0.33.0 wheel (downloads it)
@@ -96,7 +96,6 @@ test-vllm033: setup  ## Test the registration against the real vLLM 0.33.0 wheel
 TEST_PYTHON ?= $(PYTHON)
 TEST_TORCH ?= 2.14.1
 TEST_VENV = build/test-torch-$(TEST_TORCH)
-OPERATOR_TESTS := $(addprefix tests/test_,cache_layout.py int8_quant.py reference.py reshape_and_cache.py paged_attention.py ops_contract.py ops_errors.py)
 
 .PHONY: test-torch
 test-torch: wheel  ## Test the wheel's operators under another PyTorch (TEST_TORCH=2.11.0, TEST_PYTHON=python3.12; downloads it)
@@ -104,7 +103,7 @@ test-torch: wheel  ## Test the wheel's operators under another PyTorch (TEST_TOR
 	@$(TEST_PYTHON) -m venv $(TEST_VENV)
 	@$(TEST_VENV)/bin/pip install -q torch==$(TEST_TORCH) $$(grep -E '^(hypothesis|numpy|pytest|pytest-timeout|pyyaml|rich|typer)==' requirements-cpu.lock)
 	@$(TEST_VENV)/bin/pip install -q --no-deps dist/*.whl
-	@$(TEST_VENV)/bin/pytest -p no:cacheprovider $(OPERATOR_TESTS)
+	@$(TEST_VENV)/bin/pytest -p no:cacheprovider tests/operators
 
 .PHONY: lint
 lint: $(VENV)/.dependencies  ## Check the format and style of all sources
@@ -124,7 +123,7 @@ cuda-compile: $(VENV)/.dependencies  ## Compile the CUDA kernels for every archi
 
 .PHONY: gpu-check
 gpu-check:  ## Test, sanitize and measure the CUDA kernels installed for PYTHON=python3; needs a GPU
-	@$(PYTHON) benchmarks/gpu_check.py
+	@$(PYTHON) -m benchmarks.gpu_check
 
 .PHONY: wheel
 wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/
@@ -134,16 +133,16 @@ wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/
 
 .PHONY: bench
 bench: setup  ## Measure everything this machine can and rewrite the tables of README.md
-	@$(BIN)/python benchmarks/kernels.py
-	@$(BIN)/python benchmarks/end_to_end.py
-	@$(BIN)/python benchmarks/quantize.py
-	@$(BIN)/python benchmarks/throughput.py configs/bench/cpu_long_context.yaml
-	@$(BIN)/python benchmarks/throughput.py configs/bench/cpu_memory_pressure.yaml
-	@$(BIN)/python benchmarks/report.py
+	@$(BIN)/python -m benchmarks.operators
+	@$(BIN)/python -m benchmarks.engines
+	@$(BIN)/python -m benchmarks.ladder
+	@$(BIN)/vllm-int8kv bench configs/bench/cpu_long_context.yaml
+	@$(BIN)/vllm-int8kv bench configs/bench/cpu_memory_pressure.yaml
+	@$(BIN)/python -m benchmarks.report
 
 .PHONY: report
 report: setup  ## Rewrite the tables and plots from the records; benchmarks/results/report.html has all of them
-	@$(BIN)/python benchmarks/report.py --html benchmarks/results/report.html
+	@$(BIN)/python -m benchmarks.report --html benchmarks/results/report.html
 
 .PHONY: lock
 lock: $(VENV)/.dependencies  ## Resolve requirements-cpu.lock anew from pyproject.toml

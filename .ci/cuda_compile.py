@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 RELEASE_ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 HOT = ("reshape_and_cache", "decode", "per_channel", "quantize")
 """A kernel whose name contains one of these must not spill."""
@@ -83,7 +83,7 @@ def parse(report: str) -> list[Kernel]:
 
 def compile_one(nvcc: str, source: Path, arch: str, folder: str) -> tuple[list[Kernel], str]:
     """Compile one file for one architecture; returns its kernels and, if it failed, the compiler's output."""
-    command = [nvcc, *FLAGS, "-gencode", f"arch=compute_{arch},code=sm_{arch}", str(source)]
+    command = [nvcc, *FLAGS, f"-I{SOURCES}", "-gencode", f"arch=compute_{arch},code=sm_{arch}", str(source)]
     command += ["-o", str(Path(folder, f"{source.stem}.{arch}.o"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
@@ -107,7 +107,7 @@ def main() -> int:
         print("nvcc was not found: install a CUDA toolkit, 12.8 or newer", file=sys.stderr)
         return 1
     os.nice(10)
-    sources = sorted(SOURCES.glob("*.cu"))
+    sources = sorted(SOURCES.glob("**/*.cu"))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         tasks = [(source, arch) for source in sources for arch in options.arch]

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: tests, sanitizers, timings.
 
-    python benchmarks/gpu_check.py --out /data/records
+    python -m benchmarks.gpu_check --out /data/records
 
 Needs PyTorch for CUDA, this package with its CUDA kernels, hypothesis, numpy, psutil, pytest, pytest-timeout, PyYAML,
 rich and typer; vLLM and FlashInfer only to compare with them. Where pytest-xdist is installed the tests run in several
@@ -22,11 +22,8 @@ from typing import Annotated
 import torch
 import typer
 
-if not __package__:  # run as a script: this folder has a `kernels`, which transformers would take for its own
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from benchmarks import record
-from vllm_int8kv import ops
+from vllm_int8kv.cache import ops
+from vllm_int8kv.evaluation import record
 
 SANITIZER_ERROR = 99
 OUR_KERNELS = "kns=int8kv"
@@ -37,17 +34,7 @@ ENGINES = [
     *["--engine-args", '{"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}'],
 ]
 """CUDA graphs as usual, but no torch.compile, which takes longer than all the rest."""
-TESTS = (
-    "test_ops_contract.py",
-    "test_reshape_and_cache.py",
-    "test_gather_cache.py",
-    "test_paged_attention.py",
-    "test_prefill.py",
-    "test_quantize_per_channel.py",
-    "test_ops_errors.py",
-    "test_cuda.py",
-)
-"""The contract is first: it holds torch.library.opcheck."""
+TESTS = "tests/operators"
 SANITIZED = {
     "memcheck": "test_mixed_batches or test_options or test_slot_mappings or test_kv_heads or test_it_is",
     "racecheck": "test_mixed_batches and bf16",
@@ -68,29 +55,24 @@ class Stage:
 
 def stages(out: Path) -> Iterator[Stage]:
     """In the order in which they are worth having if the time runs out."""
-    tests = record.ROOT / "tests"
+    tests = str(record.ROOT / TESTS)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
     workers, one_thread = [], {}
     if find_spec("xdist") is not None:
         workers = ["-n", str(min(MAX_WORKERS, os.cpu_count() or 1))]
         one_thread = {"OMP_NUM_THREADS": "1"}  # each would take all cores
-    yield Stage("tests", [*pytest, *workers, *(str(tests / name) for name in TESTS)], 110, environment=one_thread)
+    yield Stage("tests", [*pytest, *workers, tests], 110, environment=one_thread)
     if sanitizer := shutil.which("compute-sanitizer"):
-        files = [
-            str(tests / name)
-            for name in ("test_reshape_and_cache.py", "test_gather_cache.py", "test_paged_attention.py")
-        ]
         for tool, cases in SANITIZED.items():
             options = ["--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "all"]
             checked = [sanitizer, "--tool", tool, "--kernel-regex", OUR_KERNELS, *options]
-            yield Stage(tool, [*checked, *pytest, "-x", "-k", cases, *files], 40)
-    scripts = [("kernels.py", 120, []), ("quantize.py", 60, [])]
+            yield Stage(tool, [*checked, *pytest, "-x", "-k", cases, tests], 40)
+    measured = [("operators", 120, []), ("ladder", 60, [])]
     if find_spec("vllm") is not None:
-        scripts.append(("end_to_end.py", 160, ENGINES))
-    for script, seconds, options in scripts:
-        path = record.ROOT / "benchmarks" / script
-        command = [sys.executable, str(path), "--device", "cuda", "--out", str(out), *options]
-        yield Stage(script, command, seconds, is_check=False)
+        measured.append(("engines", 160, ENGINES))
+    for name, seconds, options in measured:
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--device", "cuda", "--out", str(out), *options]
+        yield Stage(name, command, seconds, is_check=False)
 
 
 def run(stage: Stage) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_int8kv import ops
+from vllm_int8kv.cache import ops
 
 CallOnce = Callable[[int], object]
 """Runs an implementation once; the argument counts the calls, so that each can take other (cold) operands."""

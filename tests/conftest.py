@@ -3,14 +3,19 @@
 import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import emulated_cuda
 import pytest
 import torch
 from support import Recorder
 
-from vllm_int8kv import ops
+from vllm_int8kv.cache import ops
+
+# `benchmarks` is part of the repository and of no package. Last, so that an installed `vllm_int8kv` comes first.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 CPU_ISAS = ["scalar", "avx2", "avx2_vnni", "avx512", "avx512_vnni"]
 NO_CUDA = "GPU case: "

@@ -59,7 +59,7 @@ def test_named_make_targets_exist():
 
 
 def test_named_commands_exist():
-    from vllm_int8kv.cli import app
+    from vllm_int8kv.commands.cli import app
 
     named = {command for text in CODE for command in re.findall(r"\bvllm-int8kv ([a-z][\w-]*)", text)}
     assert {"doctor", "serve"} <= named

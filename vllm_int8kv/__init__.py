@@ -7,6 +7,6 @@ __version__ = version("vllm-int8kv")
 
 def register() -> None:
     """Entry point of the `vllm.general_plugins` group: vLLM calls it in every process."""
-    from vllm_int8kv.plugin import register as register_plugin
+    from vllm_int8kv.serving.plugin import register as register_plugin
 
     register_plugin()

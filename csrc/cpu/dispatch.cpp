@@ -3,8 +3,8 @@
 #include <cstring>
 #include <string>
 
-#include "kernels.h"
-#include "quantize_per_channel.h"
+#include "cpu/kernels.h"
+#include "ladder/quantize_per_channel.h"
 
 #define INT8KV_FOR_EACH_ISA(F) F(scalar) F(avx2) F(avx2_vnni) F(avx512) F(avx512_vnni)
 
@@ -29,7 +29,7 @@ struct Path {
 
 bool has_scalar() { return true; }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#if defined(INT8KV_EMULATE_ISAS)
+#if defined(INT8KV_EMULATED_ISAS)
 bool has_avx2_vnni() { return has_avx2(); }
 bool has_avx512() { return has_avx2(); }
 bool has_avx512_vnni() { return has_avx512(); }

@@ -1,7 +1,7 @@
 // The way back from the cache to floats, one row at a time: for tools, and what the CUDA kernel is
 // compared with. Attention on CPU never turns a code into a float.
-#include "../int8_quant.h"
-#include "kernels.h"
+#include "format/quantizer.h"
+#include "cpu/kernels.h"
 
 namespace int8kv::cpu {
 

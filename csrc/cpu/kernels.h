@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../params.h"
+#include "format/params.h"
 
 namespace int8kv::cpu {
 

@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace int8kv::cpu {
 

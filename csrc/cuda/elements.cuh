@@ -1,9 +1,9 @@
 // Elements of fp32, fp16 and bf16 tensors, one or two at a time.
 #pragma once
 
-#include "../int8_quant.h"
-#include "../params.h"
-#include "primitives.cuh"
+#include "format/quantizer.h"
+#include "format/params.h"
+#include "cuda/primitives.cuh"
 
 namespace int8kv {
 

@@ -13,7 +13,7 @@
 // So a lane's scores are 8 neighbouring slots and its outputs 8 neighbouring dims of a span.
 #pragma once
 
-#include "../params.h"
+#include "format/params.h"
 
 namespace int8kv {
 

@@ -9,7 +9,7 @@
 
 #include <cstddef>
 
-#include "../params.h"
+#include "format/params.h"
 
 namespace int8kv {
 

@@ -5,9 +5,9 @@
 // lane or one shuffle. Pairs past head_size are zero.
 #pragma once
 
-#include "../int8_quant.h"
-#include "elements.cuh"
-#include "primitives.cuh"
+#include "format/quantizer.h"
+#include "cuda/elements.cuh"
+#include "cuda/primitives.cuh"
 
 namespace int8kv {
 

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from servers import Server
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_NUM_SEQS = 16, 73, 24

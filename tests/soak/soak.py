@@ -133,7 +133,7 @@ def make_prompts(per_length: int) -> list[list[int]]:
     """`per_length` of each length modulo the block size; neighbours share a prefix."""
     from transformers import AutoTokenizer
 
-    from vllm_int8kv.models import smollm2
+    from vllm_int8kv.commands.models import smollm2
 
     text = " ".join(f"Item {i} costs {i * 7 % 50} coins." for i in range(60))
     tokens = AutoTokenizer.from_pretrained(smollm2())(text)["input_ids"]

@@ -35,8 +35,8 @@ def summary(result: Result) -> dict[str, Any]:
 def write(result: Result, minutes: float, connections: int, results: Path) -> None:
     """Append the record of a soak that had no problems."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks import record
-    from vllm_int8kv import ops
+    from vllm_int8kv.cache import ops
+    from vllm_int8kv.evaluation import record
 
     deciles = statistics.quantiles(result.latencies, n=10)
     record.append(

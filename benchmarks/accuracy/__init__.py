@@ -1,0 +1,1 @@
+"""What quantization costs: through vLLM, simulated, and on a model with outliers in its keys."""

@@ -1,0 +1,1 @@
+"""Output tokens per second of whole engines."""

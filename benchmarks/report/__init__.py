@@ -1,0 +1,1 @@
+"""The tables, plots and pages made from the records; nothing here measures."""

@@ -1,0 +1,135 @@
+"""The accuracy tables of README.md as Markdown, from the records in `results/accuracy/`."""
+
+from pathlib import Path
+
+from benchmarks.accuracy import accuracy_record
+from benchmarks.accuracy.accuracy_record import AccuracyRecord
+from benchmarks.accuracy.schemes import SCHEMES
+from benchmarks.report.markdown import markdown
+from vllm_int8kv.evaluation.eval_report import PATH_MEANINGS
+
+PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
+"""Plain INT8 per (token, KV head), the quantizer of vLLM's int8_per_token_head, which does not exist on CPU."""
+OURS = "int8_custom"
+CACHES = {
+    OURS: "`int8_custom`",
+    PLAIN: "plain INT8 per (token, head)",
+    "fp8": "vLLM `fp8` (e4m3)",
+}
+COMPILED = "auto:enforce_eager=false"
+"""The same cache, but other arithmetic: models are not compiled for these measurements."""
+
+
+def find(records: list[AccuracyRecord], impl: str, **case: object) -> AccuracyRecord | None:
+    """The newest record of a cache whose case has these values."""
+    found = [line for line in records if line.impl == impl and case.items() <= line.case.items()]
+    return max(found, key=lambda line: (sum(line.case["texts"].values()), line.utc), default=None)
+
+
+def divergence(line: AccuracyRecord | None, path: str = "decode") -> str:
+    """KL per token of a path, with half the width of its interval."""
+    if line is None:
+        return "-"
+    kl = line.metrics["paths"][path]["kl_per_token"]
+    return f"{kl['value']:.1e} ± {(kl['high'] - kl['low']) / 2:.0e}"
+
+
+def engine_table(results: Path) -> str:
+    """KV cache dtypes through vLLM."""
+    records = accuracy_record.latest(accuracy_record.read("engine", results / "accuracy"))
+    clean = {impl: find(records, impl, stress=1, dtype="float32") for impl in CACHES}
+    if any(line is None for line in clean.values()):
+        return "_Not measured yet: `python -m benchmarks.accuracy engine`._"
+    head = ["KV cache", "KL per token", "perplexity", "same top token", "equal greedy tokens"]
+    columns = {"KL, bf16 arithmetic": ("bfloat16", 1), "KL, keys with 128x outliers": ("float32", 128)}
+    rows = []
+    for impl, label in CACHES.items():
+        line = clean[impl]
+        path, greedy = line.metrics["paths"]["decode"], line.metrics["first_divergence"]
+        change = path["perplexity_change"]
+        others = [find(records, impl, dtype=dtype, stress=stress) for dtype, stress in columns.values()]
+        rows.append(
+            [
+                label,
+                divergence(line),
+                f"{change['value']:+.2%} ± {(change['high'] - change['low']) / 2:.2%}",
+                f"{path['top1_agreement']['value']:.1%}",
+                f"{greedy['mean_tokens']:.0f} of {greedy['max_tokens']}",
+                *map(divergence, others),
+            ]
+        )
+    ours = clean[OURS]
+    note = f"{texts(ours)} ± is half a 95% bootstrap interval."
+    noise = find(records, COMPILED, dtype="bfloat16", stress=1)
+    if noise is not None:
+        note += (
+            " In bf16 arithmetic any change, however small, draws all rounding errors anew: the unquantized model "
+            f"compiled is {divergence(noise)} from itself not compiled."
+        )
+    return f"{markdown([*head, *columns], rows)}\n\n{note}\n\n{source(ours)}"
+
+
+def paths_table(results: Path) -> str:
+    """What tokens lose by how they read the cache, where every path was measured in one run."""
+    records = accuracy_record.latest(accuracy_record.read("engine", results / "accuracy"))
+    complete = [line for line in records if line.metrics["paths"].keys() == PATH_MEANINGS.keys()]
+    found = {
+        label: find(complete, impl, stress=1, dtype="float32")
+        for impl, label in {"auto": "unquantized", **CACHES}.items()
+    }
+    measured = {label: line for label, line in found.items() if line is not None}
+    if not measured:
+        return "_Not measured yet: `python -m benchmarks.accuracy engine`._"
+    rows = [
+        [label, *(divergence(line, path) for path in PATH_MEANINGS), needles(line)] for label, line in measured.items()
+    ]
+    head = ["KV cache", *PATH_MEANINGS.values(), "hidden numbers found"]
+    newest = next(iter(measured.values()))
+    return f"{markdown(head, rows)}\n\n{texts(newest)}\n\n{source(newest)}"
+
+
+def texts(line: AccuracyRecord) -> str:
+    """What was scored, for below a table."""
+    sizes = ", ".join(f"{name} ({count:,})" for name, count in line.case["texts"].items())
+    return f"Texts and their tokens: {sizes}."
+
+
+def needles(line: AccuracyRecord) -> str:
+    """How many of the numbers hidden in contexts were found."""
+    cells = line.metrics.get("needle", [])
+    return f"{sum(cell['found'] for cell in cells):g} of {len(cells)}" if cells else "-"
+
+
+def schemes_table(results: Path) -> str:
+    """Quantization schemes in the simulator."""
+    records = accuracy_record.latest(accuracy_record.read("schemes", results / "accuracy"))
+    if not records:
+        return "_Not measured yet: `python -m benchmarks.accuracy schemes`._"
+    rows = []
+    for scheme in SCHEMES:
+        by_stress = {factor: find(records, scheme.name, stress=factor) for factor in (1, 128)}
+        if (line := by_stress[1]) is None:
+            continue
+        e_a, e_o = (sum(line.metrics[name]) / len(line.metrics[name]) for name in ("e_a", "e_o"))
+        stressed = by_stress[128]
+        rows.append(
+            [
+                scheme.meaning,
+                f"{line.metrics['bytes_per_token']:.0f}",
+                f"{line.metrics['kl_per_token']:.1e}",
+                "-" if stressed is None else f"{stressed.metrics['kl_per_token']:.1e}",
+                f"{e_a:.1e}",
+                f"{e_o:.1e}",
+            ]
+        )
+    head = ["scheme", "bytes per token and KV head", "KL per token", "with 128x outliers", "e_a", "e_o"]
+    return f"{markdown(head, rows)}\n\n{source(next(line for line in records if line.impl == 'int8_custom'))}"
+
+
+def source(line: AccuracyRecord) -> str:
+    """Where the numbers come from, for below a table."""
+    commit = line.commit + (" with local changes" if line.dirty else "")
+    return (
+        f"<sub>{line.case['model']}; {line.device.split(',')[0]}; {line.utc[:10]}; PyTorch {line.torch}, vLLM "
+        f"{line.vllm}; commit {commit}; `benchmarks/results/accuracy/{line.what}.jsonl`.</sub>"
+    )

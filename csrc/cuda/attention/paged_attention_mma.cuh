@@ -1,0 +1,401 @@
+// Attention on tensor cores for fp16 and bf16 queries, made for decode and verification.
+//
+//   block  4 warps; a tile of 8 * kRowTiles query rows of one KV head against a stretch of its keys
+//   warp   every fourth tile of 64 keys, with a softmax state of its own; merged at the end
+//
+// Each warp copies its codes into a ring of its own in shared memory (code_stream.cuh), laid out so
+// that a 16-byte vector holds what one lane multiplies: nothing is shuffled, and the loop has no
+// barrier. A code becomes fp16 by byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands
+// are fp16 for bf16 queries too, each made to fit by a power of two: one per query row, one running
+// one for the probabilities times the V scales. A query element is the sum of two fp16 terms, so
+// that scores are as exact as in fp32 after the rotation too. K scales meet the scores, V scales
+// the probabilities; no code is scaled.
+#pragma once
+
+#include "cuda/attention/mma_rows.cuh"
+
+namespace int8kv {
+
+// Blocks per multiprocessor that the registers are to allow: as many as the shared memory holds, or
+// as do without spilling.
+template <int kSpans, int kRowTiles, bool kPlain>
+constexpr int kResidentBlocks =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    1;
+#elif defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    2;
+#else
+    kSpans > 2 || kRowTiles > 1 ? 2
+    : kPlain                    ? 4
+                                : 3;
+#endif
+
+// The largest probability times V scale becomes 2^14 to 2^15 in fp16, so that 2^-28 of it is
+// normal.
+constexpr int kWeightExponent = 14;
+constexpr int kMinUnitExponent = 20;  // biased; below the smallest scale that is ever stored
+
+// With kPlain the head size is kSpans * 64 and scores are neither capped nor biased, as in most
+// models.
+template <int kSpans, int kRowTiles, bool kPlain>
+class MmaItem {
+ public:
+  using Layout = MmaLayout<kSpans, kRowTiles>;
+  static constexpr int kRows = Layout::kRows;
+  static constexpr int kRing = Layout::kRing;
+  static constexpr int kParts = Layout::kParts;
+  static constexpr int kPartTiles = Layout::kPartTiles;
+  static constexpr int kColumns = 2 * kRowTiles;       // query rows that a lane has a column of
+  static constexpr int kPartColumns = 2 * kPartTiles;  // and their scores at once
+  using Scores = float[4][kPartTiles][4];
+  using Weights = uint32_t[4][kRowTiles][2];
+  using Tiles = Stream<kSpans, kPlain, kRing>;
+
+  // Starts the first copies.
+  __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
+      : p(params),
+        stream{params,
+               params.block_table + work_item.seq * params.block_table_stride,
+               work_item.kv_head,
+               piece_keys(params, work_item, kRows),
+               lane,
+               dynamic_shared() + warp * (kRing * kUnitBytes),
+               dynamic_shared() + Layout::kScales + warp * (kScaleSlots * kScaleBytes)} {
+    // A tile belongs to the warp of its number, wherever the piece begins.
+    const int32_t tile_begin = stream.keys.begin / kTileSlots;
+    first_tile = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
+    stream.begin(first_tile);
+    unsigned char* shared = dynamic_shared();
+    query = reinterpret_cast<uint32_t*>(shared + Layout::kQuery);
+    rows = reinterpret_cast<TileRows<kRows>*>(shared + Layout::kTileRows);
+    states = reinterpret_cast<WarpStates<kRows>*>(shared + Layout::kStates);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      row_max(c) = kMinusInfinity;
+      row_sum(c) = 0.0f;
+    }
+  }
+
+  // Writes the query operands and TileRows; the caller synchronizes.
+  __device__ void load_queries(const WorkItem& item) {
+    int8kv::load_queries<kSpans, kRowTiles>(p, item, query, *rows);
+  }
+
+  __device__ void attend() {
+    int scale_slot = 0;
+    for (int32_t tile = first_tile; tile < stream.tile_end(); tile += kAttentionWarps) {
+      Weights weights;
+      Unit unit;
+      if (kParts > 1) stream.template wait_units<kSpans>();
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        Scores scores = {};
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+          if (kParts == 1) stream.template wait_units<1>();
+          multiply_keys(span, part, scores);
+          if (kParts == 1) stream.next_unit(span);
+        }
+        const int32_t tile_key = tile * kTileSlots;
+        const unsigned char* scale_bytes = stream.scales + scale_slot * kScaleBytes + lane / 4 * 16;
+        if (tile_key >= rows->seen_by_all.begin && tile_key + kTileSlots <= rows->seen_by_all.end) {
+          softmax<false>(tile_key, part, scale_bytes, unit, scores, weights);
+        } else {
+          softmax<true>(tile_key, part, scale_bytes, unit, scores, weights);
+        }
+      }
+      scale_slot = (scale_slot + 1) % kScaleSlots;
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        if (kParts > 1) stream.next_unit(span);
+      }
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        stream.template wait_units<1>();
+        multiply_values(span, weights);
+        stream.next_unit(kSpans + span);
+      }
+    }
+    copy_async_wait<0>();
+  }
+
+  // Leaves this warp's state and output in shared memory; the caller synchronizes.
+  __device__ void publish() {
+    __syncwarp();  // no lane reads the ring any more
+    float* own = reinterpret_cast<float*>(stream.ring);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      float total = row_sum(c);
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
+      const int r = column_row(c);
+      if (lane < 4) {
+        states->max[warp][r] = row_max(c);
+        states->sum[warp][r] = total;
+      }
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const float* x = out[span][v][c / 2];
+          const int dim = span * kSpanDims + v_lane_dim(lane) + 2 * v;
+          *reinterpret_cast<float2*>(own + r * Layout::kDims + dim) =
+              make_float2(x[c % 2], x[c % 2 + 2]);
+        }
+      }
+    }
+    if (lane == 0) states->unit[warp] = power_of_two(unit_exponent - kWeightExponent);
+  }
+
+  // Merges the warps and writes the rows of `item`, which need not stay in registers until then.
+  __device__ void store(const WorkItem& item, const Workspace& workspace) {
+    store_rows<Layout>(p, item, workspace, *states);
+  }
+
+ private:
+  // The query row of a lane's column c of the scores and the output.
+  INT8KV_DEVICE int column_row(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }
+
+  // The largest score of column c's row so far, in units of log2, and the sum over this lane's
+  // keys: in shared memory where registers are few.
+  INT8KV_DEVICE float& row_max(int c) { return lane_state(c); }
+  INT8KV_DEVICE float& row_sum(int c) { return lane_state(kColumns + c); }
+  INT8KV_DEVICE float& lane_state(int i) {
+    if constexpr (kParts == 1) return state[i];
+    float* states_of_lanes = reinterpret_cast<float*>(dynamic_shared() + Layout::kLaneStates);
+    return states_of_lanes[i * kAttentionThreads + threadIdx.x];
+  }
+
+  __device__ void multiply_keys(int span, int part, Scores& scores) {
+    const int ahead = kParts > 1 ? span : 0;
+#pragma unroll
+    for (int step = 0; step < kSpanDims / 16; ++step) {
+      if (!kPlain && span * kSpanDims + step * 16 >= p.cache.head_size) break;
+      const uint4 first = stream.k_vector(2 * step, ahead);
+      const uint4 second = stream.k_vector(2 * step + 1, ahead);
+      uint4 q[kPartTiles];
+#pragma unroll
+      for (int n = 0; n < kPartTiles; ++n) {
+        const int row_tile = part * kPartTiles + n;
+        const int operand = ((span * 4 + step) * kRowTiles + row_tile) * 32 + lane;
+        q[n] = *reinterpret_cast<const uint4*>(query + 4 * operand);
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        uint32_t a[4];
+        codes_to_half2(word_of(first, w), a[0], a[1]);
+        codes_to_half2(word_of(second, w), a[2], a[3]);
+#pragma unroll
+        for (int n = 0; n < kPartTiles; ++n) {
+          mma_m16n8k16(scores[w][n], a, q[n].x, q[n].y);
+          mma_m16n8k16(scores[w][n], a, q[n].z, q[n].w);
+        }
+      }
+    }
+  }
+
+  __device__ void multiply_values(int span, const Weights& weights) {
+    if (!kPlain && span * kSpanDims >= p.cache.head_size) return;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint4 first = stream.v_vector(2 * w);
+      const uint4 second = stream.v_vector(2 * w + 1);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        uint32_t a[4];
+        codes_to_half2(word_of(first, v), a[0], a[1]);
+        codes_to_half2(word_of(second, v), a[2], a[3]);
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+          mma_m16n8k16(out[span][v][n], a, weights[w][n][0], weights[w][n][1]);
+        }
+      }
+    }
+  }
+
+  // Scores of this lane's 8 keys x kPartColumns rows, in units of log2: scaled, capped, biased and,
+  // with kMasked, masked in place.
+  template <bool kMasked>
+  __device__ void finish_scores(int32_t tile_key, int part, const uint4& k_scales, Scores& scores) {
+    const int32_t first_key = tile_key + k_lane_slot(lane);
+#pragma unroll
+    for (int c = 0; c < kPartColumns; ++c) {
+      const int r = column_row(part * kPartColumns + c);
+      const float factor = rows->score_factor[r];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+        score *= scale_of(k_scales, i) * factor;
+      }
+      if (!kPlain && p.softcap > 0.0f) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+          score = p.softcap * kLog2e * tanh_fast(score);
+        }
+      }
+      if (!kPlain && p.alibi_slopes != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          scores[i / 2][c / 2][i % 2 * 2 + c % 2] +=
+              rows->alibi_slope[r] * static_cast<float>(first_key + i - rows->position[r]);
+        }
+      }
+      if (kMasked) {
+        const KeyRange visible = rows->visible[r];
+        const int32_t begin = max(visible.begin, stream.keys.begin);
+        const int32_t end = min(visible.end, stream.keys.end);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+          score = first_key + i >= begin && first_key + i < end ? score : kMinusInfinity;
+        }
+      }
+    }
+  }
+
+  // tanh within 1e-6 of the result's range; exact at both ends.
+  static INT8KV_DEVICE float tanh_fast(float x) {
+    return 1.0f - 2.0f / (exp2_fast(2.0f * kLog2e * x) + 1.0f);
+  }
+
+  // The unit of a tile's weights: by what those of the tile before are multiplied, and V scales.
+  struct Unit {
+    float change;
+    float from_scale;
+  };
+
+  // V scale of key i of this lane's 8. Those that no row sees may be anything, NaN included.
+  template <bool kMasked>
+  __device__ float value_scale(int32_t tile_key, const uint4& v_scales, int i) const {
+    const int32_t key = tile_key + k_lane_slot(lane) + i;
+    const bool is_seen = !kMasked || (key >= stream.keys.begin && key < stream.keys.end);
+    return is_seen ? scale_of(v_scales, i) : 0.0f;
+  }
+
+  // Raises the unit where a tile's V scales ask for it.
+  template <bool kMasked>
+  __device__ Unit raise_unit(int32_t tile_key, const uint4& v_scales) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      largest = fmaxf(largest, value_scale<kMasked>(tile_key, v_scales, i));
+    }
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+    const int exponent = max(unit_exponent, static_cast<int>(float_bits(largest) >> 23));
+    const Unit unit{power_of_two(127 + unit_exponent - exponent),
+                    power_of_two(254 - exponent + kWeightExponent)};
+    unit_exponent = exponent;
+    return unit;
+  }
+
+  // Updates the running state of a part's rows by one tile and turns its scores into the second
+  // operand of the output: fp16 probabilities times V scales in units of
+  // 2^(unit_exponent - kWeightExponent), which the first part finds.
+  template <bool kMasked>
+  __device__ void softmax(int32_t tile_key, int part, const unsigned char* scale_bytes, Unit& unit,
+                          Scores& scores, Weights& weights) {
+    finish_scores<kMasked>(tile_key, part, *reinterpret_cast<const uint4*>(scale_bytes), scores);
+    const uint4 v_scales = *reinterpret_cast<const uint4*>(scale_bytes + kScaleBytes / 2);
+    if (part == 0) unit = raise_unit<kMasked>(tile_key, v_scales);
+    float v_factors[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v_factors[i] = value_scale<kMasked>(tile_key, v_scales, i) * unit.from_scale;
+    }
+
+    float rescale[kPartColumns];
+    bool is_rescaled = false;
+#pragma unroll
+    for (int c = 0; c < kPartColumns; ++c) {
+      float& old_max = row_max(part * kPartColumns + c);
+      float tile_max = kMinusInfinity;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        tile_max = fmaxf(tile_max, scores[i / 2][c / 2][i % 2 * 2 + c % 2]);
+      }
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        tile_max = fmaxf(tile_max, shuffle_xor(tile_max, mask));
+      }
+      const float new_max = fmaxf(old_max, tile_max);
+      const float origin = new_max == kMinusInfinity ? 0.0f : new_max;
+      const float decay = exp2_fast(old_max - origin);
+      old_max = new_max;
+      float tile_sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+        const float probability = exp2_fast(score - origin);
+        tile_sum += probability;
+        score = probability * v_factors[i];
+      }
+      float& total = row_sum(part * kPartColumns + c);
+      total = total * decay + tile_sum;
+      rescale[c] = decay * unit.change;
+      is_rescaled |= rescale[c] != 1.0f;
+    }
+    if (ballot(is_rescaled) != 0) {  // rarely, once the largest score has been seen
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+#pragma unroll
+          for (int c = 0; c < kPartColumns; ++c) {
+            float (&x)[4] = out[span][v][part * kPartTiles + c / 2];
+            x[c % 2] *= rescale[c];
+            x[c % 2 + 2] *= rescale[c];
+          }
+        }
+      }
+    }
+
+    // Lane (g, t) has keys by g and rows by t; the operand wants keys by t and rows by g.
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+#pragma unroll
+      for (int n = 0; n < kPartTiles; ++n) {
+        const uint32_t even = transpose_8x8(pack_half2(scores[w][n][0], scores[w][n][1]));
+        const uint32_t odd = transpose_8x8(pack_half2(scores[w][n][2], scores[w][n][3]));
+        weights[w][part * kPartTiles + n][0] = byte_permute(even, odd, 0x5410);
+        weights[w][part * kPartTiles + n][1] = byte_permute(even, odd, 0x7632);
+      }
+    }
+  }
+
+  const PagedAttentionParams& p;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  Tiles stream;
+  int32_t first_tile;  // of this warp
+  uint32_t* query;
+  TileRows<kRows>* rows;
+  WarpStates<kRows>* states;
+
+  int unit_exponent = kMinUnitExponent;
+  float state[kParts == 1 ? 2 * kColumns : 1];
+  float out[kSpans][4][kRowTiles][4] = {};
+};
+
+template <int kSpans, int kRowTiles, bool kPlain>
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kSpans, kRowTiles, kPlain>)
+    paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
+                                  const __grid_constant__ Workspace workspace) {
+  using Item = MmaItem<kSpans, kRowTiles, kPlain>;
+  __shared__ WorkItem stored_item;
+  for_each_work_item(p, Item::kRows, workspace, [&](const WorkItem& work_item) {
+    Item item(p, work_item);
+    item.load_queries(work_item);
+    if (threadIdx.x == 0) stored_item = work_item;
+    __syncthreads();
+    item.attend();
+    item.publish();
+    __syncthreads();
+    item.store(stored_item, workspace);
+    __syncthreads();
+  });
+}
+
+}  // namespace int8kv

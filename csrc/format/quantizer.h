@@ -1,0 +1,125 @@
+// Symmetric INT8 quantization of one K or V vector, shared by the CUDA and CPU kernels.
+//
+//   scale = bf16(max_d |x[d]| / 127)     one per (slot, KV head)
+//   q[d]  = round_half_even(x[d] / scale), in [-127, 127]
+//   x[d] ~= scale * q[d]                 |error| <= scale / 2
+//
+// The codes are taken from the scale as stored, so rounding it to bf16 adds no error of its own: it
+// only makes a step up to 0.4 % larger or smaller, and 127.5 is never reached. bf16 keeps the range
+// of fp32, which fp16 scales would not.
+//
+// A cache written on one device reads back the same on another. That holds while every operation
+// here rounds the same way on both: IEEE addition, multiplication and division and rintf, no
+// contraction into FMA, never __fdividef or --use_fast_math.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "format/params.h"
+
+#if !defined(__CUDA_ARCH__)
+#include <cmath>
+#endif
+
+namespace int8kv {
+
+constexpr float kInt8Max = 127.0f;  // -128 is unused, so that negation stays exact
+
+// NaN counts as 0 and magnitudes saturate here, so that a rotation of up to 512 finite values stays
+// finite and no code can wrap.
+constexpr float kMaxMagnitude = 1e30f;
+
+// A vector whose largest magnitude is below this is stored as zeros with scale 1. It keeps the
+// scale clear of subnormals, which some CPU modes flush.
+constexpr float kMinMagnitude = 1e-30f;
+
+INT8KV_HD float sanitize(float x) {
+  x = x != x ? 0.0f : x;
+  x = x > kMaxMagnitude ? kMaxMagnitude : x;
+  return x < -kMaxMagnitude ? -kMaxMagnitude : x;
+}
+
+INT8KV_HD uint32_t float_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+
+INT8KV_HD float bits_to_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+// Round half to even; only for finite values.
+INT8KV_HD uint16_t float_to_bf16_bits(float x) {
+  const uint32_t bits = float_bits(x);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INT8KV_HD float bf16_bits_to_float(uint16_t bits) {
+  return bits_to_float(static_cast<uint32_t>(bits) << 16);
+}
+
+// The scale of values whose largest magnitude is `amax`; quantize_per_channel keeps it in fp32.
+INT8KV_HD float scale_from_amax(float amax) {
+  return amax >= kMinMagnitude ? amax / kInt8Max : 1.0f;
+}
+
+// The stored scale of a vector whose largest magnitude is `amax`.
+INT8KV_HD uint16_t scale_bits_from_amax(float amax) {
+  return float_to_bf16_bits(scale_from_amax(amax));
+}
+
+INT8KV_HD float divide(float x, float scale) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(x, scale);
+#else
+  return x / scale;
+#endif
+}
+
+INT8KV_HD int8_t quantize_value(float x, float scale) {
+  return static_cast<int8_t>(::rintf(divide(x, scale)));
+}
+
+// For a scale that need not be that of these values: NaN becomes 0, magnitudes saturate at 127.
+// Under a scale taken from sanitized values it gives what quantize_value(sanitize(x), scale) does.
+INT8KV_HD int8_t quantize_saturated(float x, float scale) {
+  float steps = divide(x, scale);
+  steps = steps != steps ? 0.0f : steps;
+  steps = steps > kInt8Max ? kInt8Max : steps;
+  steps = steps < -kInt8Max ? -kInt8Max : steps;
+  return static_cast<int8_t>(::rintf(steps));
+}
+
+// The rotation multiplies a vector by the orthonormal Hadamard matrix (Sylvester order), in blocks
+// of rotation_block(head_size). Each device has its own loop for it; the order of the operations is
+// part of the cache format: for half = 1, 2, 4, ...: (a, b) -> (a + b, a - b), then one
+// multiplication by rotation_norm().
+
+// The largest power of two that divides head_size, at most 256.
+INT8KV_HD int32_t rotation_block(int32_t head_size) {
+  const int32_t block = head_size & -head_size;
+  return block < 256 ? block : 256;
+}
+
+// 1 / sqrt(block) for a power of two, correctly rounded: exact for even powers.
+INT8KV_HD float rotation_norm(int32_t block) {
+  float norm = 1.0f;
+  for (int32_t b = block; b >= 4; b /= 4) norm *= 0.5f;
+  int32_t log2_block = 0;
+  for (int32_t b = block; b > 1; b /= 2) ++log2_block;
+  return log2_block % 2 == 0 ? norm : norm * 0.70710678118654752440f;
+}
+
+}  // namespace int8kv

@@ -1,0 +1,68 @@
+// The CUDA operators on the host: the kernel files and a C interface for test_cuda_emulation.py.
+#include "cuda_emulation.h"
+
+#include "cuda/cache/gather_cache.cu"
+#include "cuda/attention/paged_attention.cu"
+#include "ladder/quantize_per_channel.cu"
+#include "cuda/cache/reshape_and_cache.cu"
+
+using namespace int8kv;
+
+extern "C" {
+
+void set_mode(int copies_are_late, int fibers_fall, int resident) {
+  emulation::copies_are_late = copies_are_late != 0;
+  emulation::fibers_fall = fibers_fall != 0;
+  emulation::resident = static_cast<unsigned>(resident);
+}
+
+void set_shared_bytes(int bytes) {
+  emulation::shared_bytes_of_a_block = static_cast<size_t>(bytes);
+}
+
+void set_l2_bytes(int64_t bytes) { emulation::l2_cache_bytes = bytes; }
+
+int reshape_and_cache(const ReshapeAndCacheParams* params) {
+  return launch_reshape_and_cache(*params, nullptr);
+}
+
+int gather_cache(const GatherCacheParams* params) { return launch_gather_cache(*params, nullptr); }
+
+int64_t workspace_bytes(const PagedAttentionParams* params) {
+  size_t bytes = 0;
+  paged_attention_workspace_bytes(*params, &bytes);
+  return static_cast<int64_t>(bytes);
+}
+
+int paged_attention(const PagedAttentionParams* params, void* workspace, int64_t bytes) {
+  return launch_paged_attention(*params, workspace, static_cast<size_t>(bytes), nullptr);
+}
+
+int64_t quantize_workspace_bytes(const QuantizePerChannelParams* params) {
+  return static_cast<int64_t>(quantize_per_channel_workspace_bytes(*params));
+}
+
+int quantize_per_channel(const QuantizePerChannelParams* params, int variant, void* workspace,
+                         int64_t bytes) {
+  return launch_quantize_per_channel(*params, static_cast<CudaVariant>(variant), workspace,
+                                     static_cast<size_t>(bytes), nullptr);
+}
+
+int dequantize_per_channel(const DequantizePerChannelParams* params, int variant) {
+  return launch_dequantize_per_channel(*params, static_cast<CudaVariant>(variant), nullptr);
+}
+
+// What the ticket does: {strip, first token, whether it is an amax item}, and the number of
+// tickets.
+int64_t queue_ticket(int64_t num_tokens, int64_t num_channels, int element_bytes,
+                     int64_t strip_bytes, int64_t lag, int64_t ticket, int64_t* item) {
+  const QuantizeQueue queue =
+      make_quantize_queue(num_tokens, num_channels, element_bytes, strip_bytes, lag);
+  const QueueItem found = queue_item(queue, ticket);
+  item[0] = found.strip;
+  item[1] = found.first_token;
+  item[2] = found.is_amax;
+  return 2 * queue.num_items();
+}
+
+}  // extern "C"

@@ -1,0 +1,240 @@
+"""The CUDA kernels, run on the host thread by thread (cuda_emulation.h): what they compute, without a GPU.
+
+The same hostile inputs and tolerances as for every other kernel; small shapes, since a warp here is 32 fibers.
+Each case runs in two modes that differ in the order of threads and in when asynchronous copies land, and both
+must give equal bits.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import emulated_cuda
+import hostile
+import pytest
+import torch
+
+from vllm_int8kv.cache import reference
+
+MODES = [(0, 0), (1, 1)]
+"""copies land late, threads run in falling order"""
+BLOCKS = [3, 1, 7]
+"""thread blocks that the device holds, which share the work"""
+
+
+def results(
+    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int, **options: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for mode in MODES:
+        kernels.set_mode(*mode, num_blocks)
+        yield emulated_cuda.paged_attention(kernels, batch, **options)
+
+
+def check(
+    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int = BLOCKS[0], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    window = options.get("sliding_window")
+    seen = batch.freed_before_window(window) if window else batch
+    first, second = results(kernels, seen, num_blocks, **options)
+    hostile.assert_attention_close(first, batch, **options)
+    assert hostile.same_bits(first[0], second[0]), "out depends on the order of threads or copies"
+    assert hostile.same_bits(first[1], second[1]), "lse depends on the order of threads or copies"
+    return first
+
+
+@pytest.mark.parametrize(
+    "head_size, dtype",
+    [
+        (32, torch.float32),
+        (80, torch.bfloat16),
+        (128, torch.float16),
+        (192, torch.bfloat16),
+        (256, torch.float32),
+        (512, torch.float16),
+    ],
+)
+def test_cache_write_is_bit_equal(kernels, head_size, dtype):
+    num_kv_heads, block_size = 2, 48
+    # A full group off the token grid, a group cut short by padding, single tokens, a group across -1.
+    slot_mapping = torch.tensor(
+        [200, -1, 5, *range(32, 59), -1, 144, 145, 147, *range(96, 112), 112, 7, *range(160, 175), -1, 250]
+    )
+    qkv = torch.randn(len(slot_mapping), 3, num_kv_heads, head_size).to(dtype)
+    qkv[3, 1, 0, 5], qkv[4, 2, 1] = torch.nan, 0.0
+    qkv[6, 1, 1, 2:4] = torch.inf
+    key, value = qkv[:, 1], qkv[:, 2]
+    equalizer = torch.rand(num_kv_heads, head_size) + 0.5
+    for mode, options in zip(
+        MODES, [{"rotate_keys": False}, {"rotate_keys": True, "key_equalizer": equalizer}], strict=True
+    ):
+        kernels.set_mode(*mode, BLOCKS[0])
+        got = hostile.garbage_cache(6, num_kv_heads, block_size, head_size)
+        want = got.clone()
+        emulated_cuda.reshape_and_cache(kernels, key, value, got, slot_mapping, **options)
+        reference.reshape_and_cache(key, value, want, slot_mapping, **options)
+        assert hostile.same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+    "head_size, dtype", [(32, torch.float32), (80, torch.bfloat16), (192, torch.float16), (512, torch.bfloat16)]
+)
+def test_gather_is_bit_equal(kernels, head_size, dtype):
+    sizes = {"num_kv_heads": 2, "head_size": head_size, "block_size": 48}
+    batch = hostile.make_batch([(1, 70), (1, 5), (1, 130)], num_heads=2, **sizes, outliers=True)
+    # From the middle of a block across its end, nothing, and everything.
+    ints = ([0, 60, 60, 190], [9, 2, 0])
+    place = batch.block_table, *(torch.tensor(x, dtype=torch.int32) for x in ints)
+    equalizer = torch.rand(2, head_size) + 0.5
+    for mode, options in zip(MODES, [{"rotate_keys": False}, {"key_equalizer": equalizer}], strict=True):
+        kernels.set_mode(*mode, BLOCKS[0])
+        # One of the two starts on an odd element and has gaps between its rows.
+        got = torch.full((200, 2, head_size), -7.0, dtype=dtype), torch.full((200, 2, head_size + 1), -7.0, dtype=dtype)
+        want = tuple(x.clone() for x in got)
+        emulated_cuda.gather_cache(kernels, got[0], got[1][..., 1:], batch.kv_cache, *place, **options)
+        reference.gather_cache(want[0], want[1][..., 1:], batch.kv_cache, *place, **options)
+        for x, y in zip(got, want, strict=True):
+            assert hostile.same_bits(x, y)
+
+
+LENS = [(1, 1), (1, 65), (1, 600), (5, 18), (3, 290), (19, 70), (17, 17)]
+
+
+@pytest.mark.parametrize(
+    "dtype, head_size, num_heads, num_kv_heads, block_size",
+    [
+        (torch.float32, 80, 7, 1, 16),
+        (torch.float32, 512, 2, 1, 32),
+        (torch.float16, 32, 3, 1, 48),
+        (torch.bfloat16, 64, 8, 2, 16),
+        (torch.float16, 80, 7, 1, 16),
+        (torch.bfloat16, 128, 4, 4, 32),
+        (torch.float16, 176, 10, 1, 64),
+        (torch.bfloat16, 256, 2, 1, 16),
+    ],
+)
+def test_mixed_batches(kernels, head_size, num_heads, num_kv_heads, block_size, dtype):
+    batch = hostile.make_batch(
+        LENS,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+        outliers=head_size == 128,
+    )
+    check(kernels, batch, softmax_scale=0.004 if head_size == 128 else head_size**-0.5)
+
+
+def test_a_decode_batch(kernels):
+    """One token each: the kernel with one row tile, and the same bits as in a batch that needs two."""
+    lens = [(1, 300), (1, 9), (1, 64)]
+    batch = hostile.make_batch(lens, dtype=torch.bfloat16, head_size=128)
+    for num_blocks in BLOCKS:
+        out, _ = check(kernels, replace(batch, query=batch.query[:3]), num_blocks, softmax_scale=0.09)
+        padded, _ = check(kernels, batch, num_blocks, softmax_scale=0.09)
+        assert hostile.same_bits(out, padded[:3])
+
+
+def test_a_batch_of_nothing(kernels):
+    batch = hostile.make_batch([(1, 300)], dtype=torch.bfloat16)
+    empty = torch.zeros(0, dtype=torch.int32)
+    for nothing in (
+        replace(batch, query=batch.query[:0]),
+        replace(batch, query=batch.query[:0], seq_lens=empty, query_start_loc=torch.zeros(1, dtype=torch.int32)),
+    ):
+        assert emulated_cuda.workspace_bytes(kernels, nothing) == 0
+        out, lse = emulated_cuda.paged_attention(kernels, nothing, softmax_scale=0.125)
+        assert len(out) == lse.shape[1] == 0
+
+
+def test_more_queries_than_keys(kernels):
+    for dtype in (torch.float32, torch.float16):
+        batch = hostile.make_batch([(6, 2), (20, 17)], dtype=dtype)
+        check(kernels, batch, softmax_scale=0.125, causal=False, sliding_window=4)
+        check(kernels, batch, softmax_scale=0.125)
+
+
+OPTIONS = {
+    "sliding-window": {"sliding_window": 90},
+    "non-causal": {"causal": False},
+    "non-causal-window": {"causal": False, "sliding_window": 33},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi_slopes": torch.linspace(0.01, 0.5, 6)},
+    "sinks": {"sinks": torch.linspace(-3.0, 6.0, 6)},
+    "no-rotation": {"rotate_keys": False},
+    "equalizer": {"key_equalizer": torch.linspace(0.2, 9.0, 128).view(2, 64)},
+    "one-block": {"num_blocks": 1},
+    "many-blocks": {"num_blocks": 13},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(kernels, name, dtype):
+    options = OPTIONS[name]
+    batch = hostile.make_batch(
+        [(1, 400), (4, 530), (20, 70)],
+        num_heads=6,
+        dtype=dtype,
+        rotate_keys=options.get("rotate_keys", True),
+        key_equalizer=options.get("key_equalizer"),
+    )
+    check(kernels, batch, softmax_scale=0.125, **options)
+
+
+def test_more_sequences_than_threads(kernels):
+    batch = hostile.make_batch([(1, 1 + i % 5) for i in range(150)], num_heads=2, num_kv_heads=1, dtype=torch.float16)
+    for num_blocks in BLOCKS:
+        check(kernels, batch, num_blocks, softmax_scale=0.125)
+
+
+def test_v_scales_of_every_magnitude(kernels):
+    batch = hostile.make_batch([(1, 200)], dtype=torch.float16)
+    batch.values[0].mul_(10.0 ** torch.linspace(-6, 3, 200)[:, None, None])
+    slots = batch.block_table[0, :13].long()[:, None] * 16 + torch.arange(16)
+    reference.reshape_and_cache(batch.keys[0], batch.values[0], batch.kv_cache, slots.flatten()[:200])
+    check(kernels, batch, softmax_scale=0.125)
+
+
+@pytest.mark.parametrize("name", ["plain", "sliding-window", "non-causal-window", "softcap", "alibi", "sinks"])
+@pytest.mark.parametrize("head_size", [48, 64, 80, 128])
+def test_many_rows_in_one_pass(kernels, head_size, name):
+    """More than 16 query rows per KV head, on a GPU with shared memory for four row tiles: same answers as with two."""
+    options = {"softmax_scale": 0.1} | OPTIONS.get(name, {})
+    lens = [(9, 500), (1, 70), (14, 14), (12, 330)]
+    batch = hostile.make_batch(lens, num_heads=6, head_size=head_size, dtype=torch.bfloat16)
+    batch.values[0].mul_(10.0 ** torch.linspace(-6, 3, 500)[:, None, None])  # the unit of the weights grows
+    slots = batch.block_table[0, :32].long()[:, None] * 16 + torch.arange(16)
+    reference.reshape_and_cache(batch.keys[0], batch.values[0], batch.kv_cache, slots.flatten()[:500])
+    sizes = []
+    for shared_bytes in (48 << 10, 99 << 10):  # Turing has 64 KiB, which holds four of head_size 64
+        kernels.set_shared_bytes(shared_bytes)
+        for num_blocks in BLOCKS:
+            check(kernels, batch, num_blocks, **options)
+        sizes.append(emulated_cuda.workspace_bytes(kernels, batch))
+    kernels.set_shared_bytes(64 << 10)
+    assert sizes[1] > 1.9 * sizes[0], "four row tiles were not taken"
+
+
+def test_shared_memory_fits_every_gpu(kernels):
+    """A launch that asks for more than Turing's 64 KiB returns an error, so this shape runs nowhere smaller."""
+    batch = hostile.make_batch([(2, 70)], num_heads=16, num_kv_heads=1, head_size=256, dtype=torch.float16)
+    check(kernels, batch, softmax_scale=0.0625)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-3.0, 6.0, 6)], ids=["", "sinks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_query_that_is_not_finite_spoils_no_other(kernels, dtype, sinks):
+    batch = hostile.make_batch([(1, 500), (3, 130)], num_heads=6, dtype=dtype)
+    kernels.set_mode(*MODES[0], BLOCKS[2])
+    out, lse = emulated_cuda.paged_attention(kernels, batch, softmax_scale=0.125, sinks=sinks)
+    query = batch.query.clone()
+    query[0, 2, 5], query[2, 0, 0] = torch.nan, torch.inf
+    spoiled = replace(batch, query=query)
+    spoiled_out, spoiled_lse = emulated_cuda.paged_attention(kernels, spoiled, softmax_scale=0.125, sinks=sinks)
+    for token, head in ((0, 2), (2, 0)):
+        assert spoiled_out[token, head].isnan().all() and spoiled_lse[head, token].isnan()
+        spoiled_out[token, head], spoiled_lse[head, token] = out[token, head], lse[head, token]
+    rows = slice(0, batch.num_tokens)
+    assert hostile.same_bits(spoiled_out[rows], out[rows]) and hostile.same_bits(spoiled_lse, lse)

@@ -1,0 +1,99 @@
+"""Every byte of the cache is where csrc/params.h says, computed here a second time and one byte at a time."""
+
+import struct
+
+import pytest
+import torch
+
+from vllm_int8kv.cache import formats
+
+SIZES = [(block_size, head_size) for block_size in (16, 32, 48, 128) for head_size in (32, 80, 128, 512)]
+each_size = pytest.mark.parametrize("block_size, head_size", SIZES)
+
+
+def random_planes(num_blocks: int, num_kv_heads: int, block_size: int, head_size: int) -> formats.Planes:
+    codes = torch.randint(-128, 128, (2, num_blocks, num_kv_heads, block_size, head_size), dtype=torch.int8)
+    scales = torch.randn(2, num_blocks, num_kv_heads, block_size).to(torch.bfloat16)
+    return formats.Planes(codes[0], codes[1], scales[0], scales[1])
+
+
+@each_size
+def test_unpack_inverts_pack(block_size, head_size):
+    planes = random_planes(3, 2, block_size, head_size)
+    again = formats.unpack(formats.pack(planes))
+    for name in ("k_codes", "v_codes", "k_scales", "v_scales"):
+        assert torch.equal(getattr(again, name), getattr(planes, name)), name
+
+
+@each_size
+def test_pack_inverts_unpack(block_size, head_size):
+    shape = (2, 3, block_size, 2 * head_size + 4)
+    kv_cache = torch.randint(-128, 128, shape, dtype=torch.int8)
+    assert torch.equal(formats.pack(formats.unpack(kv_cache)), kv_cache)
+
+
+@each_size
+def test_bytes_are_where_params_h_says(block_size, head_size):
+    planes = random_planes(2, 3, block_size, head_size)
+    chunk = formats.pack(planes)[1, 2].flatten()
+    raw = bytes(chunk.view(torch.uint8).tolist())
+    plane = block_size * head_size
+    slots = {0, 1, 15, block_size // 2, block_size - 2, block_size - 1}
+    dims = {0, 1, 2, 15, 16, head_size // 2 + 1, head_size - 1}
+    for slot in slots:
+        for dim in dims:
+            k_offset = (slot // 16) * (16 * head_size) + (dim // 2) * 32 + (slot % 16) * 2 + dim % 2
+            v_offset = plane + (dim // 16) * (16 * block_size) + (slot // 2) * 32 + (dim % 16) * 2 + slot % 2
+            assert chunk[k_offset] == planes.k_codes[1, 2, slot, dim]
+            assert chunk[v_offset] == planes.v_codes[1, 2, slot, dim]
+        for scales, offset in ((planes.k_scales, 2 * plane), (planes.v_scales, 2 * plane + 2 * block_size)):
+            (bits,) = struct.unpack_from("<H", raw, offset + 2 * slot)
+            (value,) = struct.unpack("<f", struct.pack("<I", bits << 16))
+            assert value == scales[1, 2, slot]
+
+
+@pytest.mark.parametrize("head_size", formats.SUPPORTED_HEAD_SIZES)
+def test_planes_and_chunks_start_on_16_bytes(head_size):
+    for block_size in range(16, 257, 16):
+        kv_cache = formats.allocate(2, 2, block_size, head_size)
+        plane = block_size * head_size
+        starts = (0, plane, 2 * plane, 2 * plane + 2 * block_size, kv_cache.stride(1), kv_cache.stride(0))
+        assert all(start % 16 == 0 for start in starts)
+        assert kv_cache.stride(1) == 2 * plane + 4 * block_size
+
+
+def test_supported_head_sizes():
+    assert list(formats.SUPPORTED_HEAD_SIZES) == [*range(32, 257, 16), 512]
+
+
+@pytest.mark.parametrize("head_size, num_bytes", [(64, 132), (80, 164), (128, 260)])
+def test_content_bytes(head_size, num_bytes):
+    assert formats.content_bytes(head_size) == num_bytes
+    assert formats.head_size_of(formats.allocate(1, 1, 16, head_size)) == head_size
+
+
+def test_allocate(device):
+    kv_cache = formats.allocate(4, 2, 32, 64, device)
+    assert kv_cache.shape == (4, 2, 32, 132) and kv_cache.dtype == torch.int8
+    assert kv_cache.device.type == device and kv_cache.is_contiguous() and not kv_cache.any()
+
+
+@pytest.mark.parametrize("head_size", [-64, 0, 16, 72, 272, 1024])
+def test_refuses_head_size(head_size):
+    with pytest.raises(ValueError, match=f"head_size {head_size} is not supported; supported: 32 to 256"):
+        formats.allocate(1, 1, 16, head_size)
+
+
+@pytest.mark.parametrize("block_size", [-16, 0, 8, 24])
+def test_refuses_block_size(block_size):
+    with pytest.raises(ValueError, match=f"block_size must be a positive multiple of 16, got {block_size}"):
+        formats.allocate(1, 1, block_size, 64)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, came",
+    [((2, 16, 132), torch.int8, r"torch.int8 \[2, 16, 132\]"), ((1, 1, 16, 132), torch.uint8, "torch.uint8")],
+)
+def test_head_size_of_refuses_what_is_no_cache(shape, dtype, came):
+    with pytest.raises(ValueError, match=f"kv_cache must be int8 .* got {came}"):
+        formats.head_size_of(torch.zeros(shape, dtype=dtype))

