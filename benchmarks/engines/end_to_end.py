@@ -32,8 +32,8 @@ from benchmarks.engines import dummy_model
 from benchmarks.operators.peers import name_missing
 from benchmarks.timing import require_gpu, summarize
 from vllm_int8kv.commands import models
-from vllm_int8kv.commands.doctor import has_fast_bf16
 from vllm_int8kv.evaluation import record
+from vllm_int8kv.evaluation.machine import has_fast_bf16
 from vllm_int8kv.evaluation.record import Device
 
 IMPLS = {

@@ -14,7 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_int8kv.cache import ops
-from vllm_int8kv.commands import cli, demo, doctor, models
+from vllm_int8kv.commands import cli, doctor, models
+from vllm_int8kv.evaluation import demo, machine
 
 runner = CliRunner()
 

@@ -54,7 +54,7 @@ def demo(
 
 def print_demo(report: dict[str, Any]) -> None:
     """Show a report of `demo.run_demo`."""
-    from vllm_int8kv.commands.doctor import has_fast_bf16
+    from vllm_int8kv.evaluation.machine import has_fast_bf16
 
     answers = Table("Prompt", "auto", KV_CACHE_DTYPE, title="Answers", show_lines=True)
     for row in report["prompts"]:

@@ -10,6 +10,7 @@ from importlib import metadata
 
 from vllm_int8kv.commands.serve import PLUGIN_NAME, is_plugin_filtered_out
 from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.evaluation.machine import has_fast_bf16
 
 OLDEST_COMPUTE_CAPABILITY = (7, 5)
 PLUGIN_CHECK = f"""
@@ -61,15 +62,6 @@ def check_torch() -> Check:
     except ImportError as error:
         return Check("torch", f"cannot be imported: {error}", "install PyTorch 2.11 to 2.14")
     return Check("torch", torch.__version__)
-
-
-def has_fast_bf16() -> bool:
-    """Whether matrices in bf16 are multiplied in hardware; not so on CPUs without AVX-512 or AVX-NE-CONVERT."""
-    import torch
-
-    if torch.cuda.is_available():
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_torchvision() -> Check:

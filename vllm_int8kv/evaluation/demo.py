@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vllm_int8kv.commands.doctor import has_fast_bf16
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.engines.process import run_engine
+from vllm_int8kv.evaluation.machine import has_fast_bf16
 from vllm_int8kv.evaluation.scoring import load_scores, summarize
 
 PROMPTS = (
