@@ -16,15 +16,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "format/params.h"
+#include "format/cache_format.h"
 
 #if !defined(__CUDA_ARCH__)
 #include <cmath>
 #endif
 
 namespace int8kv {
-
-constexpr float kInt8Max = 127.0f;  // -128 is unused, so that negation stays exact
 
 // NaN counts as 0 and magnitudes saturate here, so that a rotation of up to 512 finite values stays
 // finite and no code can wrap.
@@ -72,7 +70,7 @@ INT8KV_HD float bf16_bits_to_float(uint16_t bits) {
 
 // The scale of values whose largest magnitude is `amax`; quantize_per_channel keeps it in fp32.
 INT8KV_HD float scale_from_amax(float amax) {
-  return amax >= kMinMagnitude ? amax / kInt8Max : 1.0f;
+  return amax >= kMinMagnitude ? amax / Codes<8>::kMax : 1.0f;
 }
 
 // The stored scale of a vector whose largest magnitude is `amax`.
@@ -97,29 +95,9 @@ INT8KV_HD int8_t quantize_value(float x, float scale) {
 INT8KV_HD int8_t quantize_saturated(float x, float scale) {
   float steps = divide(x, scale);
   steps = steps != steps ? 0.0f : steps;
-  steps = steps > kInt8Max ? kInt8Max : steps;
-  steps = steps < -kInt8Max ? -kInt8Max : steps;
+  steps = steps > Codes<8>::kMax ? Codes<8>::kMax : steps;
+  steps = steps < -Codes<8>::kMax ? -Codes<8>::kMax : steps;
   return static_cast<int8_t>(::rintf(steps));
-}
-
-// The rotation multiplies a vector by the orthonormal Hadamard matrix (Sylvester order), in blocks
-// of rotation_block(head_size). Each device has its own loop for it; the order of the operations is
-// part of the cache format: for half = 1, 2, 4, ...: (a, b) -> (a + b, a - b), then one
-// multiplication by rotation_norm().
-
-// The largest power of two that divides head_size, at most 256.
-INT8KV_HD int32_t rotation_block(int32_t head_size) {
-  const int32_t block = head_size & -head_size;
-  return block < 256 ? block : 256;
-}
-
-// 1 / sqrt(block) for a power of two, correctly rounded: exact for even powers.
-INT8KV_HD float rotation_norm(int32_t block) {
-  float norm = 1.0f;
-  for (int32_t b = block; b >= 4; b /= 4) norm *= 0.5f;
-  int32_t log2_block = 0;
-  for (int32_t b = block; b > 1; b /= 2) ++log2_block;
-  return log2_block % 2 == 0 ? norm : norm * 0.70710678118654752440f;
 }
 
 }  // namespace int8kv
