@@ -22,7 +22,7 @@ from typing import Annotated
 import torch
 import typer
 
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import library
 from vllm_int8kv.evaluation import record
 
 SANITIZER_ERROR = 99
@@ -92,7 +92,7 @@ def main(
     """Check, then time; exit with 1 if a check did not pass."""
     if not torch.cuda.is_available():
         sys.exit("gpu_check needs an NVIDIA GPU and a PyTorch for CUDA; PyTorch sees no GPU here")
-    if not ops.has_cuda_kernels():
+    if not library.has_cuda_kernels():
         sys.exit("vllm-int8kv is installed without its CUDA kernels: build it where nvcc is found")
     results = [(stage, run(stage)) for stage in stages(out)]
     print("=== summary")

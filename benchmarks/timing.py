@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import library
 
 CallOnce = Callable[[int], object]
 """Runs an implementation once; the argument counts the calls, so that each can take other (cold) operands."""
@@ -132,7 +132,7 @@ def repeated(call: CallOnce, turns: int) -> CallOnce:
 
 def require_gpu() -> None:
     """Raises SystemExit unless `--device cuda` can run here."""
-    if not (torch.cuda.is_available() and ops.has_cuda_kernels()):
+    if not (torch.cuda.is_available() and library.has_cuda_kernels()):
         sys.exit("--device cuda needs a GPU that PyTorch can use and a vllm-int8kv with CUDA kernels")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import Recorder
 
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import library
 
 # `benchmarks` is part of the repository and of no package. Last, so that an installed `vllm_int8kv` comes first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -29,7 +29,7 @@ def seed() -> None:
 def _require_cuda() -> str:
     if not torch.cuda.is_available():
         pytest.skip(f"{NO_CUDA}no GPU")
-    if not ops.has_cuda_kernels():
+    if not library.has_cuda_kernels():
         pytest.skip(f"{NO_CUDA}built without CUDA kernels")
     return "cuda"
 
@@ -65,13 +65,13 @@ def kernel(request: pytest.FixtureRequest, set_num_threads: Callable[[int], None
     if request.param == "cuda":
         yield _require_cuda()
         return
-    if request.param not in ops.cpu_isas():
+    if request.param not in library.cpu_isas():
         pytest.skip(f"this CPU has no {request.param}")
-    before = ops.cpu_isa()
-    ops.set_cpu_isa(request.param)
-    assert ops.cpu_isa() == request.param
+    before = library.cpu_isa()
+    library.set_cpu_isa(request.param)
+    assert library.cpu_isa() == request.param
     yield "cpu"
-    ops.set_cpu_isa(before)
+    library.set_cpu_isa(before)
 
 
 @pytest.fixture(scope="session")

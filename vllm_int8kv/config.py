@@ -1,6 +1,6 @@
 """The options of the plugin: `LLM(..., additional_config={"int8_kv": {...}})`. Imports neither vLLM nor the kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,8 @@ KEY = "int8_kv"
 """Where the options live in vLLM's `additional_config`."""
 
 LAYER_FORMATS = ("int8", "auto")
-"""What a layer policy may say of a layer: this cache, or the model's own dtype."""
+"""What a layer policy may say of a layer: this cache in its default format, or the model's own dtype. Further words are
+the names of the cache formats."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Int8KVConfig:
 
     equalize_keys: bool = True
     """Balance the channels of K against those of Q before quantization, by factors found when the model is loaded;
-    exact for the scores. See `equalization.py`."""
+    exact for the scores. See `cache/equalization.py`."""
 
     layer_policy: str | None = None
-    """Path of a YAML or JSON file `{layer index: int8 or auto}`; layers it does not name are int8. `vllm-int8kv eval
-    --sensitivity --policy FILE` writes one."""
+    """Path of a YAML or JSON file `{layer index: int8, auto or a format's name}`; layers it does not name are int8.
+    `vllm-int8kv eval --sensitivity --policy FILE` writes one."""
 
     cpu_isa: str | None = None
-    """CPU kernel path, one of `ops.cpu_isas()`; None for the fastest this machine has."""
+    """CPU kernel path, one of `library.cpu_isas()`; None for the fastest this machine has."""
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
@@ -67,26 +68,29 @@ class Int8KVConfig:
         return cls() if options is None else cls.from_mapping(options)
 
 
-def read_layer_policy(path: str | Path, num_layers: int) -> dict[int, str]:
+def read_layer_policy(path: str | Path, num_layers: int, formats: Collection[str] = ()) -> dict[int, str]:
     """Read the file of the option `layer_policy`.
+
+    Args:
+        formats: names of cache formats that layers may have, beside `LAYER_FORMATS`.
 
     Raises:
         ValueError: it cannot be read, or names a layer or a format that does not exist.
     """
     what = f'additional_config["{KEY}"]["layer_policy"]: {path}'
+    allowed = " or ".join((*LAYER_FORMATS, *formats))
     try:
         policy = yaml.safe_load(Path(path).read_text())  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{what} cannot be read: {error}") from None
     if not isinstance(policy, dict):
-        raise ValueError(f"{what} must hold a mapping of layers to {' or '.join(LAYER_FORMATS)}, got {policy!r}")
+        raise ValueError(f"{what} must hold a mapping of layers to {allowed}, got {policy!r}")
     found = {}
     for layer, layer_format in policy.items():
         index = int(layer) if isinstance(layer, str) and layer.isdigit() else layer
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_layers:
             raise ValueError(f"{what} names layer {layer!r}; the model has layers 0 to {num_layers - 1}")
-        if layer_format not in LAYER_FORMATS:
-            allowed = " or ".join(LAYER_FORMATS)
+        if layer_format not in (*LAYER_FORMATS, *formats):
             raise ValueError(f"{what} gives layer {index} the format {layer_format!r}; use {allowed}")
         found[index] = layer_format
     return found

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_int8kv.cache import reference
-from vllm_int8kv.cache.key_transform import key_equalizer
+from vllm_int8kv.cache import key_transform, quantizer
+from vllm_int8kv.cache.equalization import key_equalizer
 
 FP8_MAX = 448.0
 GROUP = 32
@@ -38,7 +38,7 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 
 def per_vector(x: torch.Tensor) -> torch.Tensor:
     """Symmetric, one bf16 scale per vector: the quantizer of int8_custom."""
-    codes, scales = reference.quantize(x)
+    codes, scales = quantizer.quantize(x)
     return codes.float() * scales.float()[..., None]
 
 
@@ -77,7 +77,7 @@ def fp8(x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
 def transformed(x: torch.Tensor, factors: torch.Tensor | None, rotate: bool, quantize: Round) -> torch.Tensor:
     """Keys that were equalized and rotated before quantization, back in their own coordinates."""
     y = x if factors is None else x / factors
-    y = reference.hadamard_rotate(quantize(reference.hadamard_rotate(y))) if rotate else quantize(y)
+    y = key_transform.hadamard_rotate(quantize(key_transform.hadamard_rotate(y))) if rotate else quantize(y)
     return y if factors is None else y * factors
 
 

@@ -26,10 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import timing
-from benchmarks.ladder import ladder, quantize_errors
-from benchmarks.ladder.ladder import COPY, SHAPES, CheckError, Key, LadderShape, Operands
+from benchmarks.ladder import quantize_errors
+from benchmarks.ladder.operands import COPY, SHAPES, CheckError, Key, LadderShape, Operands, bytes_moved, measure
 from benchmarks.timing import Budget, Timing
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import library
+from vllm_int8kv.cache.ladder import CPU_VARIANTS, CUDA_VARIANTS
 from vllm_int8kv.evaluation import record
 
 DEFAULT_ELEMENTS = 1 << 27
@@ -57,7 +58,7 @@ def parse_shape(text: str) -> LadderShape:
 
 
 def backend(device: str, variant: str) -> str:
-    return f"torch {device}" if variant == COPY else f"int8kv {ops.cpu_isa() if device == 'cpu' else device}"
+    return f"torch {device}" if variant == COPY else f"int8kv {library.cpu_isa() if device == 'cpu' else device}"
 
 
 def to_records(operands: Operands, timings: dict[Key, Timing], earlier: dict[Key, Timing]) -> list[record.Record]:
@@ -71,7 +72,7 @@ def to_records(operands: Operands, timings: dict[Key, Timing], earlier: dict[Key
     copy_gb_per_s = copied / timings[COPY, COPY].median_us / 1e3
     lines = []
     for (variant, operation), taken in timings.items():
-        moved = copied if variant == COPY else ladder.bytes_moved(shape, operands.dtype)
+        moved = copied if variant == COPY else bytes_moved(shape, operands.dtype)
         rate = moved / taken.median_us / 1e3
         metrics = {"copy_gb_per_s": round(copy_gb_per_s, 3), "frac_of_copy": round(rate / copy_gb_per_s, 4)}
         for loop in ("column_strided", "row_major"):
@@ -117,17 +118,17 @@ def measure_shape(
     torch.set_num_threads(cores)
     operands = Operands(shape, dtype, device, seed)
     if device == "cuda":
-        operands.check(list(ops.CUDA_VARIANTS))
-        timings = ladder.measure(operands, list(ops.CUDA_VARIANTS), budget, timing.gpu_clock)
+        operands.check(list(CUDA_VARIANTS))
+        timings = measure(operands, list(CUDA_VARIANTS), budget, timing.gpu_clock)
         return to_records(operands, timings, {})
-    operands.check(list(ops.CPU_VARIANTS))
+    operands.check(list(CPU_VARIANTS))
     torch.set_num_threads(1)
-    single = ladder.measure(operands, [v for v in ops.CPU_VARIANTS if v != "vectorized"], budget, timing.wall_clock)
+    single = measure(operands, [v for v in CPU_VARIANTS if v != "vectorized"], budget, timing.wall_clock)
     require_idle(single, shape, idle)
     lines = to_records(operands, single, {})
     if cores > 1:
         torch.set_num_threads(cores)
-        threaded = ladder.measure(operands, ["vectorized"], budget, timing.wall_clock)
+        threaded = measure(operands, ["vectorized"], budget, timing.wall_clock)
         require_idle(threaded, shape, idle)
         lines += to_records(operands, threaded, single)
     return lines

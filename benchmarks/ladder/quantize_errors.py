@@ -14,8 +14,8 @@ from benchmarks import timing
 from benchmarks.accuracy import capture
 from benchmarks.accuracy.capture import Captured
 from benchmarks.ladder import metrics
-from benchmarks.ladder.ladder import CheckError, LadderShape, require_memory
-from vllm_int8kv.cache import ops, reference
+from benchmarks.ladder.operands import CheckError, LadderShape, require_memory
+from vllm_int8kv.cache import key_transform, ladder, library, quantizer
 from vllm_int8kv.evaluation import record
 
 NUM_QUERIES = 16
@@ -36,8 +36,8 @@ def round_trip(x: torch.Tensor, scales: torch.Tensor | None = None) -> tuple[tor
     Raises:
         CheckError: an error is above half a step although the scales are those of `x`.
     """
-    codes, used = ops.quantize_per_channel(x, scales=scales)
-    approximation = ops.dequantize_per_channel(codes, used)
+    codes, used = ladder.quantize_per_channel(x, scales=scales)
+    approximation = ladder.dequantize_per_channel(codes, used)
     error = metrics.max_abs_error(x, approximation)
     if scales is None and not error <= HALF_STEP * used.max().item():
         raise CheckError(f"an error of {error} is more than half a step of {used.max().item()}")
@@ -94,7 +94,7 @@ def layer_errors(seen: Captured) -> dict[str, dict[str, float]]:
         "per_channel": [_matrix_round_trip(x) for x in (seen.key, seen.value)],
         "per_channel_static": [_matrix_round_trip(x, x[:half]) for x in (seen.key, seen.value)],
         "int8_custom": [
-            reference.hadamard_rotate(_row_round_trip(reference.hadamard_rotate(seen.key.float()))),
+            key_transform.hadamard_rotate(_row_round_trip(key_transform.hadamard_rotate(seen.key.float()))),
             _row_round_trip(seen.value),
         ],
     }
@@ -120,13 +120,13 @@ def layer_errors(seen: Captured) -> dict[str, dict[str, float]]:
 
 def _matrix_round_trip(x: torch.Tensor, calibration: torch.Tensor | None = None) -> torch.Tensor:
     """[num_tokens, num_kv_heads, head_size] with one scale per (KV head, dim), from `calibration` if it is given."""
-    scales = None if calibration is None else ops.quantize_per_channel(calibration.flatten(1))[1]
+    scales = None if calibration is None else ladder.quantize_per_channel(calibration.flatten(1))[1]
     return round_trip(x.flatten(1), scales)[0].view(x.shape)
 
 
 def _row_round_trip(x: torch.Tensor) -> torch.Tensor:
     """The same with one scale per token and KV head."""
-    codes, scales = reference.quantize(x)
+    codes, scales = quantizer.quantize(x)
     return codes.float() * scales.float()[..., None]
 
 
@@ -142,7 +142,7 @@ def _record(
         what="quantize_error",
         case=case,
         impl=impl,
-        resolved_backend=f"int8kv {'cuda' if on_gpu else ops.cpu_isa()}",
+        resolved_backend=f"int8kv {'cuda' if on_gpu else library.cpu_isa()}",
         metrics={name: float(f"{value:.6g}") for name, value in found.items()},
         num_threads=torch.get_num_threads(),
         **asdict(taken),
@@ -150,4 +150,4 @@ def _record(
 
 
 def round_trip_only(x: torch.Tensor) -> torch.Tensor:
-    return ops.dequantize_per_channel(*ops.quantize_per_channel(x))
+    return ladder.dequantize_per_channel(*ladder.quantize_per_channel(x))

@@ -7,7 +7,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.operators.peers import Attend, Batch, Int8Custom, Peer, Shape
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import library
+from vllm_int8kv.cache.formats import native_content_bytes
 
 
 class VllmCpu(Peer):
@@ -22,7 +23,7 @@ class VllmCpu(Peer):
         return f"CPU_ATTN {self._isa(shape)}"
 
     def slot_bytes(self, head_size: int) -> int:
-        return 2 * head_size * self.dtype.itemsize
+        return native_content_bytes(head_size, self.dtype.itemsize)
 
     def allocate(self, shape: Shape) -> torch.Tensor:
         size = (shape.num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
@@ -127,7 +128,7 @@ def load(dtype: torch.dtype, every_isa: bool = False) -> list[Peer]:
     if not current_platform.is_cpu():
         raise RuntimeError(f"these benchmarks need vLLM's CPU build, got platform {current_platform.device_name!r}")
     current_platform.import_kernels()
-    slower = [Int8Custom(isa) for isa in ops.cpu_isas()[:-1]] if every_isa else []
+    slower = [Int8Custom(isa) for isa in library.cpu_isas()[:-1]] if every_isa else []
     not_here = missing()
     caches = [VllmCpu("auto", dtype, tolerance=0.005), VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005)]
     return [Int8Custom(), *slower, *(peer for peer in caches if peer.name not in not_here)]

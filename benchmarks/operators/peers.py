@@ -12,7 +12,9 @@ from functools import cache
 
 import torch
 
-from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache import library, ops, quantizer
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.serving import prefill, varlen_attention
 from vllm_int8kv.serving.varlen_attention import VarlenAttention
 
@@ -134,40 +136,39 @@ class Int8Custom(Peer):
 
     def __init__(self, isa: str | None = None, device: str = "cpu") -> None:
         self.name = f"int8_custom {isa}" if isa else "int8_custom"
-        self.isa = isa or (ops.cpu_isas()[-1] if device == "cpu" else None)
+        self.isa = isa or (library.cpu_isas()[-1] if device == "cpu" else None)
         self.device = device
 
     def backend(self, shape: Shape) -> str:
-        library = "" if self._prefill_library(shape) is None else ", FlashAttention"
-        return f"INT8_KV {self.isa or self.device}{library}"
+        attention = "" if self._prefill_attention(shape) is None else ", FlashAttention"
+        return f"INT8_KV {self.isa or self.device}{attention}"
 
     def slot_bytes(self, head_size: int) -> int:
-        return formats.content_bytes(head_size)
+        return K8V8.content_bytes(head_size)
 
     def allocate(self, shape: Shape) -> torch.Tensor:
         sizes = shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_size
-        return formats.allocate(*sizes, self.device)
+        return K8V8.allocate(*sizes, self.device)
 
     def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        def round_trip(x: torch.Tensor) -> torch.Tensor:
-            codes, scales = reference.quantize(x)
+        def round_trip(x: torch.Tensor, quantize: Callable) -> torch.Tensor:
+            codes, scales = quantize(x)
             return codes.float() * scales.float()[..., None]
 
-        factors = self._key_equalizer(*key.shape[1:], key.device)
-        # The rotation is its own inverse, so this is where the rotated, quantized keys lie in the original space.
-        rotated = reference.hadamard_rotate(round_trip(reference.hadamard_rotate(key.float() / factors)))
-        return rotated * factors, round_trip(value)
+        transform = self._key_transform(*key.shape[1:], key.device)
+        keys = transform.undo_keys(round_trip(transform.keys(key), K8V8.quantize_k))
+        return keys, round_trip(quantizer.sanitize(value), K8V8.quantize_v)
 
     def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
-        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, key.device)
+        key_transform = self._key_transform(shape.num_kv_heads, shape.head_size, key.device)
         self._choose_isa()
-        ops.reshape_and_cache(key, value, cache, slots, key_equalizer=key_equalizer)
+        ops.reshape_and_cache(key, value, cache, slots, cache_format=K8V8, key_transform=key_transform)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
-        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
-        library = self._prefill_library(shape)
-        if library is not None:
-            return self._plan_prefill(shape, batch, library)
+        key_transform = self._key_transform(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
+        attention = self._prefill_attention(shape)
+        if attention is not None:
+            return self._plan_prefill(shape, batch, attention)
 
         def attend(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> object:
             self._choose_isa()
@@ -178,20 +179,21 @@ class Int8Custom(Peer):
                 batch.seq_lens,
                 batch.query_start_loc,
                 softmax_scale=shape.softmax_scale,
-                key_equalizer=key_equalizer,
+                cache_format=K8V8,
+                key_transform=key_transform,
                 out=out,
             )
 
         return attend
 
-    def _prefill_library(self, shape: Shape) -> VarlenAttention | None:
+    def _prefill_attention(self, shape: Shape) -> VarlenAttention | None:
         """What the plugin gives prompts of this length to, instead of its own kernel."""
         if shape.query_len <= prefill.MAX_DECODE_QUERY_LEN:
             return None
         return varlen_attention.find(self.device, shape.torch_dtype, shape.head_size)
 
-    def _plan_prefill(self, shape: Shape, batch: Batch, library: VarlenAttention) -> Attend:
-        key_equalizer = self._key_equalizer(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
+    def _plan_prefill(self, shape: Shape, batch: Batch, attention: VarlenAttention) -> Attend:
+        key_transform = self._key_transform(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
         plan = prefill.make_plan(
             batch.query_start_loc.tolist(),
             batch.seq_lens.tolist(),
@@ -210,22 +212,23 @@ class Int8Custom(Peer):
                 batch.block_table,
                 plan,
                 (key, value),
-                library,
+                attention,
                 softmax_scale=shape.softmax_scale,
+                cache_format=K8V8,
+                key_transform=key_transform,
                 out=out,
-                key_equalizer=key_equalizer,
             )
 
         return attend
 
     def _choose_isa(self) -> None:
         if self.isa is not None:
-            ops.set_cpu_isa(self.isa)  # 0.5 us
+            library.set_cpu_isa(self.isa)  # 0.5 us
 
     @staticmethod
     @cache
-    def _key_equalizer(num_kv_heads: int, head_size: int, device: torch.device) -> torch.Tensor:
-        """Powers of two as the plugin takes them from a model; with these keys and queries any will do."""
+    def _key_transform(num_kv_heads: int, head_size: int, device: torch.device) -> KeyTransform:
+        """Factors are powers of two, as the plugin takes them from a model; with these keys and queries any will do."""
         generator = torch.Generator().manual_seed(0)
         exponents = torch.randint(-1, 2, (num_kv_heads, head_size), generator=generator)
-        return torch.exp2(exponents.float()).to(device)
+        return KeyTransform(equalizer=torch.exp2(exponents.float()).to(device))

@@ -3,9 +3,9 @@
 from pathlib import Path
 from statistics import median
 
-from benchmarks.ladder.ladder import COPY, OPERATIONS
+from benchmarks.ladder.operands import COPY, OPERATIONS
 from benchmarks.report.tables import Group, markdown, source, times
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import ladder
 from vllm_int8kv.evaluation import record
 from vllm_int8kv.evaluation.record import Record
 
@@ -95,12 +95,12 @@ def gpu_table(results: Path) -> str:
         threads = threads_of(measured)
         paper = milliseconds(PAPER[shape][1]) if shape in PAPER else "-"
         row = [f"{shape[0]} x {shape[1]}", paper]
-        row += [milliseconds(both_ways(measured, v, threads)) for v in ops.CUDA_VARIANTS if v != "fused"]
+        row += [milliseconds(both_ways(measured, v, threads)) for v in ladder.CUDA_VARIANTS if v != "fused"]
         fused, fastest = measured["fused", threads, OPERATIONS[1]], measured["vectorized", threads, OPERATIONS[0]]
         row += [milliseconds(fused.median_us / 1e3)]
         row += [f"{(line.metrics or {})['frac_of_copy']:.0%}" for line in (fastest, fused)]
         rows.append(row)
-    head = ["tokens x channels", "paper: best GPU kernel", *(f"`{v}`" for v in ops.CUDA_VARIANTS[:-1])]
+    head = ["tokens x channels", "paper: best GPU kernel", *(f"`{v}`" for v in ladder.CUDA_VARIANTS[:-1])]
     head += ["`fused`, quantization only", "`vectorized` quantization, of copy bandwidth", "`fused`, of copy bandwidth"]
     lines = [line for measured in found.values() for line in measured.values()]
     return f"On a GPU, in ms:\n\n{markdown(head, rows)}\n\n{source(as_groups(lines))}"

@@ -12,7 +12,7 @@ namespace int8kv::cpu {
 
 #define DECLARE_ISA(isa)                          \
   namespace isa {                                 \
-  const Kernels& attention_kernels();             \
+  const Kernels& kernels_for(CacheFormat);        \
   const PerChannelKernels& per_channel_kernels(); \
   }
 INT8KV_FOR_EACH_ISA(DECLARE_ISA)
@@ -23,7 +23,7 @@ namespace {
 struct Path {
   const char* name;
   bool available;
-  const Kernels* kernels;
+  const Kernels& (*kernels_for)(CacheFormat);
   const PerChannelKernels* per_channel;
 };
 
@@ -43,8 +43,7 @@ bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vn
 #endif
 
 const Path* paths() {
-#define PATH_OF_ISA(isa) \
-  Path{#isa, has_##isa(), &isa::attention_kernels(), &isa::per_channel_kernels()},
+#define PATH_OF_ISA(isa) Path{#isa, has_##isa(), &isa::kernels_for, &isa::per_channel_kernels()},
   static const Path table[] = {INT8KV_FOR_EACH_ISA(PATH_OF_ISA) Path{}};
 #undef PATH_OF_ISA
   return table;
@@ -65,7 +64,9 @@ std::atomic<const Path*>& chosen() {
 
 }  // namespace
 
-const Kernels& cpu_kernels() { return *chosen().load(std::memory_order_relaxed)->kernels; }
+const Kernels& kernels_for(CacheFormat format) {
+  return chosen().load(std::memory_order_relaxed)->kernels_for(format);
+}
 
 const PerChannelKernels& per_channel_kernels() {
   return *chosen().load(std::memory_order_relaxed)->per_channel;

@@ -1,4 +1,4 @@
-// What the CPU kernels offer to ops.cpp, and the functions compiled once per
+// What the CPU kernels offer to the operators, and the functions that are compiled once per
 // instruction set.
 #pragma once
 
@@ -55,8 +55,7 @@ constexpr int32_t kSplitSlots =
 constexpr int32_t kPartialHeader = 16;
 INT8KV_HD int64_t partial_size(int32_t head_size) { return kPartialHeader + head_size; }
 
-// The functions below exist once per instruction set; `cpu_kernels()` gives
-// those in use.
+// These functions exist once per instruction set and cache format.
 struct Kernels {
   // Quantizes and stores tokens [token_begin, token_end) of KV heads
   // [head_begin, head_end).
@@ -76,10 +75,11 @@ struct Kernels {
   size_t (*scratch_bytes)();  // of one thread, 64-byte aligned
 };
 
-const Kernels &cpu_kernels();
+// Those of the instruction set in use.
+const Kernels &kernels_for(CacheFormat format);
 
 const char *available_isas();  // comma-separated, slowest first
 const char *current_isa();
-bool set_isa(const char *name);  // false: the CPU does not have it, or nobody does
+bool set_isa(const char *name);  // false: this CPU has no such path, or there is none of that name
 
 }  // namespace int8kv::cpu

@@ -1,6 +1,5 @@
-// Plans one attention call over the threads: which rows are attended together,
-// and which of those units are cut into splits so that no thread is left with a
-// long one.
+// Plans one attention call over the threads: which rows are attended together, and which of those
+// units are cut into splits so that no thread is left with a long one.
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -34,7 +33,7 @@ struct Merge {
   int32_t unit_head;
 };
 
-struct Plan {
+struct AttentionPlan {
   std::vector<PlannedUnit> units;
   std::vector<WorkItem> items;
   std::vector<Merge> merges;
@@ -43,10 +42,9 @@ struct Plan {
 
 // The splits that hold a key which some row of the unit sees.
 void find_splits(const PagedAttentionParams &p, PlannedUnit &unit) {
-  const int32_t group = p.num_heads / p.cache.num_kv_heads;
   const int64_t offset = static_cast<int64_t>(unit.seq_len) - unit.query_len;
-  const int64_t first = offset + unit.row_begin / group;
-  const int64_t last = offset + (unit.row_begin + unit.num_rows - 1) / group;
+  const int64_t first = offset + unit.row_begin / p.num_queries_per_kv();
+  const int64_t last = offset + (unit.row_begin + unit.num_rows - 1) / p.num_queries_per_kv();
   int64_t begin = 0, end = unit.seq_len;
   if (p.sliding_window > 0) {
     begin = first - p.sliding_window + 1;
@@ -80,13 +78,12 @@ int32_t heads_per_unit(const PagedAttentionParams &p, int64_t num_rows, int32_t 
   return heads < 1 ? 1 : static_cast<int32_t>(heads);
 }
 
-Plan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
-  Plan plan;
-  const int32_t group = p.num_heads / p.cache.num_kv_heads;
+AttentionPlan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
+  AttentionPlan plan;
   int64_t total_cost = 0;
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
     const int32_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
-    const int64_t num_rows = static_cast<int64_t>(query_len) * group;
+    const int64_t num_rows = static_cast<int64_t>(query_len) * p.num_queries_per_kv();
     if (num_rows == 0) continue;
     const int32_t heads = heads_per_unit(p, num_rows, num_threads);
     for (int32_t kv_head = 0; kv_head < p.cache.num_kv_heads; kv_head += heads) {
@@ -148,8 +145,8 @@ char *thread_scratch(size_t size) {
 }  // namespace
 
 void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
-  const Kernels &kernels = cpu_kernels();
-  const Plan plan = make_plan(p, pool.num_threads);
+  const Kernels &kernels = kernels_for(p.cache.format);
+  const AttentionPlan plan = make_plan(p, pool.num_threads);
   const std::unique_ptr<float[]> workspace(new float[plan.workspace_floats]);
   const size_t scratch_bytes = kernels.scratch_bytes();
   // Threads take the next item when they are done with one. `body` gets the thread's scratch and
@@ -176,29 +173,6 @@ void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
     const PlannedUnit &unit = plan.units[plan.merges[i].unit];
     kernels.combine(p, unit, plan.merges[i].unit_head, unit.split_end - unit.split_begin,
                     workspace.get() + unit.partials, scratch);
-  });
-}
-
-void reshape_and_cache(const ReshapeAndCacheParams &p, const ParallelFor &pool) {
-  const Kernels &kernels = cpu_kernels();
-  const int32_t num_heads = p.cache.num_kv_heads;
-  // Few tokens: lanes run over the heads too, on one thread; a pool start costs
-  // as much as the work.
-  constexpr int64_t kTokensPerTask = 64;
-  if (p.num_tokens * num_heads <= kTokensPerTask) {
-    kernels.quantize_tokens(p, 0, p.num_tokens, 0, num_heads);
-    return;
-  }
-  // Heads of the same tokens one after the other: their keys lie side by side.
-  const int64_t chunks = (p.num_tokens + kTokensPerTask - 1) / kTokensPerTask;
-  parallel_for(pool, chunks * num_heads, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int32_t head = static_cast<int32_t>(task % num_heads);
-      const int64_t token = task / num_heads * kTokensPerTask;
-      const int64_t token_end =
-          token + kTokensPerTask < p.num_tokens ? token + kTokensPerTask : p.num_tokens;
-      kernels.quantize_tokens(p, token, token_end, head, head + 1);
-    }
   });
 }
 

@@ -1,4 +1,5 @@
-// The cache format: which planes a chunk has, how codes lie in a plane, and where each plane begins.
+// The cache format: which planes a chunk has, how codes lie in a plane, and where each plane
+// begins.
 //
 // A chunk is what one (block, KV head) pair owns. Its bytes are contiguous, in four planes, each of
 // which starts on a 16-byte boundary because block_size and head_size are multiples of 16:
@@ -6,12 +7,13 @@
 //   K codes | V codes | K scales [block_size] | V scales [block_size]
 //
 // Codes<bits> is the trait of one plane of codes, Format<K, V> the pair that a layer has, and
-// CacheFormat its name at run time. A kernel is a template of a Format and is chosen once per launch
-// by with_format(), so that offsets are made of constants where the format is one. No other file
-// computes an offset within a chunk; formats.py states the same and the tests compare both.
+// CacheFormat its name at run time. A kernel is a template of a Format and is chosen once per
+// launch by with_format(), so that offsets are made of constants where the format is one. No other
+// file computes an offset within a chunk; formats.py states the same and the tests compare both.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "format/host_device.h"
 
@@ -20,6 +22,13 @@ namespace int8kv {
 constexpr int kSlotGroup = 16;  // slots that share a line of K codes; block_size is a multiple
 constexpr int kDimGroup = 16;   // dims that share a line of V codes; head_size is a multiple
 constexpr int kMaxHeadSize = 512;
+
+// Every kernel serves these; `SUPPORTED_HEAD_SIZES` in formats.py is the same list.
+constexpr bool is_supported_head_size(int64_t head_size) {
+  return (head_size >= 32 && head_size <= 256 && head_size % kDimGroup == 0) ||
+         head_size == kMaxHeadSize;
+}
+constexpr const char* kSupportedHeadSizes = "32 to 256 in steps of 16, and 512";
 
 template <int kBits>
 struct Codes;
@@ -63,20 +72,22 @@ struct Format {
 
 using K8V8 = Format<Codes<8>, Codes<8>>;
 
-enum class CacheFormat : int32_t { kK8V8 = 0 };
+enum class CacheFormat : int32_t { kK8V8 };
 
-struct NamedFormat {
-  const char* name;
-  CacheFormat format;
-};
+// Kernels are instantiated for each of these.
+#define INT8KV_FOR_EACH_FORMAT(CALL) CALL(K8V8)
 
 // As users and operators name them.
-constexpr NamedFormat kCacheFormats[] = {{"k8v8", CacheFormat::kK8V8}};
+constexpr std::pair<const char*, CacheFormat> kCacheFormats[] = {{"k8v8", CacheFormat::kK8V8}};
 
-// Calls f.operator()<F>() with the Format of that name.
-template <typename F>
-auto with_format([[maybe_unused]] CacheFormat format, F&& f) {
-  return f.template operator()<K8V8>();
+// Calls f.operator()<F>() with the Format that a name stands for.
+template <typename Call>
+decltype(auto) with_format(CacheFormat format, Call&& f) {
+  switch (format) {
+    case CacheFormat::kK8V8:
+      return f.template operator()<K8V8>();
+  }
+  __builtin_unreachable();
 }
 
 inline int32_t content_bytes(CacheFormat format, int32_t head_size) {

@@ -1,5 +1,5 @@
-// What the operators on the cache are called with: one struct per kernel, raw pointers only. No Torch
-// below this line.
+// What the operators on the cache are called with: one struct per kernel, raw pointers only. No
+// Torch below this line.
 #pragma once
 
 #include <cstdint>

@@ -5,7 +5,7 @@
 // The empty part is {-inf, 0} with out = 0; merging with it changes nothing, bit for bit.
 #pragma once
 
-#include "format/params.h"
+#include "format/host_device.h"
 
 #if !defined(__CUDA_ARCH__)
 #include <cmath>

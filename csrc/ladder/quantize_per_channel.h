@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "ladder/params.h"
 
 namespace int8kv::cpu {
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.ladder import metrics
-from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache import ladder, reference
 
 SCALE = 1 / 127  # of U(-1, 1) with many tokens
 
@@ -15,8 +15,8 @@ SCALE = 1 / 127  # of U(-1, 1) with many tokens
 def uniform(num_tokens: int, num_channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U(-1, 1), its round trip through the quantizer, and the scales."""
     x = 2 * torch.rand(num_tokens, num_channels) - 1
-    codes, scales = ops.quantize_per_channel(x)
-    return x, ops.dequantize_per_channel(codes, scales), scales
+    codes, scales = ladder.quantize_per_channel(x)
+    return x, ladder.dequantize_per_channel(codes, scales), scales
 
 
 @pytest.mark.parametrize("num_channels", [64, 1024, 8192])

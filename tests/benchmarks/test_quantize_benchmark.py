@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import capture
-from benchmarks.ladder import ladder, quantize, quantize_errors
+from benchmarks.ladder import operands, quantize, quantize_errors
 from benchmarks.report import ladder_plots, ladder_tables
 from vllm_int8kv.evaluation import record
 
@@ -81,7 +81,7 @@ def test_tables_beside_the_paper(monkeypatch, tmp_path, set_num_threads):
 
 
 def test_a_wrong_variant_is_not_timed(monkeypatch, tmp_path):
-    right = ladder.ops.quantize_per_channel
+    right = operands.ops.quantize_per_channel
 
     def wrong(x, *, variant="vectorized", **options):
         codes, scales = right(x, variant=variant, **options)
@@ -89,7 +89,7 @@ def test_a_wrong_variant_is_not_timed(monkeypatch, tmp_path):
             codes[-1, -1] += 1
         return codes, scales
 
-    monkeypatch.setattr(ladder.ops, "quantize_per_channel", wrong)
+    monkeypatch.setattr(operands.ops, "quantize_per_channel", wrong)
     quantize.torch.set_num_threads(1)
     assert run(monkeypatch, tmp_path) == 1
     assert record.read("quantize", tmp_path) == []
@@ -109,7 +109,7 @@ def test_a_bad_shape_is_named(text):
 
 
 def test_the_ten_shapes_of_the_paper():
-    shapes = {(shape.num_tokens, shape.num_channels) for shape in ladder.SHAPES}
+    shapes = {(shape.num_tokens, shape.num_channels) for shape in operands.SHAPES}
     assert shapes == set(ladder_tables.PAPER)
 
 

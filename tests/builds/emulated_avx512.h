@@ -8,14 +8,6 @@
 #include <cmath>
 #include <cstdint>
 
-// What the compiler defines where the CPU has them; after its header, which would take its own intrinsics for usable.
-#define __AVX512F__ 1
-#define __AVX512BW__ 1
-#define __AVX512DQ__ 1
-#define __AVX512VL__ 1
-#if defined(INT8KV_EMULATE_VNNI)
-#define __AVX512VNNI__ 1
-#endif
 
 #define INT8KV_EMULATED static inline __attribute__((always_inline))
 

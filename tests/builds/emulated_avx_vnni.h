@@ -3,8 +3,6 @@
 
 #include <immintrin.h>
 
-#define __AVXVNNI__ 1  // after the header, see there
-
 // Both wrap where a sum overflows.
 static inline __attribute__((always_inline)) __m256i emulated_dpwssd_avx_epi32(__m256i sum, __m256i a, __m256i b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));

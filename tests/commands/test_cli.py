@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import library, ops
 from vllm_int8kv.commands import cli, doctor, models
 from vllm_int8kv.evaluation import demo, machine
 
@@ -26,15 +26,15 @@ def test_doctor_finds_nothing_wrong():
     assert result.exit_code == 0 and report["ok"], report
     names = [check["name"] for check in report["checks"]]
     kernels = [name.split()[2] for name in names if name.startswith("CPU kernels, ")]
-    assert kernels == ops.cpu_isas()
+    assert kernels == library.cpu_isas()
     assert {"torch", "operators", "vllm", "plugin"} <= set(names)
     assert ("bf16" in names) == (not machine.has_fast_bf16())
 
 
 def test_doctor_leaves_the_kernel_path_alone():
-    before = ops.cpu_isa()
+    before = library.cpu_isa()
     assert all(check.ok for check in doctor.check_kernels())
-    assert ops.cpu_isa() == before
+    assert library.cpu_isa() == before
 
 
 def test_doctor_finds_wrong_kernels(monkeypatch):

@@ -21,7 +21,7 @@ import torch
 from engines import MAX_KL, engine, kl_per_token, layers, num_cache_tokens, prompt_logprobs, tiny_engine
 from support import supports
 
-from vllm_int8kv.cache import formats
+from vllm_int8kv.cache.formats import K8V8
 from vllm_int8kv.serving import backend, startup_log
 
 pytestmark = pytest.mark.engine
@@ -172,7 +172,7 @@ def test_random_model_is_close_to_auto(model, model_folder, auto_run):
         for layer in layers(llm).values():
             assert layer.kv_cache.dtype == torch.int8
             _, num_kv_heads, block_size, num_bytes = layer.kv_cache.shape
-            assert num_bytes == formats.content_bytes(layer.head_size)
+            assert num_bytes == K8V8.content_bytes(layer.head_size)
             # Blocks lie side by side without padding, sliding-window layers included.
             assert layer.kv_cache.stride(0) == num_kv_heads * block_size * num_bytes
         assert num_cache_tokens(llm) / auto_tokens >= 1.9

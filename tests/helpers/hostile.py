@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 NO_BLOCK = 2**31 - 1
 NUM_PADDING_TOKENS = 3
@@ -82,7 +84,7 @@ def garbage_cache(
     """A cache of NaN scales and random codes, a strided view with a storage offset."""
     codes = torch.randint(-128, 128, (2, num_blocks, num_kv_heads, block_size, head_size), dtype=torch.int8)
     scales = torch.full((2, num_blocks, num_kv_heads, block_size), torch.nan, dtype=formats.SCALE_DTYPE)
-    packed = formats.pack(formats.Planes(codes[0], codes[1], scales[0], scales[1]))
+    packed = K8V8.pack(formats.Planes(codes[0], codes[1], scales[0], scales[1]))
     offset, gap = 48, 80  # 16-byte aligned and no more
     chunk = packed[0, 0].numel()
     block_stride = num_kv_heads * chunk + gap
@@ -111,8 +113,7 @@ def make_batch(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
+    key_transform: KeyTransform = KeyTransform(),
     outliers: bool = False,
     placement: int = 0,
 ) -> Batch:
@@ -143,8 +144,8 @@ def make_batch(
         torch.cat(values),
         kv_cache,
         torch.cat(slots),
-        rotate_keys=rotate_keys,
-        key_equalizer=key_equalizer,
+        cache_format=K8V8,
+        key_transform=key_transform,
     )
     on_device = garbage_cache(num_blocks, num_kv_heads, block_size, head_size, device).copy_(kv_cache)
     return Batch(
@@ -163,7 +164,7 @@ def write_args(device: str = "cpu") -> dict[str, Any]:
     return {
         "key": torch.randn(5, 2, 64, device=device),
         "value": torch.randn(5, 2, 64, device=device),
-        "kv_cache": formats.allocate(3, 2, 16, 64, device),
+        "kv_cache": K8V8.allocate(3, 2, 16, 64, device),
         "slot_mapping": torch.tensor([0, 5, -1, 47, 16], device=device),
     }
 
@@ -171,7 +172,7 @@ def write_args(device: str = "cpu") -> dict[str, Any]:
 def read_args(device: str = "cpu") -> dict[str, Any]:
     """Two sequences of (query_len, seq_len) (1, 20) and (3, 16); 4 heads."""
     written = write_args(device)
-    ops.reshape_and_cache(**written)
+    ops.reshape_and_cache(**written, cache_format=K8V8)
     return {
         "query": torch.randn(4, 4, 64, device=device),
         "kv_cache": written["kv_cache"],
@@ -208,7 +209,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @lru_cache(maxsize=128)
 def reference_attention(batch: Batch, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.paged_attention(*batch.args, **options, dtype=dtype)
+    return reference.paged_attention(*batch.args, **options, dtype=dtype, cache_format=K8V8)
 
 
 def assert_attention_close(got: tuple[torch.Tensor, torch.Tensor], batch: Batch, **options: Any) -> None:

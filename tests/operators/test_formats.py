@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_int8kv.cache import formats
+from vllm_int8kv.cache.formats import K8V8
 
 SIZES = [(block_size, head_size) for block_size in (16, 32, 48, 128) for head_size in (32, 80, 128, 512)]
 each_size = pytest.mark.parametrize("block_size, head_size", SIZES)
@@ -20,7 +21,7 @@ def random_planes(num_blocks: int, num_kv_heads: int, block_size: int, head_size
 @each_size
 def test_unpack_inverts_pack(block_size, head_size):
     planes = random_planes(3, 2, block_size, head_size)
-    again = formats.unpack(formats.pack(planes))
+    again = K8V8.unpack(K8V8.pack(planes))
     for name in ("k_codes", "v_codes", "k_scales", "v_scales"):
         assert torch.equal(getattr(again, name), getattr(planes, name)), name
 
@@ -29,13 +30,13 @@ def test_unpack_inverts_pack(block_size, head_size):
 def test_pack_inverts_unpack(block_size, head_size):
     shape = (2, 3, block_size, 2 * head_size + 4)
     kv_cache = torch.randint(-128, 128, shape, dtype=torch.int8)
-    assert torch.equal(formats.pack(formats.unpack(kv_cache)), kv_cache)
+    assert torch.equal(K8V8.pack(K8V8.unpack(kv_cache)), kv_cache)
 
 
 @each_size
 def test_bytes_are_where_params_h_says(block_size, head_size):
     planes = random_planes(2, 3, block_size, head_size)
-    chunk = formats.pack(planes)[1, 2].flatten()
+    chunk = K8V8.pack(planes)[1, 2].flatten()
     raw = bytes(chunk.view(torch.uint8).tolist())
     plane = block_size * head_size
     slots = {0, 1, 15, block_size // 2, block_size - 2, block_size - 1}
@@ -55,7 +56,7 @@ def test_bytes_are_where_params_h_says(block_size, head_size):
 @pytest.mark.parametrize("head_size", formats.SUPPORTED_HEAD_SIZES)
 def test_planes_and_chunks_start_on_16_bytes(head_size):
     for block_size in range(16, 257, 16):
-        kv_cache = formats.allocate(2, 2, block_size, head_size)
+        kv_cache = K8V8.allocate(2, 2, block_size, head_size)
         plane = block_size * head_size
         starts = (0, plane, 2 * plane, 2 * plane + 2 * block_size, kv_cache.stride(1), kv_cache.stride(0))
         assert all(start % 16 == 0 for start in starts)
@@ -68,12 +69,12 @@ def test_supported_head_sizes():
 
 @pytest.mark.parametrize("head_size, num_bytes", [(64, 132), (80, 164), (128, 260)])
 def test_content_bytes(head_size, num_bytes):
-    assert formats.content_bytes(head_size) == num_bytes
-    assert formats.head_size_of(formats.allocate(1, 1, 16, head_size)) == head_size
+    assert K8V8.content_bytes(head_size) == num_bytes
+    assert K8V8.head_size_of(K8V8.allocate(1, 1, 16, head_size)) == head_size
 
 
 def test_allocate(device):
-    kv_cache = formats.allocate(4, 2, 32, 64, device)
+    kv_cache = K8V8.allocate(4, 2, 32, 64, device)
     assert kv_cache.shape == (4, 2, 32, 132) and kv_cache.dtype == torch.int8
     assert kv_cache.device.type == device and kv_cache.is_contiguous() and not kv_cache.any()
 
@@ -81,13 +82,13 @@ def test_allocate(device):
 @pytest.mark.parametrize("head_size", [-64, 0, 16, 72, 272, 1024])
 def test_refuses_head_size(head_size):
     with pytest.raises(ValueError, match=f"head_size {head_size} is not supported; supported: 32 to 256"):
-        formats.allocate(1, 1, 16, head_size)
+        K8V8.allocate(1, 1, 16, head_size)
 
 
 @pytest.mark.parametrize("block_size", [-16, 0, 8, 24])
 def test_refuses_block_size(block_size):
     with pytest.raises(ValueError, match=f"block_size must be a positive multiple of 16, got {block_size}"):
-        formats.allocate(1, 1, block_size, 64)
+        K8V8.allocate(1, 1, block_size, 64)
 
 
 @pytest.mark.parametrize(
@@ -96,4 +97,4 @@ def test_refuses_block_size(block_size):
 )
 def test_head_size_of_refuses_what_is_no_cache(shape, dtype, came):
     with pytest.raises(ValueError, match=f"kv_cache must be int8 .* got {came}"):
-        formats.head_size_of(torch.zeros(shape, dtype=dtype))
+        K8V8.head_size_of(torch.zeros(shape, dtype=dtype))

@@ -17,7 +17,9 @@ from hostile import read_args, same_bits, write_args
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache import ladder, library, ops, reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 4, 2, 16, 32
 FUZZ = settings(
@@ -48,14 +50,14 @@ def refused(operator: str, error: Exception) -> None:
 @pytest.fixture(autouse=True)
 def one_thread(set_num_threads) -> Iterator[None]:
     set_num_threads(1)
-    isa = ops.cpu_isa()
+    isa = library.cpu_isa()
     yield
-    ops.set_cpu_isa(isa)
+    library.set_cpu_isa(isa)
 
 
 def guarded_cache(offset: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(storage, cache within it); `offset` bytes from its start, aligned to nothing."""
-    cache = formats.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
+    cache = K8V8.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
     storage = torch.full((cache.numel() + offset + 33,), 77, dtype=torch.int8)
     view = storage[offset : offset + cache.numel()].view(cache.shape)
     return storage, view.copy_(cache)
@@ -80,10 +82,10 @@ slots = st.one_of(
     dtype=st.sampled_from(DTYPES[:3]),
     odd=st.lists(ODD_FLOATS, min_size=1, max_size=8),
     rotate=st.booleans(),
-    isa=st.sampled_from(ops.cpu_isas()),
+    isa=st.sampled_from(library.cpu_isas()),
 )
 def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotate, isa):
-    ops.set_cpu_isa(isa)
+    library.set_cpu_isa(isa)
     num_tokens = len(slot_list)
     storage, cache = guarded_cache(offset)
     key, value = torch.randn(2, num_tokens, NUM_KV_HEADS, HEAD_SIZE).to(dtype)
@@ -95,17 +97,21 @@ def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotat
     before = storage.clone()
     if any(slot >= NUM_BLOCKS * BLOCK_SIZE for slot in slot_list):
         with pytest.raises(RuntimeError, match=r"slot_mapping\[\d+\] is \d+ but kv_cache has 64 slots") as caught:
-            ops.reshape_and_cache(key, value, cache, mapping, rotate_keys=rotate)
+            ops.reshape_and_cache(
+                key, value, cache, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=K8V8
+            )
         refused("reshape_and_cache", caught.value)
         assert same_bits(storage, before)
         return
     kept = [slot for slot in slot_list if slot >= 0]
-    ops.reshape_and_cache(key, value, cache, mapping, rotate_keys=rotate)
+    ops.reshape_and_cache(key, value, cache, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=K8V8)
     OUTCOMES["reshape_and_cache", "computed"] += 1
     assert (outside(storage, cache) == 77).all()
     if len(set(kept)) == len(kept):  # of two equal slots one of the vectors stays, whichever
-        want = formats.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
-        reference.reshape_and_cache(key, value, want, mapping, rotate_keys=rotate)
+        want = K8V8.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
+        reference.reshape_and_cache(
+            key, value, want, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=K8V8
+        )
         assert same_bits(cache, want)
 
 
@@ -118,15 +124,15 @@ def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotat
     sliding_window=st.one_of(st.none(), st.integers(1, 40), st.just(2**31 - 1)),
     causal=st.booleans(),
     offset=st.integers(0, 17),
-    isa=st.sampled_from(ops.cpu_isas()),
+    isa=st.sampled_from(library.cpu_isas()),
 )
 def test_reads_the_named_blocks_or_refuses(
     blocks, seq_lens, query_lens, num_tokens, sliding_window, causal, offset, isa
 ):
-    ops.set_cpu_isa(isa)
+    library.set_cpu_isa(isa)
     storage, cache = guarded_cache(offset)
     kv = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE)
-    ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE))
+    ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE), cache_format=K8V8)
     num_seqs = len(seq_lens)
     width = max(len(blocks) // num_seqs, 0)
     table = torch.tensor(blocks[: width * num_seqs], dtype=torch.int32).view(num_seqs, width)
@@ -136,7 +142,7 @@ def test_reads_the_named_blocks_or_refuses(
     options = dict(softmax_scale=0.2, causal=causal, sliding_window=sliding_window)
     before = storage.clone()
     try:
-        ops.paged_attention(*args, out=out, **options)
+        ops.paged_attention(*args, out=out, **options, cache_format=K8V8)
     except RuntimeError as error:
         refused("paged_attention", error)
         assert (out == 5).all()
@@ -146,7 +152,7 @@ def test_reads_the_named_blocks_or_refuses(
         table[torch.tensor(query_lens[:num_seqs]) == 0] = (
             0  # nobody asks for these blocks, but the reference reads them
         )
-        want, _ = reference.paged_attention(*args, **options)
+        want, _ = reference.paged_attention(*args, **options, cache_format=K8V8)
         torch.testing.assert_close(out[:end], want[:end].float(), atol=2e-3, rtol=2e-3)
         assert (out[end:] == 5).all()
     assert same_bits(storage, before)
@@ -186,8 +192,8 @@ def dequantize_args() -> dict[str, torch.Tensor]:
 DAMAGEABLE = {
     ops.reshape_and_cache: (write_args, ("key", "value", "kv_cache", "slot_mapping")),
     ops.paged_attention: (read_args, ("query", "kv_cache", "block_table", "seq_lens", "query_start_loc")),
-    ops.quantize_per_channel: (quantize_args, ("x", "scales", "out")),
-    ops.dequantize_per_channel: (dequantize_args, ("codes", "scales", "out")),
+    ladder.quantize_per_channel: (quantize_args, ("x", "scales", "out")),
+    ladder.dequantize_per_channel: (dequantize_args, ("codes", "scales", "out")),
 }
 
 

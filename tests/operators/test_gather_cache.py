@@ -6,7 +6,9 @@ from hostile import gather_args, make_batch, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 
 def stretches(batch, *stretch):
@@ -21,7 +23,11 @@ def stretches(batch, *stretch):
 @pytest.mark.parametrize("head_size, block_size", [(32, 16), (64, 144), (80, 16), (128, 32), (256, 16), (512, 48)])
 def test_bits_of_the_reference(device, head_size, block_size, dtype):
     equalizer = 2.0 ** torch.randint(-3, 4, (3, head_size)).float() * 1.1
-    for options in ({}, {"rotate_keys": False}, {"key_equalizer": equalizer}):
+    for options in (
+        {},
+        {"key_transform": KeyTransform(rotate=False)},
+        {"key_transform": KeyTransform(equalizer=equalizer)},
+    ):
         sizes = {"num_heads": 3, "num_kv_heads": 3, "head_size": head_size, "block_size": block_size}
         batch = make_batch([(1, 300), (1, 17), (1, 150)], **sizes, **options, outliers=True)
         # The first stretch ends within a block, the second is empty, the third is all there is.
@@ -29,11 +35,13 @@ def test_bits_of_the_reference(device, head_size, block_size, dtype):
         # A gap after each row of V and an odd first element; ten rows are nobody's.
         want = torch.full((360, 3, head_size), 7.0, dtype=dtype), torch.full((360, 3, head_size + 1), 7.0, dtype=dtype)
         got = tuple(x.to(device, copy=True) for x in want)
-        reference.gather_cache(want[0], want[1][..., 1:], batch.kv_cache, *place, **options)
+        reference.gather_cache(want[0], want[1][..., 1:], batch.kv_cache, *place, **options, cache_format=K8V8)
         there = make_batch([(1, 300), (1, 17), (1, 150)], **sizes, **options, outliers=True, device=device)
-        if "key_equalizer" in options:
-            options = {"key_equalizer": equalizer.to(device)}
-        ops.gather_cache(got[0], got[1][..., 1:], there.kv_cache, *(x.to(device) for x in place), **options)
+        if options.get("key_transform", KeyTransform()).equalizer is not None:
+            options = {"key_transform": KeyTransform(equalizer=equalizer.to(device))}
+        ops.gather_cache(
+            got[0], got[1][..., 1:], there.kv_cache, *(x.to(device) for x in place), **options, cache_format=K8V8
+        )
         assert same_bits(got[0].cpu(), want[0]) and same_bits(got[1].cpu(), want[1])
         assert (want[0][350:] == 7.0).all() and (want[0][:350] != 7.0).any()
 
@@ -41,13 +49,13 @@ def test_bits_of_the_reference(device, head_size, block_size, dtype):
 def test_fp16_from_zero_to_infinity(device):
     """Every scale from what rounds to 0, over the subnormal numbers, to what overflows."""
     kv = torch.randn(2, 320, 2, 64) * torch.logspace(-10, 7, 320)[:, None, None]
-    kv_cache = formats.allocate(20, 2, 16, 64)
-    reference.reshape_and_cache(*kv, kv_cache, torch.arange(320))
+    kv_cache = K8V8.allocate(20, 2, 16, 64)
+    reference.reshape_and_cache(*kv, kv_cache, torch.arange(320), cache_format=K8V8)
     place = [torch.tensor(x, dtype=torch.int32) for x in ([range(20)], [0, 320], [0])]
     want = torch.empty(2, 320, 2, 64, dtype=torch.float16)
-    reference.gather_cache(*want, kv_cache, *place)
+    reference.gather_cache(*want, kv_cache, *place, cache_format=K8V8)
     got = torch.empty_like(want, device=device)
-    ops.gather_cache(*got, kv_cache.to(device), *(x.to(device) for x in place))
+    ops.gather_cache(*got, kv_cache.to(device), *(x.to(device) for x in place), cache_format=K8V8)
     assert same_bits(got.cpu(), want)
     magnitude = want.float().abs()
     assert (magnitude == 0).any() and ((magnitude > 0) & (magnitude < 2.0**-14)).any() and magnitude.isinf().any()
@@ -56,9 +64,15 @@ def test_fp16_from_zero_to_infinity(device):
 def test_it_is_what_was_written(device):
     """Close to the keys and values themselves: rotation and equalizer are undone."""
     equalizer = torch.linspace(0.5, 2.0, 128).view(2, 64)
-    batch = make_batch([(1, 77)], key_equalizer=equalizer, device=device)
+    batch = make_batch([(1, 77)], key_transform=KeyTransform(equalizer=equalizer), device=device)
     got = torch.empty(2, 77, 2, 64, device=device)
-    ops.gather_cache(*got, batch.kv_cache, *stretches(batch, (0, 77)), key_equalizer=equalizer.to(device))
+    ops.gather_cache(
+        *got,
+        batch.kv_cache,
+        *stretches(batch, (0, 77)),
+        key_transform=KeyTransform(equalizer=equalizer.to(device)),
+        cache_format=K8V8,
+    )
     for x, written in zip(got.cpu(), (batch.keys[0], batch.values[0]), strict=True):
         assert (x - written).norm() / written.norm() < 0.01
 
@@ -67,11 +81,12 @@ def test_nothing_to_gather(device):
     args = gather_args(device)
     for name, n in (("block_table", 0), ("cu_seq_lens", 1), ("seq_starts", 0)):
         args[name] = args[name][:n]
-    ops.gather_cache(**args)
+    ops.gather_cache(**args, cache_format=K8V8)
     assert not args["key"].any()
     args = gather_args(device)
     ops.gather_cache(
-        **{**args, "key": args["key"][:0], "value": args["value"][:0], "cu_seq_lens": 0 * args["cu_seq_lens"]}
+        **{**args, "key": args["key"][:0], "value": args["value"][:0], "cu_seq_lens": 0 * args["cu_seq_lens"]},
+        cache_format=K8V8,
     )
 
 
@@ -96,8 +111,8 @@ def test_any_integers_are_gathered_or_refused(block_table, cu_seq_lens, seq_star
         valid &= begin <= end <= 8 and start >= 0
         valid &= all(0 <= i < 2 and 0 <= block_table[2 * seq + i] < 3 for i in blocks)
     if valid:
-        ops.gather_cache(**args)
+        ops.gather_cache(**args, cache_format=K8V8)
         assert args["key"].isfinite().all() and not args["key"][cu_seq_lens[2] :].any()
     else:
         with pytest.raises(RuntimeError, match=r"block_table|cu_seq_lens|seq_starts"):
-            ops.gather_cache(**args)
+            ops.gather_cache(**args, cache_format=K8V8)

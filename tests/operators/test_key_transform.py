@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from vllm_int8kv.cache import formats, ops, reference
-from vllm_int8kv.cache.key_transform import calibration_positions, key_equalizer
+from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache.equalization import calibration_positions, key_equalizer
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 128, 6, 2, 64
 
@@ -17,12 +19,12 @@ def tensors():
     return query, key, torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_SIZE)
 
 
-def attention_error(query, key, value, *, equalizer, rotate_keys=True):
+def attention_error(query, key, value, *, equalizer, rotate=True):
     """Relative error of attention through the INT8 cache against exact attention."""
     num_blocks = NUM_TOKENS // 16
-    kv_cache = formats.allocate(num_blocks, NUM_KV_HEADS, 16, HEAD_SIZE, "cpu")
-    options = {"rotate_keys": rotate_keys, "key_equalizer": equalizer}
-    ops.reshape_and_cache(key, value, kv_cache, torch.arange(NUM_TOKENS), **options)
+    kv_cache = K8V8.allocate(num_blocks, NUM_KV_HEADS, 16, HEAD_SIZE, "cpu")
+    options = {"key_transform": KeyTransform(rotate=rotate, equalizer=equalizer)}
+    ops.reshape_and_cache(key, value, kv_cache, torch.arange(NUM_TOKENS), **options, cache_format=K8V8)
     out = ops.paged_attention(
         query,
         kv_cache,
@@ -31,6 +33,7 @@ def attention_error(query, key, value, *, equalizer, rotate_keys=True):
         torch.tensor([0, NUM_TOKENS], dtype=torch.int32),
         softmax_scale=HEAD_SIZE**-0.5,
         **options,
+        cache_format=K8V8,
     )
     mask = reference.visible_keys(torch.arange(NUM_TOKENS), NUM_TOKENS, causal=True, sliding_window=None)
     exact, _ = reference.attention(query, key, value, mask, softmax_scale=HEAD_SIZE**-0.5)
@@ -68,8 +71,8 @@ def test_factors_are_powers_of_two_near_the_optimum(tensors):
 @pytest.mark.parametrize("rotate_keys", [True, False], ids=["rotated", "not_rotated"])
 def test_equalized_attention_is_more_accurate(tensors, rotate_keys):
     query, key, value = tensors
-    plain, _, _ = attention_error(query, key, value, equalizer=None, rotate_keys=rotate_keys)
-    equalized, _, _ = attention_error(query, key, value, equalizer=key_equalizer(query, key), rotate_keys=rotate_keys)
+    plain, _, _ = attention_error(query, key, value, equalizer=None, rotate=rotate_keys)
+    equalized, _, _ = attention_error(query, key, value, equalizer=key_equalizer(query, key), rotate=rotate_keys)
     assert equalized < 0.8 * plain
 
 

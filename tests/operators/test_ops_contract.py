@@ -7,17 +7,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_int8kv.cache import ops
+from vllm_int8kv.cache.formats import K8V8
 
 
 def test_opcheck_reshape_and_cache(device):
     for key_equalizer in (None, torch.ones(2, 64, device=device)):
-        args = (*write_args(device).values(), True, key_equalizer)
+        args = (*write_args(device).values(), K8V8.name, True, key_equalizer)
         torch.library.opcheck(torch.ops.int8kv.reshape_and_cache.default, args)
 
 
 def test_opcheck_gather_cache(device):
     for key_equalizer in (None, torch.ones(2, 64, device=device)):
-        args = (*gather_args(device).values(), True, key_equalizer)
+        args = (*gather_args(device).values(), K8V8.name, True, key_equalizer)
         torch.library.opcheck(torch.ops.int8kv.gather_cache.default, args)
 
 
@@ -26,19 +27,19 @@ def test_opcheck_paged_attention(device, with_options):
     args = read_args(device)
     softmax_scale = args.pop("softmax_scale")
     out, lse, per_head = torch.zeros(4, 4, 64, device=device), torch.zeros(4, 4, device=device), torch.ones(4)
-    options = (lse, per_head.to(device), per_head.to(device), torch.ones(2, 64, device=device))
-    optional = options if with_options else (None,) * 4
-    positional = (out, *args.values(), *optional, softmax_scale, True, 0, 0.0, True)
+    options = (lse, per_head.to(device), per_head.to(device)) if with_options else (None,) * 3
+    equalizer = torch.ones(2, 64, device=device) if with_options else None
+    positional = (out, *args.values(), *options, K8V8.name, True, equalizer, softmax_scale, True, 0, 0.0)
     torch.library.opcheck(torch.ops.int8kv.paged_attention.default, positional)
 
 
 def test_slot_mapping_may_be_shorter_than_key(device):
     """vLLM pads K and V for CUDA graphs and leaves the mapping as it is."""
     args = write_args(device)
-    ops.reshape_and_cache(**args)
+    ops.reshape_and_cache(**args, cache_format=K8V8)
     padded = {name: torch.cat([args[name], torch.full_like(args[name], torch.nan)]) for name in ("key", "value")}
     kv_cache = torch.zeros_like(args["kv_cache"])
-    ops.reshape_and_cache(**padded, kv_cache=kv_cache, slot_mapping=args["slot_mapping"])
+    ops.reshape_and_cache(**padded, kv_cache=kv_cache, slot_mapping=args["slot_mapping"], cache_format=K8V8)
     assert torch.equal(kv_cache, args["kv_cache"])
 
 
@@ -46,20 +47,20 @@ def test_nothing_to_do(device):
     write, read = write_args(device), read_args(device)
     for x in ("key", "value", "slot_mapping"):
         write[x] = write[x][:0]
-    ops.reshape_and_cache(**write)
+    ops.reshape_and_cache(**write, cache_format=K8V8)
     assert not write["kv_cache"].any()
 
     no_tokens = {**read, "query": read["query"][:0], "query_start_loc": torch.zeros_like(read["query_start_loc"])}
-    out, lse = ops.paged_attention(**no_tokens, return_lse=True)
+    out, lse = ops.paged_attention(**no_tokens, return_lse=True, cache_format=K8V8)
     assert out.shape == (0, 4, 64) and lse.shape == (4, 0)
 
     no_seqs = {name: read[name][:n] for name, n in (("block_table", 0), ("seq_lens", 0), ("query_start_loc", 1))}
     out = torch.full_like(read["query"], 7.0)
-    _, lse = ops.paged_attention(**{**read, **no_seqs}, out=out, return_lse=True)
+    _, lse = ops.paged_attention(**{**read, **no_seqs}, out=out, return_lse=True, cache_format=K8V8)
     assert (out == 7.0).all() and lse.isneginf().all()
 
     empty = {**read, "kv_cache": read["kv_cache"][:0], "seq_lens": torch.zeros_like(read["seq_lens"])}
-    out, lse = ops.paged_attention(**empty, causal=False, return_lse=True)
+    out, lse = ops.paged_attention(**empty, causal=False, return_lse=True, cache_format=K8V8)
     assert not out.any() and lse.isneginf().all()
 
 
@@ -77,15 +78,17 @@ def test_cache_at_an_odd_address(kernel, offset):
     kv_cache = misaligned(write["kv_cache"], offset)
     if kernel == "cuda":
         with pytest.raises(RuntimeError, match="kv_cache must start at a multiple of 16 bytes"):
-            ops.reshape_and_cache(**{**write, "kv_cache": kv_cache})
+            ops.reshape_and_cache(**{**write, "kv_cache": kv_cache}, cache_format=K8V8)
         with pytest.raises(RuntimeError, match="kv_cache must start at a multiple of 16 bytes"):
-            ops.paged_attention(**{**read, "kv_cache": kv_cache})
+            ops.paged_attention(**{**read, "kv_cache": kv_cache}, cache_format=K8V8)
         return
-    ops.reshape_and_cache(**write)
-    ops.reshape_and_cache(**{**write, "kv_cache": kv_cache})
+    ops.reshape_and_cache(**write, cache_format=K8V8)
+    ops.reshape_and_cache(**{**write, "kv_cache": kv_cache}, cache_format=K8V8)
     assert torch.equal(kv_cache, write["kv_cache"])
-    want = ops.paged_attention(**read)
-    assert same_bits(ops.paged_attention(**{**read, "kv_cache": misaligned(read["kv_cache"], offset)}), want)
+    want = ops.paged_attention(**read, cache_format=K8V8)
+    assert same_bits(
+        ops.paged_attention(**{**read, "kv_cache": misaligned(read["kv_cache"], offset)}, cache_format=K8V8), want
+    )
 
 
 small_ints = st.sampled_from([-(2**31), -1, 0, 0, 1, 1, 2, 3, 4, 16, 17, 32, 33, 2**31 - 1])
@@ -112,11 +115,11 @@ def test_any_integers_are_attended_or_refused(block_table, seq_lens, query_start
         valid &= begin <= end <= 4 and 0 <= seq_len <= 32 and all(0 <= block < 3 for block in used)
         valid &= not causal or end - begin <= seq_len
     if valid:
-        out = ops.paged_attention(**args, causal=causal, sliding_window=window)
+        out = ops.paged_attention(**args, causal=causal, sliding_window=window, cache_format=K8V8)
         assert out[: query_start_loc[2]].isfinite().all()
     else:
         with pytest.raises(RuntimeError, match=r"block_table|seq_lens|query_start_loc"):
-            ops.paged_attention(**args, causal=causal, sliding_window=window)
+            ops.paged_attention(**args, causal=causal, sliding_window=window, cache_format=K8V8)
 
 
 @settings(wild, max_examples=120)
@@ -138,4 +141,6 @@ def test_any_batch_equals_the_reference(
     sizes = {"num_heads": num_kv_heads * num_queries_per_kv, "num_kv_heads": num_kv_heads, "head_size": head_size}
     batch = make_batch(lens, **sizes, block_size=block_size, dtype=dtype)
     options = {"sliding_window": window, "softcap": softcap, "causal": causal, "softmax_scale": head_size**-0.5}
-    assert_attention_close(ops.paged_attention(*batch.args, **options, return_lse=True), batch, **options)
+    assert_attention_close(
+        ops.paged_attention(*batch.args, **options, return_lse=True, cache_format=K8V8), batch, **options
+    )

@@ -1,13 +1,16 @@
 """One test per error text of the operators: the argument, what was expected and what came."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hostile import gather_args, read_args, write_args
 
-from vllm_int8kv.cache import ops
+from vllm_int8kv.cache import library, ops
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 Args = dict[str, Any]
 
@@ -18,6 +21,10 @@ def ints(*values: Any) -> Callable[[Args], torch.Tensor]:
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[Args], torch.Tensor]:
     return lambda args: torch.zeros(shape, dtype=dtype, device=args["kv_cache"].device)
+
+
+def equalizer(make: Callable[[Args], torch.Tensor]) -> Callable[[Args], KeyTransform]:
+    return lambda args: KeyTransform(equalizer=make(args))
 
 
 def changed(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Args], Any]:
@@ -33,36 +40,46 @@ def every_second(x: torch.Tensor) -> torch.Tensor:
 CACHE_ERRORS = [
     ("kv_cache", zeros(3, 2, 16, 132, dtype=torch.uint8), "kv_cache must be Char, got Byte"),
     ("kv_cache", zeros(3, 2, 16 * 132, dtype=torch.int8), r"kv_cache must be \[num_blocks, .*\], got \[3, 2, 2112\]"),
-    ("kv_cache", zeros(3, 2, 16, 131, dtype=torch.int8), "kv_cache holds 131 bytes per slot, .* supported: 32 to 256"),
+    (
+        "kv_cache",
+        zeros(3, 2, 16, 131, dtype=torch.int8),
+        "holds 131 bytes per slot, but k8v8 .* head_size 64 takes 132",
+    ),
     ("kv_cache", zeros(3, 2, 16, 148, dtype=torch.int8), "kv_cache holds 148 bytes per slot"),  # head_size 72
-    ("kv_cache", zeros(3, 2, 16, 36, dtype=torch.int8), "kv_cache holds 36 bytes per slot"),  # 16
-    ("kv_cache", zeros(3, 2, 16, 548, dtype=torch.int8), "kv_cache holds 548 bytes per slot"),  # 272
     ("kv_cache", zeros(3, 2, 16, 0, dtype=torch.int8), "kv_cache holds 0 bytes per slot"),
+    ("cache_format", lambda _: replace(K8V8, name="k3v3"), "cache_format 'k3v3' does not exist; supported: k8v8"),
     ("kv_cache", zeros(3, 2, 8, 132, dtype=torch.int8), "block_size that is a positive multiple of 16, got 8"),
     ("kv_cache", zeros(3, 2, 0, 132, dtype=torch.int8), "block_size that is a positive multiple of 16, got 0"),
-    ("kv_cache", zeros(3, 2, 16, 164, dtype=torch.int8), "has head_size 64 but kv_cache has 80"),
+    ("kv_cache", zeros(3, 2, 16, 164, dtype=torch.int8), "kv_cache holds 164 bytes per slot"),  # head_size 80
     (
         "kv_cache",
         changed("kv_cache", lambda x: x.repeat(1, 1, 1, 2)[..., :132]),
         "contiguously, got strides 264, 1 for slots and bytes; expected 132, 1",
     ),
     ("kv_cache", changed("kv_cache", every_second), "contiguously, got strides 264, 2"),
-    ("key_equalizer", zeros(4, 64), r"key_equalizer must be contiguous \[2, 64\], got \[4, 64\]"),
-    ("key_equalizer", zeros(128), r"key_equalizer must be contiguous \[2, 64\], got \[128\]"),
-    ("key_equalizer", lambda args: zeros(64, 2)(args).T, r"key_equalizer must be contiguous \[2, 64\]"),
-    ("key_equalizer", zeros(2, 64, dtype=torch.float16), "key_equalizer must be Float, got Half"),
+    ("key_transform", equalizer(zeros(4, 64)), r"key_equalizer must be contiguous \[2, 64\], got \[4, 64\]"),
+    ("key_transform", equalizer(zeros(128)), r"key_equalizer must be contiguous \[2, 64\], got \[128\]"),
+    ("key_transform", equalizer(lambda args: zeros(64, 2)(args).T), r"key_equalizer must be contiguous \[2, 64\]"),
+    ("key_transform", equalizer(zeros(2, 64, dtype=torch.float16)), "key_equalizer must be Float, got Half"),
 ]
 WRITE_ERRORS = [
     *CACHE_ERRORS,
     ("key", zeros(5, 8, 64), "key has 8 KV heads but kv_cache has 2"),
     ("key", zeros(5, 128), r"key must be \[num_tokens, num_heads, head_size\], got \[5, 128\]"),
-    ("key", zeros(5, 2, 80), "key has head_size 80 but kv_cache has 64"),
+    ("key", zeros(5, 2, 80), "kv_cache holds 132 bytes per slot, but k8v8 of key's head_size 80 takes 164"),
+    (
+        "key",
+        zeros(5, 2, 72),
+        "key has head_size 72, which is not supported; supported: 32 to 256 in steps of 16, and 512",
+    ),
+    ("key", zeros(5, 2, 16), "key has head_size 16, which is not supported"),
+    ("key", zeros(5, 2, 272), "key has head_size 272, which is not supported"),
     ("key", zeros(5, 2, 64, dtype=torch.float64), "key must be Float, Half or BFloat16, got Double"),
     ("key", zeros(5, 2, 64, dtype=torch.int8), "key must be Float, Half or BFloat16, got Char"),
     ("key", changed("key", every_second), "key must be contiguous along head_size, got stride 2"),
     ("value", zeros(5, 1, 64), r"value must have the shape of key, \[5, 2, 64\], got \[5, 1, 64\]"),
     ("value", zeros(4, 2, 64), r"value must have the shape of key, \[5, 2, 64\], got \[4, 2, 64\]"),
-    ("value", zeros(5, 2, 32), "value has head_size 32 but kv_cache has 64"),
+    ("value", zeros(5, 2, 32), r"value must have the shape of key, \[5, 2, 64\], got \[5, 2, 32\]"),
     ("value", zeros(5, 2, 64, dtype=torch.bfloat16), "value must be Float, got BFloat16"),
     ("value", changed("value", every_second), "value must be contiguous along head_size, got stride 2"),
     ("slot_mapping", ints(0, 1, 2, 3, 4), "slot_mapping must be Long, got Int"),
@@ -75,7 +92,8 @@ READ_ERRORS = [
     ("query", zeros(4, 3, 64), "query has 3 heads, which is no multiple of the 2 KV heads of kv_cache"),
     ("query", zeros(4, 0, 64), "query has 0 heads, which is no multiple"),
     ("query", zeros(4, 256), r"query must be \[num_tokens, num_heads, head_size\], got \[4, 256\]"),
-    ("query", zeros(4, 4, 128), "query has head_size 128 but kv_cache has 64"),
+    ("query", zeros(4, 4, 128), "kv_cache holds 132 bytes per slot, but k8v8 of query's head_size 128 takes 260"),
+    ("query", zeros(4, 4, 72), "query has head_size 72, which is not supported"),
     ("query", zeros(4, 4, 64, dtype=torch.float64), "query must be Float, Half or BFloat16, got Double"),
     ("query", changed("query", every_second), "query must be contiguous along head_size, got stride 2"),
     ("out", zeros(4, 2, 64), r"out must have the shape of query, \[4, 4, 64\], got \[4, 2, 64\]"),
@@ -108,7 +126,7 @@ READ_ERRORS = [
 GATHER_ERRORS = [
     *CACHE_ERRORS,
     ("key", zeros(8, 8, 64), "key has 8 KV heads but kv_cache has 2"),
-    ("key", zeros(8, 2, 80), "key has head_size 80 but kv_cache has 64"),
+    ("key", zeros(8, 2, 80), "kv_cache holds 132 bytes per slot, but k8v8 of key's head_size 80 takes 164"),
     ("key", zeros(8, 2, 64, dtype=torch.int8), "key must be Float, Half or BFloat16, got Char"),
     ("key", lambda args: torch.zeros(1, 2, 64).expand(8, 2, 64), "key is written and must not be expanded"),
     ("value", zeros(7, 2, 64), r"value must have the shape of key, \[8, 2, 64\], got \[7, 2, 64\]"),
@@ -157,7 +175,7 @@ def each_error(errors: list) -> pytest.MarkDecorator:
 def test_reshape_and_cache_refuses(device, name, bad_value, text):
     args = write_args(device)
     with pytest.raises(RuntimeError, match=text):
-        ops.reshape_and_cache(**{**args, name: bad_value(args)})
+        ops.reshape_and_cache(**{"cache_format": K8V8, **args, name: bad_value(args)})
     assert not args["kv_cache"].any()
 
 
@@ -165,14 +183,14 @@ def test_reshape_and_cache_refuses(device, name, bad_value, text):
 def test_paged_attention_refuses(device, name, bad_value, text):
     args = read_args(device)
     with pytest.raises(RuntimeError, match=text):
-        ops.paged_attention(**{**args, name: bad_value(args)})
+        ops.paged_attention(**{"cache_format": K8V8, **args, name: bad_value(args)})
 
 
 @each_error(GATHER_ERRORS)
 def test_gather_cache_refuses(device, name, bad_value, text):
     args = gather_args(device)
     with pytest.raises(RuntimeError, match=text):
-        ops.gather_cache(**{**args, name: bad_value(args)})
+        ops.gather_cache(**{"cache_format": K8V8, **args, name: bad_value(args)})
     assert not args["key"].any() and not args["value"].any()
 
 
@@ -181,21 +199,21 @@ def test_gather_cache_refuses_on_cpu(name, bad_value, text):
     args = gather_args()
     args |= {"seq_starts": torch.tensor([14, 0], dtype=torch.int32), name: bad_value(args)}
     with pytest.raises(RuntimeError, match=text):
-        ops.gather_cache(**args)
+        ops.gather_cache(**args, cache_format=K8V8)
     assert not args["key"].any()
 
 
 @pytest.mark.parametrize("sliding_window", [0, -1])
 def test_paged_attention_refuses_an_empty_window(sliding_window):
     with pytest.raises(ValueError, match=f"sliding_window must be None .* or at least 1, got {sliding_window}"):
-        ops.paged_attention(**{**read_args(), "sliding_window": sliding_window})
+        ops.paged_attention(**{**read_args(), "sliding_window": sliding_window}, cache_format=K8V8)
 
 
 @each_error(VALUE_ERRORS)
 def test_paged_attention_refuses_on_cpu(name, bad_value, text):
     args = read_args()
     with pytest.raises(RuntimeError, match=text):
-        ops.paged_attention(**{**args, name: bad_value(args)})
+        ops.paged_attention(**{"cache_format": K8V8, **args, name: bad_value(args)})
 
 
 @pytest.mark.parametrize("slot", [48, 2**31, 2**62])
@@ -203,7 +221,7 @@ def test_reshape_and_cache_refuses_a_slot_past_the_end(slot):
     args = write_args()
     args["slot_mapping"][3] = slot
     with pytest.raises(RuntimeError, match=rf"slot_mapping\[3\] is {slot} but kv_cache has 48 slots"):
-        ops.reshape_and_cache(**args)
+        ops.reshape_and_cache(**args, cache_format=K8V8)
     assert not args["kv_cache"].any()
 
 
@@ -214,7 +232,7 @@ def test_paged_attention_refuses_lse(shape):
     out, lse = torch.empty(4, 4, 64), torch.empty(shape)
     with pytest.raises(RuntimeError, match=r"lse must be contiguous \[4, 4\]"):
         torch.ops.int8kv.paged_attention(
-            out, *(args[name] for name in order), lse, None, None, None, 0.1, True, 0, 0.0, True
+            out, *(args[name] for name in order), lse, None, None, K8V8.name, True, None, 0.1, True, 0, 0.0
         )
 
 
@@ -222,24 +240,26 @@ def test_paged_attention_refuses_lse(shape):
 def test_paged_attention_refuses_another_device(cuda, name):
     args = read_args(cuda)
     with pytest.raises(RuntimeError, match=f"{name} must be on the device of kv_cache"):
-        ops.paged_attention(**{**args, name: args[name].cpu(), "out": torch.empty_like(args["query"])})
+        ops.paged_attention(
+            **{**args, name: args[name].cpu(), "out": torch.empty_like(args["query"])}, cache_format=K8V8
+        )
 
 
 @pytest.mark.parametrize("name", ["key", "value", "slot_mapping"])
 def test_reshape_and_cache_refuses_another_device(cuda, name):
     args = write_args(cuda)
     with pytest.raises(RuntimeError, match=f"{name} must be on the device of kv_cache"):
-        ops.reshape_and_cache(**{**args, name: args[name].cpu()})
+        ops.reshape_and_cache(**{**args, name: args[name].cpu()}, cache_format=K8V8)
 
 
 @pytest.mark.parametrize("name", ["key", "value", "block_table", "cu_seq_lens", "seq_starts"])
 def test_gather_cache_refuses_another_device(cuda, name):
     args = gather_args(cuda)
     with pytest.raises(RuntimeError, match=f"{name} must be on the device of kv_cache"):
-        ops.gather_cache(**{**args, name: args[name].cpu()})
+        ops.gather_cache(**{**args, name: args[name].cpu()}, cache_format=K8V8)
 
 
 def test_set_cpu_isa_refuses_a_name():
     with pytest.raises(RuntimeError, match="isa 'sse9' is not available on this CPU; available: scalar"):
-        ops.set_cpu_isa("sse9")
-    assert ops.cpu_isa() in ops.cpu_isas()
+        library.set_cpu_isa("sse9")
+    assert library.cpu_isa() in library.cpu_isas()

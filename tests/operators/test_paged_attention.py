@@ -12,7 +12,9 @@ import pytest
 import torch
 from hostile import Batch, assert_attention_close, make_batch, same_bits
 
-from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache import key_transform, ops, quantizer, reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -23,7 +25,7 @@ make_batch = lru_cache(maxsize=128)(make_batch)  # the kernels leave a batch as 
 
 
 def attend(batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.paged_attention(*batch.args, return_lse=True, **options)
+    return ops.paged_attention(*batch.args, return_lse=True, **options, cache_format=K8V8)
 
 
 def check(batch: Batch, **options: Any) -> None:
@@ -93,9 +95,9 @@ OPTIONS = {  # for 8 heads, 2 KV heads and head_size 64
     "non-causal": {"causal": False},
     "non-causal-window": {"causal": False, "sliding_window": 20},
     "non-causal-alibi": {"causal": False, "alibi_slopes": SLOPES},
-    "unrotated": {"rotate_keys": False},
-    "equalized": {"key_equalizer": EQUALIZER},
-    "equalized-unrotated": {"key_equalizer": EQUALIZER, "rotate_keys": False},
+    "unrotated": {"key_transform": KeyTransform(rotate=False)},
+    "equalized": {"key_transform": KeyTransform(equalizer=EQUALIZER)},
+    "equalized-unrotated": {"key_transform": KeyTransform(rotate=False, equalizer=EQUALIZER)},
     "sharp": {"softmax_scale": 4.0},
     "flat": {"softmax_scale": 0.0},
     "all": {
@@ -103,7 +105,7 @@ OPTIONS = {  # for 8 heads, 2 KV heads and head_size 64
         "softcap": 5.0,
         "alibi_slopes": SLOPES,
         "sinks": SINKS,
-        "key_equalizer": EQUALIZER,
+        "key_transform": KeyTransform(equalizer=EQUALIZER),
         "softmax_scale": 0.3,
     },
 }
@@ -111,12 +113,12 @@ each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
 def on(device: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    return {name: x.to(device) if isinstance(x, torch.Tensor | KeyTransform) else x for name, x in options.items()}
 
 
 def batch_for(option: str, lens: tuple[tuple[int, int], ...], **how: Any) -> Batch:
     """A batch whose cache was written as the option reads it."""
-    written = {name: x for name, x in OPTIONS[option].items() if name in ("rotate_keys", "key_equalizer")}
+    written = {name: x for name, x in OPTIONS[option].items() if name == "key_transform"}
     return make_batch(lens, **how, **written)
 
 
@@ -148,8 +150,8 @@ def test_outliers(kernel, rotate_keys, dtype):
 
     With scores in the hundreds the rounding of a score would decide, so they are scaled down to below ten.
     """
-    batch = make_batch(MIXED, outliers=True, rotate_keys=rotate_keys, dtype=dtype, device=kernel)
-    check(batch, rotate_keys=rotate_keys, softmax_scale=0.004)
+    batch = make_batch(MIXED, outliers=True, key_transform=KeyTransform(rotate=rotate_keys), dtype=dtype, device=kernel)
+    check(batch, key_transform=KeyTransform(rotate=rotate_keys), softmax_scale=0.004)
 
 
 @each_dtype
@@ -157,11 +159,11 @@ def test_outliers(kernel, rotate_keys, dtype):
 def test_largest_sums(kernel, sign, dtype):
     """Every code +-127 and every query element equal: the largest sums that integers must hold."""
     batch = make_batch(((4, 600),), num_heads=2, num_kv_heads=1, head_size=512, dtype=dtype, device=kernel)
-    planes = formats.unpack(batch.kv_cache)
+    planes = K8V8.unpack(batch.kv_cache)
     planes.k_codes.fill_(127 * sign)
     planes.v_codes.fill_(127)
-    batch = dataclasses.replace(batch, kv_cache=formats.pack(planes), query=torch.ones_like(batch.query))
-    check(batch, rotate_keys=False, softmax_scale=1e-3)
+    batch = dataclasses.replace(batch, kv_cache=K8V8.pack(planes), query=torch.ones_like(batch.query))
+    check(batch, key_transform=KeyTransform(rotate=False), softmax_scale=1e-3)
 
 
 @pytest.mark.parametrize("sinks", [None, SINKS], ids=["", "sinks"])
@@ -197,9 +199,9 @@ def test_out_is_written_where_it_is_and_nowhere_else(kernel, dtype):
     num_padded, num_heads, head_size = batch.query.shape
     storage = torch.full((num_padded, num_heads + 1, head_size + 24), 7.0, dtype=dtype, device=kernel)
     out = storage[:, 1:, 8 : 8 + head_size]
-    got = ops.paged_attention(*batch.args, softmax_scale=0.125, out=out)
+    got = ops.paged_attention(*batch.args, softmax_scale=0.125, out=out, cache_format=K8V8)
     assert got is out
-    want = ops.paged_attention(*batch.args, softmax_scale=0.125)
+    want = ops.paged_attention(*batch.args, softmax_scale=0.125, cache_format=K8V8)
     assert same_bits(out[: batch.num_tokens], want[: batch.num_tokens])
     out[: batch.num_tokens] = 7.0
     assert (storage == 7.0).all(), "a padding row or a gap was written"
@@ -276,7 +278,11 @@ def test_offsets_beyond_32_bits(kernel):
 def quantization_error(batch: Batch, softmax_scale: float, **options: Any) -> torch.Tensor:
     """[query_len, num_heads, head_size] of a batch of one sequence: INT8 against its unquantized K and V."""
     rows, seq_len = batch.num_tokens, int(batch.seq_lens[0])
-    out = ops.paged_attention(*batch.args, softmax_scale=softmax_scale, **options)[:rows].double().cpu()
+    out = (
+        ops.paged_attention(*batch.args, softmax_scale=softmax_scale, **options, cache_format=K8V8)[:rows]
+        .double()
+        .cpu()
+    )
     mask = reference.visible_keys(torch.arange(seq_len - rows, seq_len), seq_len, causal=True, sliding_window=None)
     unquantized = (batch.query[:rows].cpu().double(), batch.keys[0].double(), batch.values[0].double())
     return (out - reference.attention(*unquantized, mask, softmax_scale=softmax_scale)[0]).abs()
@@ -290,12 +296,12 @@ def test_quantization_error(kernel, outliers, rotate_keys, record_property):
     With a score off by at most delta, a probability is off by a factor of at most exp(2 * delta).
     """
     softmax_scale = 0.004 if outliers else 0.125
-    batch = make_batch(((64, 300),), outliers=outliers, rotate_keys=rotate_keys, device=kernel)
-    error = quantization_error(batch, softmax_scale, rotate_keys=rotate_keys)
+    batch = make_batch(((64, 300),), outliers=outliers, key_transform=KeyTransform(rotate=rotate_keys), device=kernel)
+    error = quantization_error(batch, softmax_scale, key_transform=KeyTransform(rotate=rotate_keys))
     query, key, value = batch.query[:64].cpu(), batch.keys[0], batch.values[0]
-    turn = reference.hadamard_rotate if rotate_keys else torch.clone
-    k_step = reference.quantize(turn(key))[1].double().amax()
-    v_step = reference.quantize(value)[1].double().amax()
+    turn = key_transform.hadamard_rotate if rotate_keys else torch.clone
+    k_step = quantizer.quantize(turn(key))[1].double().amax()
+    v_step = quantizer.quantize(value)[1].double().amax()
     delta = softmax_scale * turn(query).abs().sum(-1).double() * k_step / 2
     assert (error.amax(-1) <= torch.expm1(2 * delta) * value.abs().max() + v_step / 2).all()
     record_property("max_error", float(error.max()))
@@ -305,6 +311,8 @@ def test_quantization_error(kernel, outliers, rotate_keys, record_property):
 def test_rotation_reduces_the_error_of_outliers(device):
     errors = {}
     for rotate_keys in (False, True):
-        batch = make_batch(((64, 300),), outliers=True, rotate_keys=rotate_keys, device=device)
-        errors[rotate_keys] = quantization_error(batch, 0.02, rotate_keys=rotate_keys).square().mean().sqrt()
+        batch = make_batch(((64, 300),), outliers=True, key_transform=KeyTransform(rotate=rotate_keys), device=device)
+        errors[rotate_keys] = (
+            quantization_error(batch, 0.02, key_transform=KeyTransform(rotate=rotate_keys)).square().mean().sqrt()
+        )
     assert errors[True] < 0.8 * errors[False]

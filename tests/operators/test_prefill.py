@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_attention import plain_attention
 
-from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.serving import prefill, varlen_attention
 
 
@@ -25,12 +27,12 @@ def attend(batch, max_rows, attention=plain_attention, num_decodes=0, dtype=torc
         max_rows=max_rows,
         device=batch.query.device,
     )
-    shape = (plan.num_rows, batch.kv_cache.shape[1], formats.head_size_of(batch.kv_cache))
+    shape = (plan.num_rows, batch.kv_cache.shape[1], K8V8.head_size_of(batch.kv_cache))
     workspace = torch.full((2, *shape), torch.nan, dtype=batch.query.dtype, device=batch.query.device)
     # Padding tokens hold NaN and belong to no group.
     out = torch.full(batch.query.shape, torch.nan, dtype=batch.query.dtype, device=batch.query.device)
     prefill.attend(batch.query, batch.kv_cache, batch.block_table, plan, (*workspace,), attention, out=out, **options)
-    _, lse = ops.paged_attention(*batch.args, **options, return_lse=True)
+    _, lse = ops.paged_attention(*batch.args, **options, return_lse=True, cache_format=K8V8)
     return out, lse
 
 
@@ -43,8 +45,8 @@ OPTIONS = {
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi_slopes": torch.linspace(0.01, 0.5, 6)},
     "sinks": {"sinks": torch.linspace(-3.0, 6.0, 6)},
-    "no-rotation": {"rotate_keys": False},
-    "equalizer": {"key_equalizer": torch.linspace(0.2, 9.0, 128).view(2, 64)},
+    "no-rotation": {"key_transform": KeyTransform(rotate=False)},
+    "equalizer": {"key_transform": KeyTransform(equalizer=torch.linspace(0.2, 9.0, 128).view(2, 64))},
 }
 
 
@@ -52,7 +54,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_batch_in_pieces_equals_the_reference(name, max_rows):
     options = OPTIONS[name]
-    sizes = {key: options[key] for key in ("rotate_keys", "key_equalizer") if key in options}
+    sizes = {name: x for name, x in options.items() if name == "key_transform"}
     batch = make_batch(LENS, num_heads=6, **sizes)
     if max_rows == 100 and name == "alibi":
         with pytest.raises(ValueError, match="neither a window nor ALiBi"):
@@ -75,6 +77,7 @@ def test_decodes_are_left_to_the_other_kernel():
         batch.seq_lens[2:],
         torch.tensor([0, 40]),
         softmax_scale=0.125,
+        cache_format=K8V8,
     )
     torch.testing.assert_close(out[4:44].double(), want, atol=1e-5, rtol=1e-5)
 

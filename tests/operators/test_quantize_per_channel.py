@@ -6,7 +6,7 @@ from hostile import same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache import ladder, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
@@ -15,7 +15,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape
 
 
 def variants(device: str) -> tuple[str, ...]:
-    return ops.CUDA_VARIANTS if device == "cuda" else ops.CPU_VARIANTS
+    return ladder.CUDA_VARIANTS if device == "cuda" else ladder.CPU_VARIANTS
 
 
 def matrix(num_tokens: int, num_channels: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -31,16 +31,16 @@ def matrix(num_tokens: int, num_channels: int, dtype: torch.dtype, device: str =
 
 def assert_equals_reference(x: torch.Tensor, variant: str) -> None:
     want, want_scales = reference.quantize_per_channel(x.cpu())
-    codes, scales = ops.quantize_per_channel(x, variant=variant)
+    codes, scales = ladder.quantize_per_channel(x, variant=variant)
     assert same_bits(codes.cpu(), want)
     assert same_bits(scales.cpu(), want_scales)
     if variant == "fused":
         return
     fixed = torch.rand(x.shape[1]) + 0.01
-    codes, scales = ops.quantize_per_channel(x, scales=fixed.to(x.device), variant=variant)
+    codes, scales = ladder.quantize_per_channel(x, scales=fixed.to(x.device), variant=variant)
     assert same_bits(codes.cpu(), reference.quantize_per_channel(x.cpu(), scales=fixed)[0])
     assert same_bits(scales.cpu(), fixed)
-    back = ops.dequantize_per_channel(codes, scales, dtype=x.dtype, variant=variant)
+    back = ladder.dequantize_per_channel(codes, scales, dtype=x.dtype, variant=variant)
     assert same_bits(back.cpu(), reference.dequantize_per_channel(codes.cpu(), fixed, dtype=x.dtype))
 
 
@@ -75,12 +75,12 @@ def test_odd_addresses(kernel, offset):
     out = torch.empty(40 * 64 + offset, dtype=torch.int8, device=kernel)[offset:].view(40, 64)
     want, scales = reference.quantize_per_channel(x.cpu())
     for variant in variants(kernel):
-        codes, found = ops.quantize_per_channel(x, variant=variant, out=out.fill_(-128))
+        codes, found = ladder.quantize_per_channel(x, variant=variant, out=out.fill_(-128))
         assert codes.data_ptr() == out.data_ptr()
         assert same_bits(codes.cpu(), want) and same_bits(found.cpu(), scales)
         if variant != "fused":
             back = torch.empty_like(storage)[offset:].view(40, 64)
-            ops.dequantize_per_channel(codes, found, variant=variant, out=back)
+            ladder.dequantize_per_channel(codes, found, variant=variant, out=back)
             assert same_bits(back.cpu(), reference.dequantize_per_channel(want, scales, dtype=torch.float32))
 
 
@@ -100,7 +100,7 @@ def test_hand_made_channels(kernel, name):
     values, scale, codes = HAND_MADE[name]
     x = torch.tensor(values, device=kernel)[:, None]
     for variant in variants(kernel):
-        found, scales = ops.quantize_per_channel(x, variant=variant)
+        found, scales = ladder.quantize_per_channel(x, variant=variant)
         assert found.flatten().tolist() == codes
         assert scales.item() == pytest.approx(scale, rel=1e-7)
     found, scales = reference.quantize_per_channel(x.cpu())
@@ -112,7 +112,7 @@ def test_a_stale_scale_saturates(kernel):
     x = torch.tensor([[300.0], [-300.0], [2e9], [torch.inf]], device=kernel)
     for variant in variants(kernel):
         if variant != "fused":
-            codes, _ = ops.quantize_per_channel(x, scales=torch.ones(1, device=kernel), variant=variant)
+            codes, _ = ladder.quantize_per_channel(x, scales=torch.ones(1, device=kernel), variant=variant)
             assert codes.flatten().tolist() == [127, -127, 127, 127]
 
 
@@ -126,9 +126,9 @@ def test_any_matrix(shape, data):
     few = st.lists(values, min_size=1, max_size=24)
     x = torch.tensor(data.draw(few), dtype=torch.float32).repeat(shape[0] * shape[1])[: shape[0] * shape[1]]
     x = x.view(shape)
-    for variant in ops.CPU_VARIANTS:
+    for variant in ladder.CPU_VARIANTS:
         assert_equals_reference(x, variant)
-    codes, scales = ops.quantize_per_channel(x)
+    codes, scales = ladder.quantize_per_channel(x)
     error = (x.double() - codes.double() * scales.double()).abs()
     # The quotient is rounded to fp32 first, so a tie may be off by an ulp of 127.
     within = error <= scales.double() / 2 * (1 + 2**-16)
@@ -137,7 +137,7 @@ def test_any_matrix(shape, data):
 
 def args(device: str) -> dict:
     x = torch.randn(6, 20, device=device)
-    codes, scales = ops.quantize_per_channel(x)
+    codes, scales = ladder.quantize_per_channel(x)
     return {"x": x, "codes": codes, "scales": scales}
 
 
@@ -167,9 +167,9 @@ def test_refuses_strides(device):
     good = args(device)
     x = good["x"].T.contiguous().T
     with pytest.raises(RuntimeError, match="x must be contiguous along num_channels, got stride 6"):
-        ops.quantize_per_channel(x)
+        ladder.quantize_per_channel(x)
     with pytest.raises(RuntimeError, match="x must be contiguous, got strides 1, 6"):
-        ops.dequantize_per_channel(good["codes"], good["scales"], out=x)
+        ladder.dequantize_per_channel(good["codes"], good["scales"], out=x)
 
 
 @pytest.mark.parametrize(
@@ -179,25 +179,25 @@ def test_refuses_values_on_cpu(bad, text):
     good = args("cpu")
     good["scales"][3] = bad
     with pytest.raises(RuntimeError, match=rf"scales\[3\] must be positive, finite and not subnormal, got {text}"):
-        ops.quantize_per_channel(good["x"], scales=good["scales"])
+        ladder.quantize_per_channel(good["x"], scales=good["scales"])
     with pytest.raises(RuntimeError, match=rf"scales\[3\] must be positive, finite and not subnormal, got {text}"):
-        ops.dequantize_per_channel(good["codes"], good["scales"])
+        ladder.dequantize_per_channel(good["codes"], good["scales"])
 
 
 def test_refuses_a_variant():
     text = "variant 'fused' does not exist on CPU; supported: column_strided, row_major, tiled, simd, vectorized"
     with pytest.raises(RuntimeError, match=text):
-        ops.quantize_per_channel(torch.ones(2, 2), variant="fused")
+        ladder.quantize_per_channel(torch.ones(2, 2), variant="fused")
     with pytest.raises(RuntimeError, match=text):
-        ops.dequantize_per_channel(torch.ones(2, 2, dtype=torch.int8), torch.ones(2), variant="fused")
+        ladder.dequantize_per_channel(torch.ones(2, 2, dtype=torch.int8), torch.ones(2), variant="fused")
 
 
 def test_refuses_fused_without_scales_to_compute(cuda):
-    codes, scales = ops.quantize_per_channel(torch.ones(2, 2, device=cuda))
+    codes, scales = ladder.quantize_per_channel(torch.ones(2, 2, device=cuda))
     with pytest.raises(RuntimeError, match="variant 'fused' computes the scales and takes none"):
-        ops.quantize_per_channel(torch.ones(2, 2, device=cuda), scales=scales, variant="fused")
+        ladder.quantize_per_channel(torch.ones(2, 2, device=cuda), scales=scales, variant="fused")
     with pytest.raises(RuntimeError, match="variant 'fused' computes scales, dequantization has none"):
-        ops.dequantize_per_channel(codes, scales, variant="fused")
+        ladder.dequantize_per_channel(codes, scales, variant="fused")
 
 
 def test_opcheck(device):
@@ -211,10 +211,10 @@ def test_opcheck(device):
 def test_fused_in_a_cuda_graph(cuda):
     """Every launch begins by clearing what its blocks tell each other, also when it is replayed."""
     x = torch.randn(5000, 96, device=cuda)
-    ops.quantize_per_channel(x, variant="fused")
+    ladder.quantize_per_channel(x, variant="fused")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        codes, scales = ops.quantize_per_channel(x, variant="fused")
+        codes, scales = ladder.quantize_per_channel(x, variant="fused")
     for _ in range(3):
         x.normal_()
         graph.replay()

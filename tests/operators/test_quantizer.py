@@ -12,23 +12,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache import key_transform, ops, quantizer
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 HEAD_SIZE = 32
 Quantize = Callable[[list[float]], tuple[list[int], float]]
 
 
 def quantize_by_reference(row: list[float]) -> tuple[list[int], float]:
-    codes, scale = reference.quantize(reference.sanitize(torch.tensor(row)))
+    codes, scale = quantizer.quantize(quantizer.sanitize(torch.tensor(row)))
     return codes.tolist(), float(scale)
 
 
 def quantize_by_kernel(row: list[float]) -> tuple[list[int], float]:
     """Write the row as K and as V of slot 3, unrotated, and read both back."""
-    kv_cache = formats.allocate(1, 1, 16, HEAD_SIZE)
+    kv_cache = K8V8.allocate(1, 1, 16, HEAD_SIZE)
     x = torch.tensor(row, dtype=torch.float32).reshape(1, 1, HEAD_SIZE)
-    ops.reshape_and_cache(x, x, kv_cache, torch.tensor([3]), rotate_keys=False)
-    planes = formats.unpack(kv_cache)
+    ops.reshape_and_cache(
+        x, x, kv_cache, torch.tensor([3]), key_transform=KeyTransform(rotate=False), cache_format=K8V8
+    )
+    planes = K8V8.unpack(kv_cache)
     k, v = planes.k_codes[0, 0, 3].tolist(), planes.v_codes[0, 0, 3].tolist()
     assert k == v and planes.k_scales[0, 0, 3] == planes.v_scales[0, 0, 3]
     return v, float(planes.v_scales[0, 0, 3])
@@ -146,34 +150,34 @@ def hadamard_matrix(head_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("head_size", ROTATION_BLOCKS)
 def test_rotation_is_the_hadamard_matrix(head_size):
-    assert reference.rotation_block(head_size) == ROTATION_BLOCKS[head_size]
+    assert key_transform.rotation_block(head_size) == ROTATION_BLOCKS[head_size]
     x = torch.randn(7, 3, head_size)
     want = x.double() @ hadamard_matrix(head_size)
-    torch.testing.assert_close(reference.hadamard_rotate(x), want.float())
+    torch.testing.assert_close(key_transform.hadamard_rotate(x), want.float())
 
 
 @pytest.mark.parametrize("head_size", ROTATION_BLOCKS)
 def test_rotation_is_orthonormal_and_its_own_inverse(head_size):
-    matrix = reference.hadamard_rotate(torch.eye(head_size))
+    matrix = key_transform.hadamard_rotate(torch.eye(head_size))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(head_size))
     x = torch.randn(5, head_size)
-    torch.testing.assert_close(reference.hadamard_rotate(reference.hadamard_rotate(x)), x)
+    torch.testing.assert_close(key_transform.hadamard_rotate(key_transform.hadamard_rotate(x)), x)
 
 
 @pytest.mark.parametrize("head_size", ROTATION_BLOCKS)
 def test_rotation_keeps_scores(head_size):
     query, key = torch.randn(2, 6, head_size)
-    rotated = reference.hadamard_rotate(query) @ reference.hadamard_rotate(key).T
+    rotated = key_transform.hadamard_rotate(query) @ key_transform.hadamard_rotate(key).T
     torch.testing.assert_close(rotated, query @ key.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head_size", ROTATION_BLOCKS)
 def test_kernel_rotates_by_the_hadamard_matrix(kernel, head_size):
     """A key along one axis is a row of the matrix: codes +-127 inside its block, in Sylvester's order, else 0."""
-    kv_cache = formats.allocate(head_size // 16, 1, 16, head_size, kernel)
+    kv_cache = K8V8.allocate(head_size // 16, 1, 16, head_size, kernel)
     axes = torch.eye(head_size, device=kernel)[:, None, :]
-    ops.reshape_and_cache(axes, axes, kv_cache, torch.arange(head_size, device=kernel))
-    planes = formats.unpack(kv_cache.cpu())
+    ops.reshape_and_cache(axes, axes, kv_cache, torch.arange(head_size, device=kernel), cache_format=K8V8)
+    planes = K8V8.unpack(kv_cache.cpu())
     assert torch.equal(planes.k_codes.reshape(head_size, head_size).sign(), hadamard_matrix(head_size).sign().char())
     assert set(planes.k_codes.abs().unique().tolist()) <= {0, 126, 127}
     step = 1 / math.sqrt(ROTATION_BLOCKS[head_size]) / 127

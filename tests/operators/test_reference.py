@@ -6,7 +6,9 @@ import pytest
 import torch
 from hostile import make_batch
 
-from vllm_int8kv.cache import formats, reference
+from vllm_int8kv.cache import reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 SCALE = 0.125
 
@@ -121,10 +123,12 @@ def test_paged_attention_equals_sdpa_on_the_dequantized_cache(causal, num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         block_size=block_size,
-        rotate_keys=False,
+        key_transform=KeyTransform(rotate=False),
     )
-    out, _ = reference.paged_attention(*batch.args, softmax_scale=SCALE, causal=causal, rotate_keys=False)
-    planes = formats.unpack(batch.kv_cache)
+    out, _ = reference.paged_attention(
+        *batch.args, softmax_scale=SCALE, causal=causal, key_transform=KeyTransform(rotate=False), cache_format=K8V8
+    )
+    planes = K8V8.unpack(batch.kv_cache)
     for seq, seq_len in enumerate(batch.seq_lens.tolist()):
         slots = [(int(batch.block_table[seq, i // block_size]), i % block_size) for i in range(seq_len)]
         key = torch.stack([planes.k_codes[b, :, s] * planes.k_scales[b, :, s, None].double() for b, s in slots])
@@ -138,9 +142,9 @@ def test_paged_attention_equals_sdpa_on_the_dequantized_cache(causal, num_heads,
 def test_rotation_and_equalizer_cancel(rotate_keys, equalize):
     """What is left against attention on the unquantized K and V is small: both sides are transformed alike."""
     key_equalizer = 0.25 + 2 * torch.rand(2, 64) if equalize else None
-    options = {"rotate_keys": rotate_keys, "key_equalizer": key_equalizer}
+    options = {"key_transform": KeyTransform(rotate=rotate_keys, equalizer=key_equalizer)}
     batch = make_batch([(1, 40), (12, 12)], **options)
-    out, _ = reference.paged_attention(*batch.args, softmax_scale=SCALE, **options)
+    out, _ = reference.paged_attention(*batch.args, softmax_scale=SCALE, **options, cache_format=K8V8)
     for seq in range(2):
         want = sdpa(batch, seq, batch.keys[seq], batch.values[seq], causal=True)
         error = (out[batch.rows(seq)] - want).square().mean().sqrt()

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vllm_int8kv.cache import formats, ops, reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
@@ -15,7 +17,7 @@ def poisoned_cache(
     num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(storage, cache): random bytes, and a cache inside them with gaps after blocks and heads."""
-    content_bytes = formats.content_bytes(head_size)
+    content_bytes = K8V8.content_bytes(head_size)
     head_stride = block_size * content_bytes + 16
     block_stride = num_kv_heads * head_stride + 48
     storage = torch.randint(-128, 128, (112 + num_blocks * block_stride,), dtype=torch.int8).to(device)
@@ -43,9 +45,9 @@ def assert_writes_as_reference(
     storage, kv_cache = poisoned_cache(num_blocks, num_kv_heads, block_size, head_size, key.device.type)
     want_storage = storage.clone()
     want = want_storage.as_strided(kv_cache.shape, kv_cache.stride(), kv_cache.storage_offset())
-    ops.reshape_and_cache(key, value, kv_cache, slot_mapping.to(key.device), **options)
-    reference.reshape_and_cache(key, value, want, slot_mapping.to(key.device), **options)
-    got_planes, want_planes = formats.unpack(kv_cache), formats.unpack(want)
+    ops.reshape_and_cache(key, value, kv_cache, slot_mapping.to(key.device), **options, cache_format=K8V8)
+    reference.reshape_and_cache(key, value, want, slot_mapping.to(key.device), **options, cache_format=K8V8)
+    got_planes, want_planes = K8V8.unpack(kv_cache), K8V8.unpack(want)
     for name in ("k_scales", "v_scales", "k_codes", "v_codes"):
         got, expected = getattr(got_planes, name), getattr(want_planes, name)
         if name.endswith("scales"):
@@ -112,7 +114,11 @@ def test_key_transforms(kernel, head_size, rotate_keys, equalize, dtype):
     key_equalizer = 0.1 + 3 * torch.rand(3, head_size, device=kernel) if equalize else None
     key, value = random_kv(21, 3, head_size, dtype, kernel)
     assert_writes_as_reference(
-        key, value, torch.arange(21), rotate_keys=rotate_keys, key_equalizer=key_equalizer, num_blocks=2
+        key,
+        value,
+        torch.arange(21),
+        key_transform=KeyTransform(rotate=rotate_keys, equalizer=key_equalizer),
+        num_blocks=2,
     )
 
 
@@ -141,8 +147,10 @@ def test_extreme_values(kernel, head_size, rotate_keys, dtype):
         x[15] = 127.0
     equalizer = torch.ones(2, head_size, device=kernel)
     equalizer[0, :4] = torch.tensor([1e-38, 1e38, 0.5, 3.0])
-    assert_writes_as_reference(key, value, torch.arange(40), rotate_keys=rotate_keys)
-    assert_writes_as_reference(key, value, torch.arange(40), rotate_keys=rotate_keys, key_equalizer=equalizer)
+    assert_writes_as_reference(key, value, torch.arange(40), key_transform=KeyTransform(rotate=rotate_keys))
+    assert_writes_as_reference(
+        key, value, torch.arange(40), key_transform=KeyTransform(rotate=rotate_keys, equalizer=equalizer)
+    )
 
 
 def test_values_beside_every_tie(kernel):
@@ -155,7 +163,7 @@ def test_values_beside_every_tie(kernel):
         largest = (127 * steps * unit).float()[:, None]
         for x in (tie, tie.nextafter(torch.tensor(0.0)), tie.nextafter(torch.tensor(torch.inf))):
             vectors = torch.cat([largest, x.clamp(max=largest)], dim=1)[:, None].to(kernel)
-            assert_writes_as_reference(vectors, -vectors, torch.arange(128), rotate_keys=False)
+            assert_writes_as_reference(vectors, -vectors, torch.arange(128), key_transform=KeyTransform(rotate=False))
 
 
 def test_value_and_key_may_have_different_strides(kernel):
@@ -170,10 +178,10 @@ def test_one_token_at_a_time_equals_all_at_once(kernel):
     slots = torch.arange(2, 39, device=kernel)
     _, kv_cache = poisoned_cache(3, 2, 16, 64, kernel)
     at_once = kv_cache.clone()
-    ops.reshape_and_cache(key, value, at_once, slots)
+    ops.reshape_and_cache(key, value, at_once, slots, cache_format=K8V8)
     for token in range(37):
         part = slice(token, token + 1)
-        ops.reshape_and_cache(key[part], value[part], kv_cache, slots[part])
+        ops.reshape_and_cache(key[part], value[part], kv_cache, slots[part], cache_format=K8V8)
     assert torch.equal(kv_cache, at_once)
 
 
@@ -185,8 +193,8 @@ def test_threads_change_nothing(kernel, set_num_threads, num_tokens):
     caches = []
     for num_threads in (1, 2, 2):
         set_num_threads(num_threads)
-        caches.append(formats.allocate(64, 3, 16, 64, kernel))
-        ops.reshape_and_cache(key, value, caches[-1], slots)
+        caches.append(K8V8.allocate(64, 3, 16, 64, kernel))
+        ops.reshape_and_cache(key, value, caches[-1], slots, cache_format=K8V8)
     assert torch.equal(caches[0], caches[1]) and torch.equal(caches[0], caches[2])
 
 
@@ -195,11 +203,13 @@ def test_offsets_beyond_32_bits(kernel):
     kv_cache = torch.empty(num_blocks, 8, 128, 260, dtype=torch.int8, device=kernel)  # touched at its ends only
     key, value = random_kv(2, 8, 128, torch.bfloat16, kernel)
     slots = torch.tensor([5, num_blocks * 128 - 3], device=kernel)
-    ops.reshape_and_cache(key, value, kv_cache, slots)
+    ops.reshape_and_cache(key, value, kv_cache, slots, cache_format=K8V8)
     for token, block in ((0, 0), (1, num_blocks - 1)):
         want = torch.zeros_like(kv_cache[:1])
-        reference.reshape_and_cache(key[token : token + 1], value[token : token + 1], want, slots[token, None] % 128)
-        got, want = formats.unpack(kv_cache[block, None]), formats.unpack(want)
+        reference.reshape_and_cache(
+            key[token : token + 1], value[token : token + 1], want, slots[token, None] % 128, cache_format=K8V8
+        )
+        got, want = K8V8.unpack(kv_cache[block, None]), K8V8.unpack(want)
         offset = int(slots[token]) % 128
         assert torch.equal(got.k_codes[0, :, offset], want.k_codes[0, :, offset])
         assert torch.equal(got.v_codes[0, :, offset], want.v_codes[0, :, offset])

@@ -11,7 +11,9 @@ import tiny_models
 import torch
 
 from benchmarks.accuracy import stress_model
-from vllm_int8kv.serving import calibration
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
+from vllm_int8kv.serving import attention, calibration
 from vllm_int8kv.serving.calibration import State
 
 pytestmark = pytest.mark.engine
@@ -27,7 +29,7 @@ def models(tmp_path_factory):
 
 def run(model, **options):
     with engines.tiny_engine(model, **options) as llm:
-        equalizers = [getattr(layer.impl, "key_equalizer", None) for layer in engines.layers(llm).values()]
+        equalizers = [layer.impl.key_transform.equalizer for layer in engines.layers(llm).values()]
         return engines.prompt_logprobs(llm), equalizers
 
 
@@ -67,7 +69,7 @@ def test_a_model_that_cannot_run_is_served_without(models, monkeypatch):
     def fail(query, key):
         raise RuntimeError("no such layer")
 
-    monkeypatch.setattr(calibration, "key_equalizer", fail)
+    monkeypatch.setattr(attention, "key_equalizer", fail)
     expected, _ = run(models[0], kv_cache_dtype="auto")
     got, equalizers = run(models[0])
     assert equalizers == [None] * 3
@@ -105,19 +107,17 @@ def test_why_a_model_is_not_run(model, stages, connector, problem):
 
 def test_a_layer_that_reads_another_ones_cache_uses_its_factors(monkeypatch):
     """As Gemma-3n and the drafts of Gemma-4 do: Q must be multiplied by what K was divided by."""
-    from vllm_int8kv.serving import backend
-
-    owner = SimpleNamespace(impl=SimpleNamespace(key_equalizer=torch.full((1, 32), 4.0)))
+    owner = SimpleNamespace(impl=SimpleNamespace(key_transform=KeyTransform(equalizer=torch.full((1, 32), 4.0))))
     context = SimpleNamespace(no_compile_layers={"owner": owner})
-    monkeypatch.setattr(backend, "get_forward_context", lambda: context)
+    monkeypatch.setattr(attention, "get_forward_context", lambda: context)
     used = []
-    monkeypatch.setattr(backend.ops, "paged_attention", lambda *args, key_equalizer, **_: used.append(key_equalizer))
-    impl = object.__new__(backend.Int8KVImpl)
+    monkeypatch.setattr(attention.ops, "paged_attention", lambda *args, key_transform, **_: used.append(key_transform))
+    impl = object.__new__(attention.Int8KVImpl)
     vars(impl).update(scale=1.0, sliding_window=None, logits_soft_cap=0.0, alibi_slopes=None, sinks=None)
-    vars(impl).update(rotate_keys=True, key_equalizer=torch.ones(1, 32))
+    vars(impl).update(cache_format=K8V8, key_transform=KeyTransform(equalizer=torch.ones(1, 32)))
     metadata = impl.metadata_of_one_sequence(1, 1, torch.device("cpu"))
     x = torch.zeros(1, 1, 32)
-    for target, expected in ((None, impl.key_equalizer), ("owner", owner.impl.key_equalizer)):
+    for target, expected in ((None, impl.key_transform), ("owner", owner.impl.key_transform)):
         layer = SimpleNamespace(kv_sharing_target_layer_name=target)
         impl.forward(layer, x, x, x, None, metadata, x)
         assert used.pop() is expected

@@ -8,6 +8,8 @@ from typing import Any
 from server import BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_BLOCKS
 from soak import ROOT, Result
 
+from vllm_int8kv.cache import library
+
 
 def summary(result: Result) -> dict[str, Any]:
     """The counts of a soak; bytes of memory are of all processes of the server together."""
@@ -35,7 +37,6 @@ def summary(result: Result) -> dict[str, Any]:
 def write(result: Result, minutes: float, connections: int, results: Path) -> None:
     """Append the record of a soak that had no problems."""
     sys.path.insert(0, str(ROOT))
-    from vllm_int8kv.cache import ops
     from vllm_int8kv.evaluation import record
 
     deciles = statistics.quantiles(result.latencies, n=10)
@@ -54,7 +55,7 @@ def write(result: Result, minutes: float, connections: int, results: Path) -> No
                 "num_blocks": NUM_BLOCKS,
             },
             impl="int8_custom",
-            resolved_backend=f"INT8_KV {ops.cpu_isa()}",
+            resolved_backend=f"INT8_KV {library.cpu_isa()}",
             median_us=1e6 * statistics.median(result.latencies),
             p10_us=1e6 * deciles[0],
             p90_us=1e6 * deciles[-1],

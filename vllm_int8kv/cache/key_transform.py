@@ -1,67 +1,70 @@
-"""Key equalization: one factor per channel that divides K and multiplies Q, so that `q . k` is unchanged.
+"""What is done to keys before they are quantized, and to queries so that `q . k` stays the same, in plain PyTorch.
 
-The codes of a vector share one step, proportional to its largest element, so in the score sum(q_d k_d) every channel
-adds an error of q_d e_d times a step proportional to |k / e|, where e are the factors. Rotation makes the steps follow
-the length of k / e rather than its largest element, and the expected squared error of a score is proportional to
-
-    sum(E[k_d^2] / e_d^2) * sum(E[q_d^2] e_d^2)  >=  sum(sqrt(E[k_d^2] E[q_d^2]))^2       (Cauchy-Schwarz)
-
-with equality at e_d = sqrt(rms(k_d) / rms(q_d)), the balance between keys and queries that `key_equalizer` returns.
-The bound does not change when a channel of K is scaled by c and the same channel of Q by 1 / c, and neither does a
-bit of the cache: the factor takes up c.
-
-The root mean squares come from one forward pass over random tokens when the model has been loaded
-(`calibration.py`). It needs no data and knows nothing of the model's structure: it sees Q and K as they reach the
-cache, after biases, norms, RoPE and tensor parallel sharding. Any factors leave q . k as it is, so a poor estimate
-costs accuracy, never correctness.
+K is divided by the equalizer, then rotated; Q is multiplied by the equalizer and rotated by the same matrix.
+`csrc/format/rotation.h` states the same, bit for bit.
 """
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
-MAX_EXPONENT = 30
-NUM_TOKENS = 256
-MAX_POSITION = 4096
+from vllm_int8kv.cache.quantizer import sanitize
 
 
-def calibration_positions(max_model_len: int, max_num_tokens: int) -> torch.Tensor:
-    """Where the random tokens of the calibration pass stand: ever farther apart, up to position 4095.
+def rotation_block(head_size: int) -> int:
+    """The largest power of two, at most 256, that divides `head_size`."""
+    return min(head_size & -head_size, 256)
 
-    RoPE turns slow pairs of channels so little over the first few hundred positions that their root mean squares
-    there are not those of a longer context. KL per token on SmolLM2, four texts of 2048 tokens, as a share of that
-    of plain INT8: 0.36 with positions 0 to 255, 0.28 with 0 to 2040 in steps of 8, 0.28 with these, 0.32 with these
-    up to 8191, and no better with twice the tokens.
 
-    Args:
-        max_model_len: positions are below it.
-        max_num_tokens: what one pass may have.
+def hadamard_rotate(x: torch.Tensor) -> torch.Tensor:
+    """Multiply the last dimension by an orthonormal Hadamard matrix, in blocks of `rotation_block`.
 
-    Returns:
-        [min(256, max_num_tokens, max_model_len)] int64, strictly increasing from 0.
+    fp32 in, fp32 out. The order of the additions is part of the cache format: for half = 1, 2, 4, ...
+    (a, b) becomes (a + b, a - b), and one multiplication by 1 / sqrt(block) comes last.
     """
-    num_tokens = min(NUM_TOKENS, max_num_tokens, max_model_len)
-    last = min(MAX_POSITION, max_model_len) - 1
-    index = torch.arange(num_tokens, device="cpu")
-    # last * (i / n)^2, but at least i, so that no two tokens share a position.
-    squares = torch.div(last * index.square(), max(num_tokens - 1, 1) ** 2, rounding_mode="floor")
-    return squares.maximum(index)
+    head_size = x.shape[-1]
+    block = rotation_block(head_size)
+    half = 1
+    while half < block:
+        pairs = x.reshape(*x.shape[:-1], head_size // (2 * half), 2, half)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack([a + b, a - b], dim=-2).reshape(x.shape)
+        half *= 2
+    return x * torch.tensor(1.0 / math.sqrt(block), dtype=torch.float32)
 
 
-def key_equalizer(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The factors that balance keys and queries, as powers of two.
+@dataclass(frozen=True)
+class KeyTransform:
+    """The transform of one layer's keys; whoever reads its cache must apply the same one to queries."""
 
-    Powers of two cost no accuracy (KL on SmolLM2 1.76e-4 against 1.87e-4 without rounding and 2.41e-4 without
-    factors) and make dividing K and multiplying Q exact.
+    rotate: bool = True
+    """Multiply by a Hadamard matrix, which spreads outlier channels over the head."""
+    equalizer: torch.Tensor | None = None
+    """[num_kv_heads, head_size] fp32: K is divided by it and Q multiplied."""
 
-    Args:
-        query: [num_tokens, num_heads, head_size].
-        key: [num_tokens, num_kv_heads, head_size].
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        return self if self.equalizer is None else replace(self, equalizer=self.equalizer.to(device))
 
-    Returns:
-        [num_kv_heads, head_size] fp32; 1 where a channel is always 0 or not finite.
-    """
-    num_kv_heads, head_size = key.shape[1:]
-    k_squares = key.double().square().mean(dim=0)
-    q_squares = query.double().square().mean(dim=0).view(num_kv_heads, -1, head_size).mean(dim=1)
-    exponents = torch.log2(k_squares / q_squares) / 4
-    exponents = torch.where(exponents.isfinite(), exponents, 0.0).round().clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return torch.exp2(exponents).float()
+    def keys(self, key: torch.Tensor) -> torch.Tensor:
+        """Keys `[..., num_kv_heads, head_size]` as they are quantized, fp32."""
+        key = sanitize(key)
+        if self.equalizer is not None:
+            key = sanitize(key / self.equalizer)
+        return hadamard_rotate(key) if self.rotate else key
+
+    def undo_keys(self, key: torch.Tensor) -> torch.Tensor:
+        """What `keys` was given, but for the error of the quantization between the two; fp32."""
+        if self.rotate:  # is its own inverse
+            key = hadamard_rotate(key)
+        return key if self.equalizer is None else key * self.equalizer
+
+    def queries(self, query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+        """Queries `[..., num_heads, head_size]` as they meet transformed keys, fp32."""
+        query = query.float()
+        if self.equalizer is not None:
+            num_queries_per_kv = query.shape[-2] // num_kv_heads
+            query = query * self.equalizer.repeat_interleave(num_queries_per_kv, dim=0)
+        return hadamard_rotate(query) if self.rotate else query

@@ -1,18 +1,14 @@
-"""The operators: one typed wrapper each. Needs neither vLLM nor a GPU.
+"""The operators on the cache: one typed wrapper each. Needs neither vLLM nor a GPU.
 
-The arguments are checked in `csrc/ops.cpp`; a bad one raises RuntimeError naming the argument, what was
+The arguments are checked in `csrc/ops/cache_ops.cpp`; a bad one raises RuntimeError naming the argument, what was
 expected and what came.
 """
 
-from importlib.util import find_spec
-
 import torch
 
-# Found by name, because an editable install keeps the library away from this file.
-_library = find_spec("vllm_int8kv._C")
-if _library is None or _library.origin is None:
-    raise ImportError("vllm_int8kv._C is missing: install vllm-int8kv with pip, or run `make setup` in a checkout")
-torch.ops.load_library(_library.origin)
+from vllm_int8kv.cache import library as library  # loads the operators
+from vllm_int8kv.cache.formats import CacheFormat
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 
 def reshape_and_cache(
@@ -21,8 +17,8 @@ def reshape_and_cache(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
 ) -> None:
     """Quantize this step's keys and values and write them to their slots.
 
@@ -34,10 +30,10 @@ def reshape_and_cache(
         kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] int8, written in place.
         slot_mapping: [num_tokens] int64. Negative entries are padding and are skipped; two equal
             non-negative entries are the caller's mistake and leave one of the two vectors.
-        rotate_keys: multiply K by a Hadamard matrix first; `paged_attention` must be told the same.
-        key_equalizer: [num_kv_heads, head_size] fp32, K is divided by it before the rotation.
+        cache_format: of `kv_cache`, whose bytes are checked against it.
+        key_transform: what is done to K first; whoever reads the cache must be told the same.
     """
-    torch.ops.int8kv.reshape_and_cache(key, value, kv_cache, slot_mapping, rotate_keys, key_equalizer)
+    torch.ops.int8kv.reshape_and_cache(key, value, kv_cache, slot_mapping, *_common(cache_format, key_transform))
 
 
 def gather_cache(
@@ -48,8 +44,8 @@ def gather_cache(
     cu_seq_lens: torch.Tensor,
     seq_starts: torch.Tensor,
     *,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
 ) -> None:
     """Dequantize stretches of sequences, for attention libraries that know no INT8 cache.
 
@@ -63,10 +59,10 @@ def gather_cache(
         cu_seq_lens: [num_seqs + 1] int32, prefix sum of the lengths of the stretches: the rows of each sequence.
             Later rows are left alone.
         seq_starts: [num_seqs] int32, position within its sequence of a stretch's first token.
-        rotate_keys, key_equalizer: as in `reshape_and_cache`.
+        cache_format, key_transform: as in `reshape_and_cache`.
     """
     torch.ops.int8kv.gather_cache(
-        key, value, kv_cache, block_table, cu_seq_lens, seq_starts, rotate_keys, key_equalizer
+        key, value, kv_cache, block_table, cu_seq_lens, seq_starts, *_common(cache_format, key_transform)
     )
 
 
@@ -78,14 +74,14 @@ def paged_attention(
     query_start_loc: torch.Tensor,
     *,
     softmax_scale: float,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
     out: torch.Tensor | None = None,
     causal: bool = True,
     sliding_window: int | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of this step's queries over the INT8 cache, which already holds this step's K and V.
@@ -101,12 +97,12 @@ def paged_attention(
         seq_lens: [num_seqs] int32, tokens in the cache including this step's.
         query_start_loc: [num_seqs + 1] int32, prefix sum of the query lengths; later tokens are padding.
         softmax_scale: what the scores are multiplied by, usually 1 / sqrt(head_size).
+        cache_format, key_transform: as in `reshape_and_cache`.
         out: written and returned, like `query` in shape and dtype; rows of padding tokens are left alone.
         sliding_window: a query sees keys less than this far away; None for all.
         softcap: scores become softcap * tanh(scores / softcap); 0 for none.
         alibi_slopes: [num_heads] fp32, times (key position - query position) is added to the scores.
         sinks: [num_heads] fp32, one more score per head that attends to nothing.
-        rotate_keys, key_equalizer: as in `reshape_and_cache`.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
@@ -131,90 +127,15 @@ def paged_attention(
         lse,
         alibi_slopes,
         sinks,
-        key_equalizer,
+        *_common(cache_format, key_transform),
         softmax_scale,
         causal,
         0 if sliding_window is None else sliding_window,
         softcap,
-        rotate_keys,
     )
     return out if lse is None else (out, lse)
 
 
-CPU_VARIANTS = ("column_strided", "row_major", "tiled", "simd", "vectorized")
-"""The ladder on CPU: the paper's loop order, a plain loop, tiles, vectors, vectors on all threads of PyTorch."""
-
-CUDA_VARIANTS = ("naive", "tiled", "coarsened", "vectorized", "fused")
-"""The ladder on CUDA, as in the paper; `fused` also finds the scales, in one launch, and has no inverse."""
-
-
-def quantize_per_channel(
-    x: torch.Tensor,
-    *,
-    scales: torch.Tensor | None = None,
-    variant: str = "vectorized",
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize every channel of a matrix symmetrically with one scale: static caches, offline compression.
-
-    `codes = round_half_even(x / scales)`, saturated at +-127; NaN becomes 0. The error is at most half a
-    scale where `scales` come from `x`. Every variant gives the same bits.
-
-    Args:
-        x: [num_tokens, num_channels], fp32, fp16 or bf16; any token stride.
-        scales: [num_channels] fp32, positive and not subnormal; None takes `max|x| / 127` per channel, where
-            NaN counts as 0, magnitudes saturate at 1e30 and a channel below 1e-30 everywhere gets scale 1.
-        variant: one of `CPU_VARIANTS` or `CUDA_VARIANTS`, by the device of `x`.
-        out: [num_tokens, num_channels] int8, contiguous; receives the codes.
-
-    Returns:
-        codes [num_tokens, num_channels] int8 and scales [num_channels] fp32.
-    """
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device) if out is None else out
-    compute_scales = scales is None
-    if scales is None:
-        scales = torch.empty(x.shape[-1:], dtype=torch.float32, device=x.device)
-    torch.ops.int8kv.quantize_per_channel(x, codes, scales, compute_scales, variant)
-    return codes, scales
-
-
-def dequantize_per_channel(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-    variant: str = "vectorized",
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`codes * scales`, multiplied in fp32 and rounded half to even to `dtype`.
-
-    Args:
-        codes: [num_tokens, num_channels] int8, contiguous.
-        scales: [num_channels] fp32.
-        dtype: fp32, fp16 or bf16; that of `out` if there is one.
-        variant: as for `quantize_per_channel`, without `fused`.
-        out: [num_tokens, num_channels], contiguous; receives the result.
-    """
-    x = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
-    torch.ops.int8kv.dequantize_per_channel(x, codes, scales, variant)
-    return x
-
-
-def cpu_isas() -> list[str]:
-    """The CPU kernel paths this machine can run, slowest first: scalar, avx2, avx2_vnni, avx512, avx512_vnni."""
-    return torch.ops.int8kv.cpu_isas().split(",")
-
-
-def cpu_isa() -> str:
-    """The CPU kernel path in use; the fastest of `cpu_isas` unless `set_cpu_isa` chose another."""
-    return torch.ops.int8kv.cpu_isa()
-
-
-def set_cpu_isa(isa: str) -> None:
-    """Use another CPU kernel path in this process. Raises RuntimeError if the CPU does not have it."""
-    torch.ops.int8kv.set_cpu_isa(isa)
-
-
-def has_cuda_kernels() -> bool:
-    """Whether the installed library was built with CUDA kernels."""
-    return torch.ops.int8kv.has_cuda_kernels()
+def _common(cache_format: CacheFormat, key_transform: KeyTransform) -> tuple[str, bool, torch.Tensor | None]:
+    """The arguments that all schemes share, in their order."""
+    return cache_format.name, key_transform.rotate, key_transform.equalizer

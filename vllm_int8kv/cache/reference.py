@@ -4,52 +4,9 @@ import math
 
 import torch
 
-from vllm_int8kv.cache import formats
-
-INT8_MAX = 127.0
-MAX_MAGNITUDE = 1e30
-MIN_MAGNITUDE = 1e-30
-
-
-def rotation_block(head_size: int) -> int:
-    """The largest power of two, at most 256, that divides `head_size`."""
-    return min(head_size & -head_size, 256)
-
-
-def hadamard_rotate(x: torch.Tensor) -> torch.Tensor:
-    """Multiply the last dimension by an orthonormal Hadamard matrix, in blocks of `rotation_block`.
-
-    fp32 in, fp32 out. The order of the additions is part of the cache format: for half = 1, 2, 4, ...
-    (a, b) becomes (a + b, a - b), and one multiplication by 1 / sqrt(block) comes last.
-    """
-    head_size = x.shape[-1]
-    block = rotation_block(head_size)
-    half = 1
-    while half < block:
-        pairs = x.reshape(*x.shape[:-1], head_size // (2 * half), 2, half)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack([a + b, a - b], dim=-2).reshape(x.shape)
-        half *= 2
-    return x * torch.tensor(1.0 / math.sqrt(block), dtype=torch.float32)
-
-
-def sanitize(x: torch.Tensor) -> torch.Tensor:
-    """fp32 without the values that cannot be quantized: NaN counts as 0, magnitudes saturate at 1e30."""
-    return torch.nan_to_num(x.float(), nan=0.0).clamp(-MAX_MAGNITUDE, MAX_MAGNITUDE)
-
-
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the finite vectors along the last dimension, see `csrc/int8_quant.h`.
-
-    Returns:
-        codes, int8, the shape of `x`; scales, bf16, one per vector. A vector below 1e-30 everywhere
-        becomes zeros with scale 1.
-    """
-    x = x.float()
-    amax = x.abs().amax(dim=-1)
-    scales = torch.where(amax >= MIN_MAGNITUDE, amax / INT8_MAX, 1.0).to(formats.SCALE_DTYPE)
-    codes = torch.round(x / scales.float()[..., None])
-    return codes.to(torch.int8), scales
+from vllm_int8kv.cache.formats import CacheFormat
+from vllm_int8kv.cache.key_transform import KeyTransform
+from vllm_int8kv.cache.quantizer import INT8_MAX, MIN_MAGNITUDE, sanitize
 
 
 def quantize_per_channel(x: torch.Tensor, *, scales: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,40 +23,34 @@ def dequantize_per_channel(codes: torch.Tensor, scales: torch.Tensor, *, dtype: 
     return (codes.float() * scales).to(dtype)
 
 
-def transform_keys(key: torch.Tensor, rotate_keys: bool, key_equalizer: torch.Tensor | None) -> torch.Tensor:
-    """Keys as they are quantized: fp32, equalized, rotated. `[..., num_kv_heads, head_size]`."""
-    key = sanitize(key)
-    if key_equalizer is not None:
-        key = sanitize(key / key_equalizer)
-    return hadamard_rotate(key) if rotate_keys else key
-
-
 def reshape_and_cache(
     key: torch.Tensor,
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
 ) -> None:
     """Meaning of `ops.reshape_and_cache`."""
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
     blocks, offsets = slots // kv_cache.shape[2], slots % kv_cache.shape[2]
-    k_codes, k_scales = quantize(transform_keys(key[kept], rotate_keys, key_equalizer))
-    v_codes, v_scales = quantize(sanitize(value[kept]))
-    planes = formats.unpack(kv_cache)
+    k_codes, k_scales = cache_format.quantize_k(key_transform.keys(key[kept]))
+    v_codes, v_scales = cache_format.quantize_v(sanitize(value[kept]))
+    planes = cache_format.unpack(kv_cache)
     planes.k_codes[blocks, :, offsets] = k_codes
     planes.v_codes[blocks, :, offsets] = v_codes
     planes.k_scales[blocks, :, offsets] = k_scales
     planes.v_scales[blocks, :, offsets] = v_scales
-    kv_cache.copy_(formats.pack(planes))
+    kv_cache.copy_(cache_format.pack(planes))
 
 
-def dequantize(kv_cache: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def dequantize(
+    kv_cache: torch.Tensor, dtype: torch.dtype, *, cache_format: CacheFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys (still rotated and equalized) and values, each `[num_blocks, num_kv_heads, block_size, head_size]`."""
-    planes = formats.unpack(kv_cache)
+    planes = cache_format.unpack(kv_cache)
     key = planes.k_codes.to(dtype) * planes.k_scales.to(dtype)[..., None]
     value = planes.v_codes.to(dtype) * planes.v_scales.to(dtype)[..., None]
     return key, value
@@ -113,8 +64,8 @@ def gather_cache(
     cu_seq_lens: torch.Tensor,
     seq_starts: torch.Tensor,
     *,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
 ) -> None:
     """Meaning of `ops.gather_cache`."""
     bounds = cu_seq_lens.tolist()
@@ -125,13 +76,9 @@ def gather_cache(
         # The planes of whole blocks, one block per row, then each row's slot of it.
         keys, values = (
             x[torch.arange(len(slots), device=x.device), :, slots % kv_cache.shape[2]]
-            for x in dequantize(kv_cache[blocks], torch.float32)
+            for x in dequantize(kv_cache[blocks], torch.float32, cache_format=cache_format)
         )
-        if rotate_keys:  # is its own inverse
-            keys = hadamard_rotate(keys)
-        if key_equalizer is not None:
-            keys = keys * key_equalizer
-        key[rows], value[rows] = keys.to(key.dtype), values.to(value.dtype)
+        key[rows], value[rows] = key_transform.undo_keys(keys).to(key.dtype), values.to(value.dtype)
 
 
 def visible_keys(
@@ -198,13 +145,13 @@ def paged_attention(
     query_start_loc: torch.Tensor,
     *,
     softmax_scale: float,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
     causal: bool = True,
     sliding_window: int | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Meaning of `ops.paged_attention`: attention over the dequantized cache, computed in `dtype`.
@@ -213,12 +160,7 @@ def paged_attention(
         out `[num_tokens, num_heads, head_size]` and lse `[num_heads, num_tokens]`, both in `dtype`; rows of
         padding tokens are 0 and -inf.
     """
-    num_kv_heads = kv_cache.shape[1]
-    if key_equalizer is not None:
-        group = query.shape[1] // num_kv_heads
-        query = query.float() * key_equalizer.repeat_interleave(group, dim=0)
-    rotated = hadamard_rotate(query.float()) if rotate_keys else query.float()
-    rotated = rotated.to(dtype)
+    transformed = key_transform.queries(query, kv_cache.shape[1]).to(dtype)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     lse = torch.full((query.shape[1], query.shape[0]), -math.inf, dtype=dtype, device=query.device)
     bounds = query_start_loc.tolist()
@@ -226,10 +168,12 @@ def paged_attention(
         begin, end = bounds[seq], bounds[seq + 1]
         num_blocks = -(-seq_len // kv_cache.shape[2])
         blocks = kv_cache[block_table[seq, :num_blocks].long()]
-        key, value = (x.transpose(1, 2).flatten(0, 1)[:seq_len] for x in dequantize(blocks, dtype))
+        key, value = (
+            x.transpose(1, 2).flatten(0, 1)[:seq_len] for x in dequantize(blocks, dtype, cache_format=cache_format)
+        )
         positions = torch.arange(seq_len - (end - begin), seq_len, device=query.device)
         out[begin:end], lse[:, begin:end] = attention(
-            rotated[begin:end],
+            transformed[begin:end],
             key,
             value,
             visible_keys(positions, seq_len, causal, sliding_window),

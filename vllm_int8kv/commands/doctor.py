@@ -12,7 +12,6 @@ from vllm_int8kv.commands.serve import PLUGIN_NAME, is_plugin_filtered_out
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.machine import has_fast_bf16
 
-OLDEST_COMPUTE_CAPABILITY = (7, 5)
 PLUGIN_CHECK = f"""
 from vllm.plugins import load_general_plugins
 load_general_plugins()
@@ -44,9 +43,9 @@ def diagnose() -> Iterator[Check]:
     if not torch_check.ok:
         return
     yield check_torchvision()
-    library = check_library()
-    yield library
-    if library.ok:
+    library_check = check_library()
+    yield library_check
+    if library_check.ok:
         yield from check_kernels()
     if not has_fast_bf16():
         yield Check("bf16", 'this CPU computes it in software, fp32 is several times as fast: use dtype="float32"')
@@ -82,33 +81,32 @@ def check_torchvision() -> Check:
 
 def check_library() -> Check:
     try:
-        from vllm_int8kv.cache import ops
+        from vllm_int8kv.cache import library
     except (ImportError, OSError) as error:
         return Check("operators", _last_line(str(error)), "reinstall vllm-int8kv, or run `make setup` in a checkout")
-    kinds = "CPU and CUDA" if ops.has_cuda_kernels() else "CPU"
+    kinds = "CPU and CUDA" if library.has_cuda_kernels() else "CPU"
     return Check("operators", f"{kinds} kernels")
 
 
 def check_kernels() -> Iterator[Check]:
     """Compare every operator with the reference on every kernel path of this machine."""
+    from vllm_int8kv.cache import library
 
-    from vllm_int8kv.cache import ops
-
-    active = ops.cpu_isa()
+    active = library.cpu_isa()
     try:
-        for isa in ops.cpu_isas():
-            ops.set_cpu_isa(isa)
+        for isa in library.cpu_isas():
+            library.set_cpu_isa(isa)
             label = f"CPU kernels, {isa}{' (in use)' if isa == active else ''}"
             yield _self_test(label, "cpu")
     finally:
-        ops.set_cpu_isa(active)
+        library.set_cpu_isa(active)
     yield check_cuda()
 
 
 def check_cuda() -> Check:
     import torch
 
-    from vllm_int8kv.cache import ops
+    from vllm_int8kv.cache import library
 
     if torch.version.cuda is None:
         return Check("CUDA", "not in this PyTorch")
@@ -116,11 +114,12 @@ def check_cuda() -> Check:
         return Check("CUDA", f"CUDA {torch.version.cuda} in PyTorch, but no GPU that it can use")
     major, minor = torch.cuda.get_device_capability()
     gpu = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), CUDA {torch.version.cuda}"
-    if not ops.has_cuda_kernels():
+    if not library.has_cuda_kernels():
         remedy = "install a vllm-int8kv with CUDA kernels: the wheel, or a build where nvcc 12.8 or newer is found"
         return Check("CUDA", gpu, remedy)
-    if (major, minor) < OLDEST_COMPUTE_CAPABILITY:
-        return Check("CUDA", gpu, "use a GPU of compute capability 7.5 (Turing) or newer")
+    if (major, minor) < library.MIN_COMPUTE_CAPABILITY:
+        oldest = ".".join(map(str, library.MIN_COMPUTE_CAPABILITY))
+        return Check("CUDA", gpu, f"use a GPU of compute capability {oldest} or newer")
     return _self_test(f"CUDA kernels, {gpu}", "cuda")
 
 
@@ -143,7 +142,8 @@ def attention_error(device: str) -> float:
     """
     import torch
 
-    from vllm_int8kv.cache import formats, ops, reference
+    from vllm_int8kv.cache import ops, reference
+    from vllm_int8kv.cache.formats import K8V8
 
     generator = torch.Generator().manual_seed(0)
     num_heads, num_kv_heads, head_size, block_size = 6, 2, 64, 32
@@ -156,18 +156,24 @@ def attention_error(device: str) -> float:
     query = torch.randn(sum(query_lens), num_heads, head_size, generator=generator)
     query_start_loc = torch.tensor([0, 1, 6], dtype=torch.int32)
 
-    expected_cache = formats.allocate(7, num_kv_heads, block_size, head_size)
-    reference.reshape_and_cache(key, value, expected_cache, slot_mapping)
-    cache = formats.allocate(7, num_kv_heads, block_size, head_size, device)
-    ops.reshape_and_cache(key.to(device), value.to(device), cache, slot_mapping.to(device))
+    expected_cache = K8V8.allocate(7, num_kv_heads, block_size, head_size)
+    reference.reshape_and_cache(key, value, expected_cache, slot_mapping, cache_format=K8V8)
+    cache = K8V8.allocate(7, num_kv_heads, block_size, head_size, device)
+    ops.reshape_and_cache(key.to(device), value.to(device), cache, slot_mapping.to(device), cache_format=K8V8)
     wrong_bytes = int((cache.cpu() != expected_cache).sum())
     if wrong_bytes:
         raise AssertionError(f"reshape_and_cache: {wrong_bytes} bytes of the cache differ from the reference")
 
     batch = [block_table, seq_lens, query_start_loc]
-    expected, _ = reference.paged_attention(query, expected_cache, *batch, softmax_scale=head_size**-0.5)
+    expected, _ = reference.paged_attention(
+        query, expected_cache, *batch, softmax_scale=head_size**-0.5, cache_format=K8V8
+    )
     out = ops.paged_attention(
-        query.to(device), cache, *(tensor.to(device) for tensor in batch), softmax_scale=head_size**-0.5
+        query.to(device),
+        cache,
+        *(tensor.to(device) for tensor in batch),
+        softmax_scale=head_size**-0.5,
+        cache_format=K8V8,
     )
     error = float((out.cpu().double() - expected).abs().max())
     if not error < 1e-3:

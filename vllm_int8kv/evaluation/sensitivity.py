@@ -1,9 +1,9 @@
 """`vllm-int8kv eval --sensitivity`: what each layer loses to INT8, and which to leave unquantized.
 
-One engine with an unquantized cache scores the texts by prefill (`sensitivity_engine.py`). e_o is the relative error
-of a layer's attention output when its own K and V went through the INT8 cache and everything before it is exact
-(KVTuner, arXiv 2502.04420, with norms in place of elementwise ratios); the KL divergence per token is that of the
-whole model with only this layer quantized.
+One engine with the INT8 cache scores the texts by prefill, with exact attention in the layers that are to count as
+unquantized (`engines/sensitivity_engine.py`). e_o is the relative error of a layer's attention output when its own K and
+V went through the cache and everything before it is exact (KVTuner, arXiv 2502.04420, with norms in place of
+elementwise ratios); the KL divergence per token is that of the whole model with only this layer quantized.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_int8kv.cache import formats
+from vllm_int8kv.cache.formats import FORMATS, K8V8, native_content_bytes
 from vllm_int8kv.config import LAYER_FORMATS
 from vllm_int8kv.evaluation.engines.process import run_engine
 from vllm_int8kv.evaluation.evaluate import Plan
@@ -35,16 +35,17 @@ class CacheShape:
     head_size: int
     itemsize: int
     """Bytes of an element of the unquantized cache."""
+    cache_format: str = K8V8.name
 
     @property
     def native_bytes(self) -> int:
         """Bytes per token without quantization."""
-        return self.num_kv_heads * 2 * self.head_size * self.itemsize
+        return self.num_kv_heads * native_content_bytes(self.head_size, self.itemsize)
 
     @property
     def int8_bytes(self) -> int:
         """Bytes per token in the INT8 cache."""
-        return self.num_kv_heads * formats.content_bytes(self.head_size)
+        return self.num_kv_heads * FORMATS[self.cache_format].content_bytes(self.head_size)
 
 
 def measure_layers(plan: Plan, console: Console, *, name: str, verbose: bool = False) -> dict[str, Any]:

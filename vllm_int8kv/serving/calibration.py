@@ -2,23 +2,24 @@
 
 It runs after the last attention layer's weights are processed, before vLLM measures memory, adds LoRA or compiles.
 Every layer sets its factors from the Q and K it sees, then attends through a cache of its own that is written with
-them, so that later layers see what they will see when serving. The tokens are always the same, so engines of one
-model and machine agree.
+them (`Int8KVImpl.calibrate`), so that later layers see what they will see when serving. The tokens are always the same,
+so engines of one model and machine agree.
 """
 
 import inspect
-import weakref
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 
-from vllm_int8kv.cache import formats
-from vllm_int8kv.cache.key_transform import calibration_positions, key_equalizer
+from vllm_int8kv.cache.equalization import calibration_positions
+from vllm_int8kv.cache.key_transform import KeyTransform
+from vllm_int8kv.serving.layers import is_ours, registry
 
 logger = init_logger("vllm.int8kv")
 
@@ -34,33 +35,12 @@ class State(Enum):
     DONE = "it has its factors, or will do without"
 
 
-class ParentTracker:
-    """Finds the model that an attention layer belongs to.
+class Calibrated(Protocol):
+    """What calibration needs of the implementation of a layer."""
 
-    vLLM tells an attention implementation neither its parents nor when the model is complete; PyTorch reports every
-    registration of a submodule, from the leaves to the root, while the model is being built.
-    """
-
-    def __init__(self) -> None:
-        self._parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-        self._ancestors: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._hook: Any = None
-
-    def start(self) -> None:
-        """Watch registrations in this process from here on."""
-        if self._hook is None:
-            self._hook = nn.modules.module.register_module_module_registration_hook(self._on_registration)
-
-    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if child is not None and (child in self._ancestors or is_ours(child)):
-            self._parents[child] = weakref.ref(parent)
-            self._ancestors.add(parent)
-
-    def root(self, module: nn.Module) -> nn.Module:
-        """The outermost module that contains this one."""
-        while (reference := self._parents.get(module)) is not None and (parent := reference()) is not None:
-            module = parent
-        return module
+    vllm_config: Any
+    calibration_state: State
+    key_transform: KeyTransform
 
 
 @dataclass
@@ -71,35 +51,27 @@ class Pass:
     """By layer name, for layers that read the cache of another."""
 
 
-_tracker = ParentTracker()
 _running: Pass | None = None
 
 
-def is_ours(module: nn.Module) -> bool:
-    """Whether a module is an attention layer with the INT8 cache."""
-    return isinstance(getattr(getattr(module, "impl", None), "calibration_state", None), State)
+def running() -> Pass | None:
+    """The pass in progress in this process, if there is one."""
+    return _running
 
 
 def new_state(equalize_keys: bool) -> State:
     """The state of a layer that is being built."""
-    if not equalize_keys:
-        return State.DONE
-    _tracker.start()
-    return State.LOADING
+    return State.LOADING if equalize_keys else State.DONE
 
 
-def layer_is_loaded(impl: Any) -> None:
-    """Note that the weights of a layer are there; once those of its whole model are, find the factors.
-
-    Args:
-        impl: the layer's `Int8KVImpl`.
-    """
+def layer_is_loaded(impl: Calibrated) -> None:
+    """Note that the weights of a layer are there; once those of its whole model are, find the factors."""
     if impl.calibration_state is not State.LOADING:  # weights loaded again keep their factors: any are exact
         return
     impl.calibration_state = State.LOADED
     context = impl.vllm_config.compilation_config.static_forward_context
     layer = next(layer for layer in context.values() if getattr(layer, "impl", None) is impl)
-    model = _tracker.root(layer)
+    model = registry.root(layer)
     layers = [module for module in model.modules() if is_ours(module)]
     if any(layer.impl.calibration_state is State.LOADING for layer in layers):
         return
@@ -110,12 +82,17 @@ def layer_is_loaded(impl: Any) -> None:
         except Exception as error:  # whatever a model raises when it is run outside of a batch
             problem = f"its pass over random tokens failed ({type(error).__name__}: {error})"
     for layer in layers:
-        layer.impl.calibration_state = State.DONE
-        factors = layer.impl.key_equalizer if problem is None else None
-        # A buffer, and no inference tensor, so that vLLM's sleep mode saves it and can write it back in place.
-        layer.impl.key_equalizer = None if factors is None else factors.clone()
-        layer.register_buffer("int8kv_key_equalizer", layer.impl.key_equalizer, persistent=False)
+        _keep(layer, layer.impl.key_transform.equalizer if problem is None else None)
     _log(type(model).__name__, layers, problem)
+
+
+def _keep(layer: nn.Module, equalizer: torch.Tensor | None) -> None:
+    """Make the factors of a layer lasting."""
+    # A buffer, and no inference tensor, so that vLLM's sleep mode saves it and can write it back in place.
+    lasting = None if equalizer is None else equalizer.clone()
+    layer.register_buffer("int8kv_key_equalizer", lasting, persistent=False)
+    layer.impl.key_transform = replace(layer.impl.key_transform, equalizer=lasting)
+    layer.impl.calibration_state = State.DONE
 
 
 def _why_not(model: nn.Module, vllm_config: Any) -> str | None:
@@ -135,7 +112,7 @@ def _why_not(model: nn.Module, vllm_config: Any) -> str | None:
 
 
 def _run(model: nn.Module, vllm_config: Any) -> None:
-    """Run the model on random tokens; `attend` sets the factors."""
+    """Run the model on random tokens; meanwhile `running` tells its layers to set their factors."""
     global _running
     device = vllm_config.device_config.device
     max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -155,32 +132,13 @@ def _run(model: nn.Module, vllm_config: Any) -> None:
         _running = None
 
 
-def attend(
-    layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
-) -> torch.Tensor:
-    """Attention of one layer without metadata: in this pass, or zeros while vLLM profiles memory."""
-    if _running is None:
-        return output.fill_(0)
-    impl, num_tokens, device = layer.impl, query.shape[0], query.device
-    num_blocks = -(-num_tokens // formats.SLOT_GROUP)
-    shared = layer.kv_sharing_target_layer_name
-    if shared is None:
-        impl.key_equalizer = key_equalizer(query, key)
-        cache = formats.allocate(num_blocks, impl.num_kv_heads, formats.SLOT_GROUP, impl.head_size, device)
-        _running.caches[layer.layer_name] = cache
-        impl.do_kv_cache_update(layer, key, value, cache, torch.arange(num_tokens, device=device))
-    else:
-        cache = _running.caches[shared]
-    metadata = impl.metadata_of_one_sequence(num_tokens, num_blocks, device)
-    return impl.forward(layer, query, key, value, cache, metadata, output)
-
-
-def _log(model: str, layers: list[Any], problem: str | None) -> None:
+def _log(model: str, layers: Sequence[Any], problem: str | None) -> None:
     """Say once per model what was done, layer by layer."""
     if problem is not None:
         logger.warning_once("INT8 KV cache: keys of %s are not equalized: %s", model, problem)
         return
-    factors = {layer.layer_name: layer.impl.key_equalizer for layer in layers if layer.impl.key_equalizer is not None}
+    equalizers = {layer.layer_name: layer.impl.key_transform.equalizer for layer in layers}
+    factors = {name: equalizer for name, equalizer in equalizers.items() if equalizer is not None}
     # The common factor of a head means nothing, so outliers show relative to the median.
     largest = {name: (f / f.median(dim=-1, keepdim=True).values).max().item() for name, f in factors.items()}
     logger.info_once(

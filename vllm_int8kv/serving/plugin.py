@@ -214,19 +214,20 @@ def check_engine(vllm_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    from vllm_int8kv.cache import ops
+    from vllm_int8kv.cache import library
+    from vllm_int8kv.cache.formats import FORMATS
 
     options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
-    if options.cpu_isa is not None and options.cpu_isa not in ops.cpu_isas():
+    if options.cpu_isa is not None and options.cpu_isa not in library.cpu_isas():
         raise ValueError(
-            f'additional_config["int8_kv"]["cpu_isa"] must be one of {", ".join(ops.cpu_isas())} on this machine, '
+            f'additional_config["int8_kv"]["cpu_isa"] must be one of {", ".join(library.cpu_isas())} on this machine, '
             f"got {options.cpu_isa!r}"
         )
     model_config = vllm_config.model_config
     if model_config is None:
         return
     if options.layer_policy is not None:
-        policy = read_layer_policy(options.layer_policy, model_config.get_total_num_hidden_layers())
+        policy = read_layer_policy(options.layer_policy, model_config.get_total_num_hidden_layers(), FORMATS)
         skipped = {str(layer) for layer, layer_format in policy.items() if layer_format == "auto"}
         cache_config = vllm_config.cache_config
         cache_config.kv_cache_dtype_skip_layers = sorted({*cache_config.kv_cache_dtype_skip_layers, *skipped})
@@ -263,15 +264,14 @@ def refuse_unsupported(request: dict[str, Any]) -> None:
     """Raise ValueError unless the backend serves `request`, the fields of vLLM's `AttentionSelectorConfig`."""
     from vllm.platforms import current_platform
 
-    from vllm_int8kv.cache.formats import SLOT_GROUP
+    from vllm_int8kv.cache.formats import HEAD_SIZES_TEXT, SLOT_GROUP
     from vllm_int8kv.serving.backend import Int8KVBackend
 
     reasons = Int8KVBackend.validate_configuration(
         device_capability=current_platform.get_device_capability(), **request
     )
     details = {
-        "head_size not supported": f"head_size {request['head_size']} not supported; supported: 32 to 256 in steps of "
-        "16, and 512",
+        "head_size not supported": f"head_size {request['head_size']} not supported; supported: {HEAD_SIZES_TEXT}",
         "block_size not supported": f"block_size {request['block_size']} not supported; use a multiple of {SLOT_GROUP}",
         "MLA not supported": "MLA not supported; its cache holds one latent vector for all heads, which this format "
         "does not store",

@@ -16,13 +16,15 @@ from itertools import accumulate, pairwise
 import torch
 
 from vllm_int8kv.cache import ops
+from vllm_int8kv.cache.formats import CacheFormat
+from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.serving.varlen_attention import VarlenAttention, VarlenCall
 
 MAX_DECODE_QUERY_LEN = 16
 """Query tokens of a sequence that `ops.paged_attention` takes in one pass over its keys; more make a prompt."""
 
 MAX_CONTEXT_ROWS = 32768
-"""Rows of the workspace, beside those of a step's own tokens; longer contexts go through it in pieces."""
+"""Rows of the workspace, beside those of a step's own tokens; longer contexts go through it in splits."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def split_batch(
 
 
 @dataclass(frozen=True)
-class Piece:
+class Split:
     """One call of the attention library."""
 
     cu_seq_lens: torch.Tensor
@@ -87,8 +89,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Sequences that are attended together, in one piece or, for a single long one, in several."""
+class SequenceGroup:
+    """Sequences that are attended together, in one split or, for a single long one, in several."""
 
     seqs: slice
     """of the batch"""
@@ -97,7 +99,7 @@ class Group:
     query_start_loc: torch.Tensor
     """[num_seqs + 1] int32, counted from the group's first token"""
     max_query_len: int
-    pieces: tuple[Piece, ...]
+    splits: tuple[Split, ...]
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,17 @@ class PrefillPlan:
     num_decodes: int
     """sequences before the prompts, and their tokens: they are decoded"""
     num_decode_tokens: int
-    groups: tuple[Group, ...]
+    groups: tuple[SequenceGroup, ...]
 
     @property
     def num_rows(self) -> int:
         """Rows of the workspace that are used."""
-        return max(piece.num_rows for group in self.groups for piece in group.pieces)
+        return max(split.num_rows for group in self.groups for split in group.splits)
 
     @property
     def has_long_sequences(self) -> bool:
-        """Whether a sequence goes through the workspace in several pieces, which share no mask."""
-        return any(len(group.pieces) > 1 for group in self.groups)
+        """Whether a sequence goes through the workspace in several splits, which share no mask."""
+        return any(len(group.splits) > 1 for group in self.groups)
 
 
 def make_plan(
@@ -151,8 +153,8 @@ def make_plan(
         first = num_decodes + stretches[0].first_seq
         seqs = slice(first, first + len(stretches[0].keys))
         begins = query_start_loc[seqs.start : seqs.stop + 1]
-        pieces = [
-            Piece(
+        splits = [
+            Split(
                 cu_seq_lens=to_device([0, *accumulate(end - begin for begin, end in stretch.keys)]),
                 seq_starts=to_device([begin for begin, _ in stretch.keys]),
                 num_rows=stretch.num_rows,
@@ -161,12 +163,12 @@ def make_plan(
             for stretch in stretches
         ]
         groups.append(
-            Group(
+            SequenceGroup(
                 seqs=seqs,
                 tokens=slice(begins[0], begins[-1]),
                 query_start_loc=to_device([begin - begins[0] for begin in begins]),
                 max_query_len=max(end - begin for begin, end in pairwise(begins)),
-                pieces=tuple(pieces),
+                splits=tuple(splits),
             )
         )
     return PrefillPlan(num_decodes, query_start_loc[num_decodes], tuple(groups))
@@ -181,14 +183,14 @@ def attend(
     attention: VarlenAttention,
     *,
     softmax_scale: float,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
     out: torch.Tensor,
     causal: bool = True,
     sliding_window: int | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
 ) -> None:
     """Attention of the planned sequences over the cache, which already holds this step's K and V.
 
@@ -197,7 +199,7 @@ def attend(
         kv_cache, block_table: as in `ops.paged_attention`, of the whole batch.
         workspace: keys and values, each [at least the plan's rows, num_kv_heads, head_size] in the dtype of `query`.
         attention: the library's kernel.
-        softmax_scale to key_equalizer: as in `ops.paged_attention`.
+        softmax_scale to sinks: as in `ops.paged_attention`.
 
     Raises:
         ValueError: a sequence longer than the workspace with a window or ALiBi, which count from the diagonal.
@@ -210,21 +212,28 @@ def attend(
     for group in plan.groups:
         rows = group.tokens
         lse = None
-        for piece in group.pieces:
-            key, value = (x[: piece.num_rows] for x in workspace)
-            place = (block_table[group.seqs], piece.cu_seq_lens, piece.seq_starts)
-            ops.gather_cache(key, value, kv_cache, *place, rotate_keys=rotate_keys, key_equalizer=key_equalizer)
+        for split in group.splits:
+            key, value = (x[: split.num_rows] for x in workspace)
+            place = (block_table[group.seqs], split.cu_seq_lens, split.seq_starts)
+            ops.gather_cache(
+                key,
+                value,
+                kv_cache,
+                *place,
+                cache_format=cache_format,
+                key_transform=key_transform,
+            )
             call = VarlenCall(
                 query=query[rows],
                 key=key,
                 value=value,
                 out=out[rows] if lse is None else torch.empty_like(out[rows]),
                 query_start_loc=group.query_start_loc,
-                cu_seq_lens=piece.cu_seq_lens,
+                cu_seq_lens=split.cu_seq_lens,
                 max_query_len=group.max_query_len,
-                max_seq_len=piece.max_seq_len,
+                max_seq_len=split.max_seq_len,
                 softmax_scale=softmax_scale,
-                causal=causal and piece is group.pieces[-1],  # all keys of the others come before the queries
+                causal=causal and split is group.splits[-1],  # all keys of the others come before the queries
                 window=window,
                 softcap=softcap,
                 alibi_slopes=alibi_slopes,

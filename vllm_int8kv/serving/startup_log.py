@@ -7,7 +7,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_int8kv.cache import formats, ops
+from vllm_int8kv.cache import library
+from vllm_int8kv.cache.formats import native_content_bytes
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
 
 logger = init_logger("vllm.int8kv")
@@ -16,14 +17,15 @@ logger = init_logger("vllm.int8kv")
 def log_cache_format(spec: AttentionSpec, vllm_config: VllmConfig, options: Int8KVConfig, device: torch.device) -> None:
     """Say once per worker what was chosen and what it saves, over all layers that own a cache."""
     padding = spec.page_size_bytes / spec.unpadded_page_size_bytes
+    itemsize = vllm_config.model_config.dtype.itemsize
     int8_bytes = native_bytes = skipped = 0
     for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
         if layer.kv_sharing_target_layer_name is not None or layer.attn_type != AttentionType.DECODER:
             continue
-        native = layer.num_kv_heads * 2 * layer.head_size * vllm_config.model_config.dtype.itemsize
+        native = layer.num_kv_heads * native_content_bytes(layer.head_size, itemsize)
         native_bytes += native
         if layer.kv_cache_dtype == KV_CACHE_DTYPE:
-            int8_bytes += padding * layer.num_kv_heads * formats.content_bytes(layer.head_size)
+            int8_bytes += padding * layer.num_kv_heads * layer.impl.cache_format.content_bytes(layer.head_size)
         else:
             int8_bytes += native
             skipped += 1
@@ -31,7 +33,7 @@ def log_cache_format(spec: AttentionSpec, vllm_config: VllmConfig, options: Int8
         "INT8 KV cache: one scale per token and KV head, keys %s, %s kernels; %d bytes per token instead of %d "
         "(%s), %.2fx the tokens in the same memory; %d layer(s) left unquantized",
         "rotated" if options.rotate_keys else "not rotated",
-        ops.cpu_isa() if device.type == "cpu" else device.type,
+        library.cpu_isa() if device.type == "cpu" else device.type,
         int8_bytes,
         native_bytes,
         str(vllm_config.model_config.dtype).removeprefix("torch."),

@@ -1,5 +1,5 @@
-// One unit of rows at work: its place in the batch, a thread's working memory, and the queries as
-// integer terms. Included by paged_attention_tile.cpp, once per instruction set.
+// One AttentionUnit at work: its place in the batch, a thread's working memory, and the queries as
+// integer terms. Included by paged_attention.cpp of this folder, once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -10,11 +10,11 @@ namespace int8kv::cpu::INT8KV_ISA {
 namespace {
 
 constexpr float kMaxTerm = 32767.0f;
-constexpr float kSecondTerm = 65534.0f;  // the first term is off by at most half a unit
+constexpr float kSecondTerm = 65534.0f;  // the first term is off by at most 0.5
 constexpr int kMaxTerms = 2;
 
-// Working memory of one thread. Strides are those of the head size in hand, so
-// that only the part in use is touched.
+// Working memory of one thread. Strides are those of the head size in hand, so that only the part
+// in use is touched.
 struct Scratch {
   alignas(64) int16_t queries[kMaxTerms * kMaxRows * kMaxHeadSize];  // see Unit::query_terms
   alignas(64) int16_t weights[kMaxTerms * kMaxRows * kTileSlots];    // [term][row][kTileSlots]
@@ -25,8 +25,7 @@ struct Scratch {
   alignas(64) float v_scales[kTileSlots];  // same
   float maxes[kMaxRows + kLanes];  // the softmax states; lanes past the last row are never used
   float sums[kMaxRows];
-  float row_scales[kMaxRows];  // of the first term of the queries, softmax_scale
-                               // included
+  float row_scales[kMaxRows];  // of the first term of the queries, softmax_scale included
   // Of the rows of the head in hand: the scale of the first term of the weights, and what `out` is
   // multiplied by before a tile is added.
   float weight_scales[kMaxRows];
@@ -51,7 +50,7 @@ struct Unit : AttentionUnit {
         s(*reinterpret_cast<Scratch *>(scratch)),
         out(s.out),
         num_terms(params.dtype == DType::kFloat32 ? 2 : 1),
-        num_queries_per_kv(params.num_heads / params.cache.num_kv_heads),
+        num_queries_per_kv(params.num_queries_per_kv()),
         head_size(params.cache.head_size),
         block_size(params.cache.block_size) {}
 
@@ -112,13 +111,12 @@ void load_queries(const PagedAttentionParams &p, const AttentionUnit &unit, char
           u.token(first + lane) * p.query_token_stride + u.head(first + lane) * p.query_head_stride;
       vectors[lane] = static_cast<const char *>(p.query) + offset * bytes;
     }
-    load_lanes(block, vectors, lanes, p.dtype, u.head_size,
-               [&](f32x16 x, int32_t lane, int32_t dim) {
-                 if (p.key_equalizer == nullptr) return x;
-                 const int64_t row = static_cast<int64_t>(u.kv_head(first + lane)) * u.head_size;
-                 return x * load<f32x16>(p.key_equalizer + row + dim);
-               });
-    if (p.rotate_keys) hadamard_rotate(block, u.head_size);
+    load_lanes(
+        block, vectors, lanes, p.dtype, u.head_size, [&](f32x16 x, int32_t lane, int32_t dim) {
+          const float *factors = p.key_transform.factors(u.kv_head(first + lane), u.head_size);
+          return factors == nullptr ? x : x * load<f32x16>(factors + dim);
+        });
+    if (p.key_transform.rotate) hadamard_rotate(block, u.head_size);
     // NaN survives in the sum, where it would get lost in the maximum.
     f32x16 amax = {}, sum = {};
     for (int32_t dim = 0; dim < u.head_size; ++dim) {

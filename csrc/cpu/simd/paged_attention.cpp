@@ -1,21 +1,19 @@
-// Attention of up to kMaxRows query rows over a range of keys. Compiled once
-// per instruction set.
+// Attention of up to kMaxRows query rows over a range of keys. Compiled once per instruction set.
 //
-//   s_i = softmax_scale * k_scale_i * (q . k_i)     out = sum_i exp(s_i - lse)
-//   * v_scale_i * v_i
+//   s_i = softmax_scale * k_scale_i * (q . k_i)
+//   out = sum_i exp(s_i - lse) * v_scale_i * v_i
 //
-// Both products run on integers (dot_pairs.h): queries as 15 bits and a sign
-// relative to the row's maximum, and exp(s_i - max) * v_scale_i likewise
-// relative to the tile's maximum. fp32 queries get two such terms, the second
-// for the rounding error of the first. K scales multiply scores and V scales
-// probabilities, so no code is ever turned into a float.
+// Both products run on integers (dot_pairs.h): queries as 15 bits and a sign relative to the row's
+// maximum, and exp(s_i - max) * v_scale_i likewise relative to the tile's maximum. fp32 queries get
+// two such terms, the second for the rounding error of the first. K scales multiply scores and V
+// scales probabilities, so no code is ever turned into a float.
 //
-// Tiles start at multiples of kTileSlots and splits at multiples of
-// kSplitSlots, whatever the batch, and splits merge in order: the bits of a row
-// depend on nothing but the row and its keys.
-#include "format/softmax_state.h"
+// Tiles start at multiples of kTileSlots and splits at multiples of kSplitSlots, whatever the
+// batch, and splits merge in order: the bits of a row depend on nothing but the row and its keys.
 #include "cpu/simd/attention_unit.h"
 #include "cpu/simd/dot_pairs.h"
+#include "cpu/simd/kernels.h"
+#include "format/softmax_state.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
 
@@ -25,9 +23,8 @@ namespace {
 // nothing.
 constexpr float kMinWeight = 1e-34f;
 
-// The parts of a tile that lie in one block each, in order: f(first slot,
-// relative to the tile; first slot, relative to the block; number of slots;
-// chunk).
+// The parts of a tile that lie in one block each, in order: f(first slot, relative to the tile;
+// first slot, relative to the block; number of slots; chunk).
 template <typename F>
 INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head, int32_t tile_begin,
                                   int32_t tile_end, const F &f) {
@@ -40,16 +37,31 @@ INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head, int32_t tile
   }
 }
 
-// The chunk whose keys follow the values of `slot`: that of the unit's next
-// head, or of its first head kTileSlots on; null if there is none. Blocks lie
-// anywhere, so that no hardware finds the next one; one plane ahead fits the
-// L1 cache.
+// The chunk whose keys follow the values of `slot`: that of the unit's next head, or of its first
+// head kTileSlots on; null if there is none. Blocks lie anywhere, so that no hardware finds the
+// next one; one plane ahead fits the L1 cache.
 const int8_t *next_chunk(const Unit &u, int32_t unit_head, int32_t slot) {
   if (unit_head + 1 < u.num_unit_heads) return u.chunk(slot, unit_head + 1);
   return slot + kTileSlots < u.seq_len ? u.chunk(slot + kTileSlots, 0) : nullptr;
 }
 
+// The scales of `count` slots of a tile from slot `at` on, 0 up to the end of their last slot
+// group.
+template <typename F>
+INT8KV_INLINE void load_scales(Scratch &s, const KVCache &cache, const int8_t *chunk,
+                               int32_t offset, int32_t at, int32_t count) {
+  const int32_t padded = (count + kSlotGroup - 1) / kSlotGroup * kSlotGroup;
+  for (int32_t i = 0; i < padded; i += kLanes) {
+    const auto k_bits = load<u16x16>(chunk + cache.k_scale<F>(offset + i));
+    const auto v_bits = load<u16x16>(chunk + cache.v_scale<F>(offset + i));
+    store(s.k_scales + at + i, bf16_to_floats(k_bits));
+    store(s.v_scales + at + i, bf16_to_floats(v_bits));
+  }
+  for (int32_t i = count; i < padded; ++i) s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
+}
+
 // products[term][row][slot] of one head's rows in the tile, and its scales.
+template <typename F>
 void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
   Scratch &s = u.s;
   const KVCache &cache = u.p.cache;
@@ -58,27 +70,17 @@ void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                    DotPairs d;
                    d.a = u.query_terms(unit_head, 0);
                    d.a_stride = u.head_size;
-                   d.b = chunk + cache.k_code(offset, 0);
-                   d.group_stride = static_cast<int64_t>(kSlotGroup) * u.head_size;
-                   d.prefetch_ahead = cache.v_codes();  // the V codes of the same slots
+                   d.b = chunk + cache.k_code<F>(offset, 0);
+                   d.group_stride = cache.k_group_stride<F>();
+                   d.prefetch_ahead = cache.v_codes<F>();  // the V codes of the same slots
                    d.c = s.products + at;
                    d.c_stride = kTileSlots;
                    d.num_rows = u.num_terms * u.num_rows;
                    d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
                    d.num_pairs = u.head_size / 2;
                    d.accumulate = false;
-                   dot_pairs(d);
-                   const int32_t padded = d.num_groups * kSlotGroup;
-                   for (int32_t i = 0; i < padded; i += kLanes) {
-                     const auto load_scales = [&](int64_t plane, float *to) {
-                       const u16x16 bits = load<u16x16>(chunk + plane + 2 * (offset + i));
-                       store(to + at + i, bf16_to_floats(bits));
-                     };
-                     load_scales(cache.k_scales(), s.k_scales);
-                     load_scales(cache.v_scales(), s.v_scales);
-                   }
-                   for (int32_t i = count; i < padded; ++i)
-                     s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
+                   dot_pairs<typename F::K>(d);
+                   load_scales<F>(s, cache, chunk, offset, at, count);
                  });
 }
 
@@ -135,8 +137,8 @@ INT8KV_INLINE f32x16 weigh_row(const float *v_scales, const TileRow &t, float sh
   for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
     const f32x16 probability = exp_negative(load<f32x16>(t.products + i) - shift);
     sum += probability;
-    // By select, not by the product: keys out of sight may lie in a block that
-    // was given back, and their scales may be NaN.
+    // By select, not by the product: keys out of sight may lie in a block that was given back, and
+    // their scales may be NaN.
     const f32x16 weight =
         select(less(f32x16{}, probability), probability * load<f32x16>(v_scales + i), f32x16{});
     largest = max(largest, weight);
@@ -156,10 +158,9 @@ INT8KV_INLINE void quantize_weights(const TileRow &t, float to_term, int16_t *fi
   }
 }
 
-// Turns the products of one head's rows into scores, masks them and updates the
-// rows' softmax; leaves the weights exp(s - max) * v_scale as integer terms.
-// Every step goes over all rows before the next: a row is a chain of three
-// reductions, and only other rows can hide their latency.
+// Turns the products of one head's rows into scores, masks them and updates the rows' softmax;
+// leaves the weights exp(s - max) * v_scale as integer terms. Every step goes over all rows before
+// the next: a row is a chain of three reductions, and only other rows can hide their latency.
 void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slots) {
   Scratch &s = u.s;
   const int32_t first = unit_head * u.num_rows, num_rows = u.num_rows;
@@ -201,6 +202,7 @@ void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
 }
 
 // out = out * rescale + weights * V for the rows of one head.
+template <typename F>
 void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
   Scratch &s = u.s;
   const KVCache &cache = u.p.cache;
@@ -209,17 +211,17 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                    DotPairs d;
                    d.a = s.weights + at;
                    d.a_stride = kTileSlots;
-                   d.b = chunk + cache.v_code(offset, 0);
-                   d.group_stride = static_cast<int64_t>(kDimGroup) * u.block_size;
+                   d.b = chunk + cache.v_code<F>(offset, 0);
+                   d.group_stride = cache.v_group_stride<F>();
                    const int8_t *next = next_chunk(u, unit_head, tile_begin + at);
-                   d.prefetch_ahead = next ? next - chunk - cache.v_codes() : 0;
+                   d.prefetch_ahead = next ? next - chunk - cache.v_codes<F>() : 0;
                    d.c = s.products;
                    d.c_stride = u.head_size;
                    d.num_rows = u.num_terms * u.num_rows;
                    d.num_groups = u.head_size / kDimGroup;
                    d.num_pairs = (count + 1) / 2;
                    d.accumulate = at > 0;
-                   dot_pairs(d);
+                   dot_pairs<typename F::V>(d);
                  });
   for (int32_t i = 0; i < u.num_rows; ++i) {
     const int32_t row = unit_head * u.num_rows + i;
@@ -239,6 +241,7 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
 
 // Leaves the partial result of one split in u.out: the state, whether the query is finite, then the
 // values.
+template <typename F>
 void attend_split(Unit &u, int32_t split) {
   Scratch &s = u.s;
   std::memset(u.out, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
@@ -246,17 +249,16 @@ void attend_split(Unit &u, int32_t split) {
     s.maxes[row] = kMinusInfinity;
     s.sums[row] = 0.0f;
   }
-  // A head's rows are ordered by position: the first one's window and the last
-  // one's end bound all.
+  // A head's rows are ordered by position: the first one's window and the last one's end bound all.
   const int32_t split_begin = split * kSplitSlots;
   const int32_t key_begin = u.key_begin(0), key_end = u.key_end(u.num_rows - 1);
   for (int32_t tile = split_begin; tile < split_begin + kSplitSlots; tile += kTileSlots) {
     const int32_t tile_end = tile + kTileSlots < key_end ? tile + kTileSlots : key_end;
     if (tile >= tile_end || tile + kTileSlots <= key_begin) continue;
     for (int32_t unit_head = 0; unit_head < u.num_unit_heads; ++unit_head) {
-      score_tile(u, unit_head, tile, tile_end);
+      score_tile<F>(u, unit_head, tile, tile_end);
       weigh_tile(u, unit_head, tile, tile_end - tile);
-      add_values(u, unit_head, tile, tile_end);
+      add_values<F>(u, unit_head, tile, tile_end);
     }
   }
   for (int32_t row = 0; row < u.total_rows(); ++row) {
@@ -323,6 +325,7 @@ void write_out(Unit &u, Rows rows) {
   }
 }
 
+template <typename F>
 void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t split_begin,
             int32_t split_end, float *partials, char *scratch) {
   Unit u(params, unit, scratch);
@@ -331,7 +334,7 @@ void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32
   if (!partials) clear_total(u, all);
   for (int32_t split = split_begin; split < split_end; ++split) {
     if (partials) u.out = partials + (split - split_begin) * size;
-    attend_split(u, split);
+    attend_split<F>(u, split);
     if (!partials) merge_split(u, all, u.out);
   }
   if (!partials) write_out(u, all);
@@ -355,11 +358,12 @@ size_t scratch_bytes() { return sizeof(Scratch); }
 
 }  // namespace
 
-void quantize_tokens(const ReshapeAndCacheParams &, int64_t, int64_t, int32_t, int32_t);
-
-const Kernels &attention_kernels() {
-  static constexpr Kernels kernels{quantize_tokens, load_queries, attend, combine, scratch_bytes};
-  return kernels;
+const Kernels &kernels_for(CacheFormat format) {
+  return with_format(format, []<typename F>() -> const Kernels & {
+    static constexpr Kernels kernels{quantize_tokens<F>, load_queries, attend<F>, combine,
+                                     scratch_bytes};
+    return kernels;
+  });
 }
 
 }  // namespace int8kv::cpu::INT8KV_ISA

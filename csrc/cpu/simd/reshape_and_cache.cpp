@@ -1,8 +1,10 @@
-// Cache write: rotate, scale, round and store. Compiled once per instruction set.
+// Cache write: equalize and rotate keys, then scale, round and store keys and values. Compiled once
+// per instruction set.
 //
-// Sixteen (token, KV head) vectors are handled at a time. When they are the 16 consecutive slots of
-// a slot group, their codes are whole 32-byte lines of the cache; else they are stored one by one.
-#include "cpu/kernels.h"
+// Sixteen (token, KV head) vectors, one per lane, are handled at a time. When they are the 16
+// consecutive slots of a slot group, their codes are whole lines of the cache; else they are stored
+// one by one.
+#include "cpu/simd/kernels.h"
 #include "cpu/simd/vectors.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
@@ -21,7 +23,7 @@ struct Target {
   int32_t slot;
 };
 
-struct LaneGroup {
+struct LaneSet {
   Lane lanes[kLanes];
   int32_t count = 0;
 
@@ -64,32 +66,33 @@ bool are_powers_of_two(const float* x, int64_t count) {
   return any == 0;
 }
 
-// A group on its way into the cache.
+// The vectors of a lane set on their way into the cache.
 struct Write {
-  Write(const ReshapeAndCacheParams& params, const LaneGroup& lane_group, bool powers_of_two)
+  Write(const ReshapeAndCacheParams& params, const LaneSet& lane_set, bool powers_of_two)
       : p(params),
         cache(params.cache),
-        group(lane_group),
+        set(lane_set),
         equalizes_by_powers_of_two(powers_of_two),
-        is_slot_group(group.is_slot_group()) {
-    for (int i = 0; i < (is_slot_group ? 1 : group.count); ++i) {
-      const Lane& lane = group.lanes[i];
+        is_slot_group(set.is_slot_group()) {
+    for (int i = 0; i < (is_slot_group ? 1 : set.count); ++i) {
+      const Lane& lane = set.lanes[i];
       targets[i] = {cache.chunk(lane.slot / cache.block_size, lane.kv_head),
                     static_cast<int32_t>(lane.slot % cache.block_size)};
     }
   }
 
-  // Stores the scales of vectors with the largest magnitudes `amax` in a plane of the chunks, and
-  // returns them.
-  f32x16 store_scales(f32x16 amax, int64_t plane) const {
+  // Stores the scales of vectors with the largest magnitudes `amax` in a plane of codes with trait
+  // C, and returns them. `scale_byte(slot)` is where in the chunk a slot's scale belongs.
+  template <typename C, typename ScaleByte>
+  f32x16 store_scales(f32x16 amax, const ScaleByte& scale_byte) const {
     const u16x16 bits =
-        float_to_bf16(select(less(amax, splat(kMinMagnitude)), splat(1.0f), amax / kInt8Max));
+        float_to_bf16(select(less(amax, splat(kMinMagnitude)), splat(1.0f), amax / C::kMax));
     if (is_slot_group) {
-      store(targets[0].chunk + plane + 2 * targets[0].slot, bits);
+      store(targets[0].chunk + scale_byte(targets[0].slot), bits);
     } else {
-      for (int i = 0; i < group.count; ++i) {
+      for (int i = 0; i < set.count; ++i) {
         const uint16_t one = bits[i];
-        std::memcpy(targets[i].chunk + plane + 2 * targets[i].slot, &one, 2);
+        std::memcpy(targets[i].chunk + scale_byte(targets[i].slot), &one, sizeof(one));
       }
     }
     return bf16_to_floats(bits);
@@ -97,7 +100,7 @@ struct Write {
 
   const ReshapeAndCacheParams& p;
   const KVCache& cache;
-  const LaneGroup& group;
+  const LaneSet& set;
   const bool equalizes_by_powers_of_two;
   const bool is_slot_group;
   Target targets[kLanes];  // of a slot group only the first
@@ -113,34 +116,28 @@ struct Write {
 // quotient rounds to 0 anyway.
 class Quantizer {
  public:
-  explicit Quantizer(f32x16 scale) {
-#if defined(__FMA__)
-    const u32x16 bits = as<u32x16>(scale);
-    const u32x16 unit = (254u << 23) - (bits & 0x7f800000u);
-    to_unit_ = as<f32x16>(unit);
-    scale_ = scale * to_unit_;
-    reciprocal_ = 1.0f / scale_;
-#else
-    scale_ = scale;
-#endif
+  explicit Quantizer(f32x16 scale) : scale_(scale) {
+    if constexpr (kHasFma) {
+      const u32x16 exponent = as<u32x16>(scale) & 0x7f800000u;
+      power_of_two_ = as<f32x16>((254u << 23) - exponent);
+      scale_ = scale * power_of_two_;
+      reciprocal_ = 1.0f / scale_;
+    }
   }
 
   i32x16 codes(f32x16 x) const {
-#if defined(__FMA__)
-    x *= to_unit_;
-    const f32x16 quotient = x * reciprocal_;
-    x = fma(fma(-quotient, scale_, x), reciprocal_, quotient);
-#else
-    x = x / scale_;
-#endif
+    if constexpr (kHasFma) {
+      x *= power_of_two_;
+      const f32x16 quotient = x * reciprocal_;
+      x = fma(fma(-quotient, scale_, x), reciprocal_, quotient);
+    } else {
+      x = x / scale_;
+    }
     return to_ints(round_even(x));
   }
 
  private:
-  f32x16 scale_;
-#if defined(__FMA__)
-  f32x16 to_unit_, reciprocal_;
-#endif
+  f32x16 scale_, power_of_two_, reciprocal_;
 };
 
 // The bytes of two int32 vectors of codes, alternating: 16 pairs.
@@ -155,62 +152,66 @@ INT8KV_INLINE f32x16 max_of(f32x16 (&x)[kLanes]) {
   return x[0];
 }
 
-// One vector per lane, so that the rotation is vertical and pairs of dims of a slot group are
-// 32-byte lines as they come.
+// One vector per lane, so that the rotation needs no exchange between lanes and pairs of dims of a
+// slot group are lines of the cache as they come.
+template <typename F>
 void write_keys(const Write& w, LaneBlock& block) {
   const ReshapeAndCacheParams& p = w.p;
   const int32_t head_size = w.cache.head_size;
   const void* vectors[kLanes];
-  for (int i = 0; i < w.group.count; ++i) {
-    vectors[i] = key_of(p, w.group.lanes[i].token, w.group.lanes[i].kv_head);
+  for (int i = 0; i < w.set.count; ++i) {
+    vectors[i] = key_of(p, w.set.lanes[i].token, w.set.lanes[i].kv_head);
   }
-  load_lanes(block, vectors, w.group.count, p.dtype, head_size,
-             [&](f32x16 x, int lane, int32_t dim) {
-               x = sanitize(x);
-               if (p.key_equalizer == nullptr) return x;
-               const int64_t row = static_cast<int64_t>(w.group.lanes[lane].kv_head) * head_size;
-               const float* factors = p.key_equalizer + row + dim;
-               if (!w.equalizes_by_powers_of_two) return sanitize(x / load<f32x16>(factors));
-               const u32x16 reciprocals = (254u << 23) - load<u32x16>(factors);
-               return saturate(x * as<f32x16>(reciprocals));
-             });
-  if (p.rotate_keys) hadamard_rotate(block, head_size);
+  load_lanes(block, vectors, w.set.count, p.dtype, head_size, [&](f32x16 x, int lane, int32_t dim) {
+    x = sanitize(x);
+    const float* factors = p.key_transform.factors(w.set.lanes[lane].kv_head, head_size);
+    if (factors == nullptr) return x;
+    factors += dim;
+    if (!w.equalizes_by_powers_of_two) return sanitize(x / load<f32x16>(factors));
+    const u32x16 reciprocals = (254u << 23) - load<u32x16>(factors);
+    return saturate(x * as<f32x16>(reciprocals));
+  });
+  if (p.key_transform.rotate) hadamard_rotate(block, head_size);
   f32x16 largest[kDimGroup] = {};
   for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
     for (int32_t d = 0; d < kDimGroup; ++d) {
       largest[d] = max(largest[d], abs(load<f32x16>(block.x + (dim + d) * kLanes)));
     }
   }
-  const Quantizer quantizer(w.store_scales(max_of(largest), w.cache.k_scales()));
+  const Quantizer quantizer(w.store_scales<typename F::K>(
+      max_of(largest), [&](int32_t slot) { return w.cache.k_scale<F>(slot); }));
   for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
     i32x16 codes[kDimGroup];  // of one dim each, lane by lane
     for (int32_t d = 0; d < kDimGroup; ++d) {
       codes[d] = quantizer.codes(load<f32x16>(block.x + (dim + d) * kLanes));
     }
     if (w.is_slot_group) {
-      int8_t* lines = w.targets[0].chunk + w.cache.k_code(w.targets[0].slot, dim);
+      int8_t* lines = w.targets[0].chunk + w.cache.k_code<F>(w.targets[0].slot, dim);
       for (int32_t d = 0; d < kDimGroup; d += 2) {
-        store(lines + d * kSlotGroup, interleave(codes[d], codes[d + 1]));
+        store(lines + d / 2 * F::K::kLineBytes, interleave(codes[d], codes[d + 1]));
       }
       continue;
     }
     transpose(codes);  // of one lane each, dim by dim
-    for (int i = 0; i < w.group.count; ++i) {
+    for (int i = 0; i < w.set.count; ++i) {
       int8_t bytes[kDimGroup];
       store(bytes, narrow_to_8(codes[i]));
-      int8_t* to = w.targets[i].chunk + w.cache.k_code(w.targets[i].slot, dim);
-      for (int32_t d = 0; d < kDimGroup; d += 2) std::memcpy(to + d * kSlotGroup, bytes + d, 2);
+      int8_t* to = w.targets[i].chunk + w.cache.k_code<F>(w.targets[i].slot, dim);
+      for (int32_t d = 0; d < kDimGroup; d += 2) {
+        std::memcpy(to + d / 2 * F::K::kLineBytes, bytes + d, 2);
+      }
     }
   }
 }
 
 // Vector after vector: the 16 dims that lie side by side in the cache do so in a value, too.
+template <typename F>
 void write_values(const Write& w, LaneBlock& block) {
   const ReshapeAndCacheParams& p = w.p;
   const int32_t head_size = w.cache.head_size;
   f32x16 largest[kLanes] = {};  // of one lane each
-  for (int i = 0; i < w.group.count; ++i) {
-    const void* vector = value_of(p, w.group.lanes[i].token, w.group.lanes[i].kv_head);
+  for (int i = 0; i < w.set.count; ++i) {
+    const void* vector = value_of(p, w.set.lanes[i].token, w.set.lanes[i].kv_head);
     for (int32_t dim = 0; dim < head_size; dim += kLanes) {
       const f32x16 x = sanitize(load_floats(vector, p.dtype, dim));
       store(block.x + i * head_size + dim, x);
@@ -218,25 +219,26 @@ void write_values(const Write& w, LaneBlock& block) {
     }
   }
   transpose(largest);
-  const f32x16 scales = w.store_scales(max_of(largest), w.cache.v_scales());
+  const f32x16 scales = w.store_scales<typename F::V>(
+      max_of(largest), [&](int32_t slot) { return w.cache.v_scale<F>(slot); });
   if (w.is_slot_group) {
     for (int32_t i = 0; i < kLanes; i += 2) {
       const Quantizer even(splat(scales[i])), odd(splat(scales[i + 1]));
       const float* x = block.x + i * head_size;
       for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
-        store(w.targets[0].chunk + w.cache.v_code(w.targets[0].slot + i, dim),
+        store(w.targets[0].chunk + w.cache.v_code<F>(w.targets[0].slot + i, dim),
               interleave(even.codes(load<f32x16>(x + dim)),
                          odd.codes(load<f32x16>(x + head_size + dim))));
       }
     }
     return;
   }
-  for (int32_t i = 0; i < w.group.count; ++i) {
+  for (int32_t i = 0; i < w.set.count; ++i) {
     const Quantizer quantizer(splat(scales[i]));
     for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
       int8_t bytes[kDimGroup];
       store(bytes, narrow_to_8(quantizer.codes(load<f32x16>(block.x + i * head_size + dim))));
-      int8_t* to = w.targets[i].chunk + w.cache.v_code(w.targets[i].slot, dim);
+      int8_t* to = w.targets[i].chunk + w.cache.v_code<F>(w.targets[i].slot, dim);
       for (int32_t d = 0; d < kDimGroup; ++d) to[2 * d] = bytes[d];
     }
   }
@@ -244,29 +246,30 @@ void write_values(const Write& w, LaneBlock& block) {
 
 }  // namespace
 
-// Lanes run over tokens first, so that prefill fills slot groups, and a group is closed where a
-// slot group ends, so that an unaligned start costs one group and not every group.
+// Lanes run over tokens first, so that prefill fills slot groups, and a lane set is closed where a
+// slot group ends, so that an unaligned start costs one set of single stores and not every set.
+template <typename F>
 void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_t token_end,
                      int32_t head_begin, int32_t head_end) {
   const int32_t head_size = p.cache.head_size;
+  const float* factors = p.key_transform.factors(head_begin, head_size);
   const bool powers_of_two =
-      p.key_equalizer != nullptr &&
-      are_powers_of_two(p.key_equalizer + static_cast<int64_t>(head_begin) * head_size,
-                        static_cast<int64_t>(head_end - head_begin) * head_size);
+      factors != nullptr &&
+      are_powers_of_two(factors, static_cast<int64_t>(head_end - head_begin) * head_size);
   const int64_t head_bytes = head_size * element_size(p.dtype);
   LaneBlock block;
-  LaneGroup group;
+  LaneSet set;
   const auto flush = [&] {
-    const Write write(p, group, powers_of_two);
-    write_keys(write, block);
-    write_values(write, block);
-    group.count = 0;
+    const Write write(p, set, powers_of_two);
+    write_keys<F>(write, block);
+    write_values<F>(write, block);
+    set.count = 0;
   };
   for (int32_t kv_head = head_begin; kv_head < head_end; ++kv_head) {
     for (int64_t token = token_begin; token < token_end; ++token) {
       const int64_t slot = p.slot_mapping[token];
       if (slot < 0) continue;
-      group.lanes[group.count++] = {token, kv_head, slot};
+      set.lanes[set.count++] = {token, kv_head, slot};
       // No hardware follows rows that are a token apart: 4096 tokens, 8 heads of 128 on two threads
       // take 1.1 ms instead of 1.7.
       if (token + kLanes < token_end) {
@@ -274,10 +277,16 @@ void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_
         prefetch(value_of(p, token + kLanes, kv_head), head_bytes);
       }
       const bool closes = slot % kSlotGroup == kSlotGroup - 1 && token_end - token > kLanes;
-      if (group.count == kLanes || closes) flush();
+      if (set.count == kLanes || closes) flush();
     }
   }
-  if (group.count > 0) flush();
+  if (set.count > 0) flush();
 }
+
+#define INT8KV_INSTANTIATE(F)                                                               \
+  template void quantize_tokens<F>(const ReshapeAndCacheParams&, int64_t, int64_t, int32_t, \
+                                   int32_t);
+INT8KV_FOR_EACH_FORMAT(INT8KV_INSTANTIATE)
+#undef INT8KV_INSTANTIATE
 
 }  // namespace int8kv::cpu::INT8KV_ISA

@@ -1,10 +1,26 @@
 // Arithmetic on sixteen floats at a time, and blocks of sixteen vectors side by side.
 #pragma once
 
+#include "format/params.h"
 #include "format/quantizer.h"
-#include "cpu/simd/registers.h"
+#include "format/rotation.h"
+#include INT8KV_ISA_HEADER
+#include "cpu/simd/transpose.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
+
+INT8KV_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+
+INT8KV_INLINE i32x16 iota() {
+  constexpr int32_t kIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load<i32x16>(kIndex);
+}
+
+// The lower 16 bits of each lane.
+INT8KV_INLINE u16x16 low_16(u32x16 bits) {
+  // Sign extension makes them fit.
+  return reinterpret_cast<u16x16>(narrow_to_16(as<i32x16>(bits << 16) >> 16));
+}
 
 INT8KV_INLINE f32x16 abs(f32x16 x) { return as<f32x16>(as<u32x16>(x) & 0x7fffffffu); }
 
@@ -22,32 +38,14 @@ INT8KV_INLINE float reduce_add(f32x16 v) {
   return (v + exchange<1>(v))[0];
 }
 
-// A sum with it has no bits left for a fraction where |x| < 2^22.
-constexpr float kRoundingSum = 12582912.0f;  // 1.5 * 2^23
-constexpr int32_t kRoundingSumBits = 0x4b400000;
-
 // Round half to even for |x| < 2^22.
 INT8KV_INLINE f32x16 round_even(f32x16 x) { return (x + kRoundingSum) - kRoundingSum; }
 
-// The same for |x| < 2^15, as integers: the sum's low bits.
-INT8KV_INLINE i16x16 round_to_16(f32x16 x) {
-  i32x16 bits = as<i32x16>(x + kRoundingSum);
-#if !defined(__AVX512F__)
-  bits = bits - kRoundingSumBits;  // the others would saturate
-#endif
-  return narrow_to_16(bits);
-}
+// The same for |x| < 2^15, as integers.
+INT8KV_INLINE i16x16 round_to_16(f32x16 x) { return narrow_rounding_sum(x + kRoundingSum); }
 
-// exp_negative is 0 from here down. Without AVX-512 2^n is put together from the bits of n + 127:
-// at n = -127 these are the bits of 0, below they would wrap.
-#if defined(__AVX512F__)
-constexpr float kZeroExponent = -150.0f;
-#else
-constexpr float kZeroExponent = -88.029692f;  // -127 / log2(e)
-#endif
-
-// exp(x) for x <= 0, within 2 units in the last place; 0 where that is below the normal range, with
-// AVX-512 below all numbers.
+// exp(x) for x <= 0, within 2 units in the last place; 0 from kZeroExponent down, which is where
+// the result leaves the normal range, with AVX-512 where it leaves the subnormal one.
 INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
   constexpr float kLog2e = 1.44269504089f;
   const f32x16 clamped = max(x, splat(kZeroExponent));  // exp(-inf) is 0, -inf + inf is not
@@ -61,11 +59,7 @@ INT8KV_INLINE f32x16 exp_negative(f32x16 x) {
   y = y * f + 2.402224243e-1f;
   y = y * f + 6.931470037e-1f;
   y = y * f + 1.0f;
-#if defined(__AVX512F__)
-  return scale_by_power_of_two(y, n);
-#else
-  return y * as<f32x16>((as<i32x16>(rounding_sum) + 127) << 23);  // other bits than n's drop out
-#endif
+  return times_power_of_two(y, n, rounding_sum);
 }
 
 // tanh within 4 units in the last place: its series near 0, where (1 - e) / (1 + e) would cancel.
@@ -139,23 +133,6 @@ INT8KV_INLINE f32x16 saturate(f32x16 x) {
 }
 
 INT8KV_INLINE f32x16 sanitize(f32x16 x) { return saturate(select(is_nan(x), f32x16{}, x)); }
-
-INT8KV_INLINE f32x16 to_floats(i8x16 codes) {
-  const auto bytes = reinterpret_cast<__m128i>(codes);
-#if defined(__AVX512F__)
-  return to_floats(as<i32x16>(_mm512_maskz_cvtepi8_epi32(kAllLanes, bytes)));
-#else
-  const __m128i sign = _mm_cmpgt_epi8(_mm_setzero_si128(), bytes);
-  const __m128i low = _mm_unpacklo_epi8(bytes, sign), high = _mm_unpackhi_epi8(bytes, sign);
-  const __m128i parts[4] = {
-      _mm_srai_epi32(_mm_unpacklo_epi16(low, low), 16),
-      _mm_srai_epi32(_mm_unpackhi_epi16(low, low), 16),
-      _mm_srai_epi32(_mm_unpacklo_epi16(high, high), 16),
-      _mm_srai_epi32(_mm_unpackhi_epi16(high, high), 16),
-  };
-  return to_floats(load<i32x16>(parts));
-#endif
-}
 
 // Sixteen vectors of head_size elements side by side: x[dim * kLanes + lane].
 struct LaneBlock {

@@ -14,7 +14,9 @@
 //                   read that an ordinary store of a cache line begins with
 //   vectorized      simd on every thread; the loop is the same
 #include "ladder/quantize_per_channel.h"
+
 #include "cpu/simd/vectors.h"
+#include "format/half.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
 
@@ -26,29 +28,11 @@ constexpr int64_t kLineBytes = 64;
 // Results of this size go past the caches: a later reader would not find them there anyhow.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-INT8KV_INLINE float half_value(uint16_t half) {
-  const uint32_t rest = half & 0x7fffu, sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const float magnitude = bits_to_float(rest << 13) * 5.192296858534828e33f;  // as in vectors.h
-  const uint32_t special = 0x7f800000u | (rest & 0x3ffu) << 13;
-  return bits_to_float(sign | (rest >= 0x7c00u ? special : float_bits(magnitude)));
-}
-
 template <DType kDType>
 INT8KV_INLINE float load_float(const void* data, int64_t i) {
   if constexpr (kDType == DType::kFloat32) return static_cast<const float*>(data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return kDType == DType::kFloat16 ? half_value(bits) : bf16_bits_to_float(bits);
-}
-
-// As in vectors.h, for what is no NaN.
-INT8KV_INLINE uint16_t half_bits_of(float x) {
-  const uint32_t bits = float_bits(x), rest = bits & 0x7fffffffu;
-  const float magnitude = bits_to_float(rest);
-  const uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-  const uint32_t tiny = float_bits(magnitude + 0.5f) - 0x3f000000u;
-  uint32_t half = magnitude < 6.103515625e-05f ? tiny : normal;
-  half = magnitude >= 65520.0f ? 0x7c00u : half;
-  return static_cast<uint16_t>(half | (bits & 0x80000000u) >> 16);
+  return kDType == DType::kFloat16 ? int8kv::half_to_float(bits) : bf16_bits_to_float(bits);
 }
 
 template <DType kDType>
@@ -57,7 +41,7 @@ INT8KV_INLINE void store_float(void* data, int64_t i, float x) {
     static_cast<float*>(data)[i] = x;
   } else {
     static_cast<uint16_t*>(data)[i] =
-        kDType == DType::kFloat16 ? half_bits_of(x) : float_to_bf16_bits(x);
+        kDType == DType::kFloat16 ? int8kv::float_to_half(x) : float_to_bf16_bits(x);
   }
 }
 
@@ -72,21 +56,11 @@ INT8KV_INLINE const char* row_of(const QuantizePerChannelParams& p, int64_t toke
 template <bool kStream, typename V>
 INT8KV_INLINE void store_line(void* to, const V& line) {
   static_assert(sizeof(V) == kLineBytes);
-#if defined(__AVX512F__)
   if constexpr (kStream) {
-    _mm512_stream_si512(static_cast<__m512i*>(to), load<__m512i>(&line));
-    return;
+    stream_line(to, &line);
+  } else {
+    store(to, line);
   }
-#else
-  if constexpr (kStream) {
-    for (int i = 0; i < 4; ++i) {
-      _mm_stream_si128(static_cast<__m128i*>(to) + i,
-                       load<__m128i>(reinterpret_cast<const char*>(&line) + 16 * i));
-    }
-    return;
-  }
-#endif
-  store(to, line);
 }
 
 bool is_streamed(const void* to, int64_t row_bytes, int64_t num_rows) {
@@ -98,7 +72,7 @@ bool is_streamed(const void* to, int64_t row_bytes, int64_t num_rows) {
 INT8KV_INLINE i8x16 quantize_lanes(f32x16 x, f32x16 scale) {
   f32x16 steps = x / scale;
   steps = select(is_nan(steps), f32x16{}, steps);
-  steps = max(splat(-kInt8Max), min(splat(kInt8Max), steps));
+  steps = max(splat(-Codes<8>::kMax), min(splat(Codes<8>::kMax), steps));
   return narrow_to_8(to_ints(round_even(steps)));
 }
 

@@ -14,6 +14,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import ModelConfig
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from vllm_int8kv.cache.formats import native_content_bytes
 from vllm_int8kv.evaluation.scoring import Recorder, TextFiles
 
 OPTIONS = {
@@ -94,7 +95,7 @@ class PromptScoring:
 def kv_cache_memory_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Memory in which `num_tokens` fit with `kv_cache_dtype="auto"`; every cache dtype gets the same."""
     heads = config.get_total_num_kv_heads() * config.get_total_num_hidden_layers()
-    return 2 * heads * config.get_head_size() * config.dtype.itemsize * num_tokens
+    return heads * native_content_bytes(config.get_head_size(), config.dtype.itemsize) * num_tokens
 
 
 def steps(llm: LLM) -> Iterator[list[RequestOutput]]:

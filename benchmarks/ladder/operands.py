@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.timing import Budget, CallOnce, Timing
-from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache import ladder, reference
 
 PART_ELEMENTS = 1 << 24
 """Elements per part where the reference or the metrics work on a matrix piece by piece."""
@@ -108,15 +108,15 @@ class Operands:
         for rows in self.parts():
             want[rows] = reference.quantize_per_channel(x[rows], scales=self.scales)[0]
         for variant in variants:
-            _, found = ops.quantize_per_channel(x, variant=variant, out=codes.fill_(-128))
+            _, found = ladder.quantize_per_channel(x, variant=variant, out=codes.fill_(-128))
             if not (torch.equal(found, self.scales) and torch.equal(codes, want)):
                 raise CheckError(f"{variant} of {self.shape} differs from the reference")
             if variant == "fused":
                 continue
-            ops.quantize_per_channel(x, scales=self.scales, variant=variant, out=codes.fill_(-128))
+            ladder.quantize_per_channel(x, scales=self.scales, variant=variant, out=codes.fill_(-128))
             if not torch.equal(codes, want):
                 raise CheckError(f"{variant} of {self.shape} with given scales differs from the reference")
-            ops.dequantize_per_channel(codes, found, variant=variant, out=out.fill_(torch.nan))
+            ladder.dequantize_per_channel(codes, found, variant=variant, out=out.fill_(torch.nan))
             for rows in self.parts():
                 back = reference.dequantize_per_channel(want[rows], self.scales, dtype=self.dtype)
                 if not torch.equal(out[rows], back):
@@ -129,15 +129,15 @@ class Operands:
 
         def quantize(_: int) -> None:
             x, codes, _ = self._next_copy()
-            ops.quantize_per_channel(x, scales=self.scales, variant=variant, out=codes)
+            ladder.quantize_per_channel(x, scales=self.scales, variant=variant, out=codes)
 
         def quantize_with_scales(_: int) -> None:
             x, codes, _ = self._next_copy()
-            ops.quantize_per_channel(x, variant=variant, out=codes)
+            ladder.quantize_per_channel(x, variant=variant, out=codes)
 
         def dequantize(_: int) -> None:
             _, codes, out = self._next_copy()
-            ops.dequantize_per_channel(codes, self.scales, variant=variant, out=out)
+            ladder.dequantize_per_channel(codes, self.scales, variant=variant, out=out)
 
         if variant == "fused":
             return {"quantize_with_scales": quantize_with_scales}

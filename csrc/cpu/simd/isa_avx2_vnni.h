@@ -1,0 +1,5 @@
+// AVX2 with the dot product of AVX-VNNI, for CPUs without AVX-512 (Alder Lake and later clients).
+#pragma once
+
+#define INT8KV_AVX2_VNNI
+#include "cpu/simd/isa_avx2.h"

@@ -1,0 +1,5 @@
+// AVX-512 with the dot product of AVX-512 VNNI.
+#pragma once
+
+#define INT8KV_AVX512_VNNI
+#include "cpu/simd/isa_avx512.h"
