@@ -8,6 +8,7 @@ from importlib import import_module
 import torch
 
 from benchmarks.operators.peers import Attend, Batch, Int8Custom, Peer, Shape
+from vllm_int8kv.cache.formats import native_content_bytes
 
 FP8 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
@@ -35,7 +36,7 @@ class Paged16Or8(Peer):
         return self.library
 
     def slot_bytes(self, head_size: int) -> int:
-        return 2 * head_size * self.dtype.itemsize
+        return native_content_bytes(head_size, self.dtype.itemsize)
 
     def allocate(self, shape: Shape) -> torch.Tensor:
         size = (shape.num_blocks, 2, shape.block_size, shape.num_kv_heads, shape.head_size)

@@ -169,7 +169,7 @@ def test_demo_on_a_tiny_scale(capsys, monkeypatch):
     """All engines and the report, with a short text and context."""
     # Threads of a pool wait for one another; on a busy machine that takes longer than the work.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plan = demo.Plan(
+    plan = demo.DemoPlan(
         str(models.smollm2()),
         prompts=demo.PROMPTS[:1],
         answer_tokens=12,
@@ -210,7 +210,7 @@ def test_demo_on_a_tiny_scale(capsys, monkeypatch):
 def test_engines_of_the_demo(dtype, has_fast_bf16, engines, monkeypatch):
     """The text is scored in fp32; engines that would have the same dtype are one."""
     monkeypatch.setattr(demo, "has_fast_bf16", lambda: has_fast_bf16)
-    plans = demo.make_plans(demo.Plan("model", dtype=dtype), "/folder")
+    plans = demo.make_plans(demo.DemoPlan("model", dtype=dtype), "/folder")
     assert [(plan.dtype, plan.kv_cache_dtype, " ".join(plan.stages())) for plan in plans] == [
         (dtype, kv_cache_dtype, f"load {stages}") for dtype, stages in engines for kv_cache_dtype in demo.DTYPES
     ]
@@ -233,7 +233,7 @@ def test_contexts_of_the_demo_are_as_long_as_there_is_time_for(monkeypatch, seco
             now[0] += seconds_per_prompt
 
     monkeypatch.setattr(demo_engine.time, "perf_counter", lambda: now[0])
-    found = demo_engine.choose_context(Engine(), demo.Plan("model"), longest, vocab_size=1000)
+    found = demo_engine.choose_context(Engine(), demo.DemoPlan("model"), longest, vocab_size=1000)
     assert found == context_len
     assert prompts == ([1024] if longest > 1024 else [])
 

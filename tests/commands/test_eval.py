@@ -109,7 +109,7 @@ def test_an_engine_that_fails_and_is_not_optional_ends_the_comparison(monkeypatc
 
     monkeypatch.setattr(evaluate, "_run_cache", run_cache)
     with pytest.raises(EngineError, match="no fp8 here") as error:
-        evaluate.evaluate(evaluate.Plan("model"), [CacheSpec.parse("fp8")], Console(quiet=True), name="model")
+        evaluate.evaluate(evaluate.EvalPlan("model"), [CacheSpec.parse("fp8")], Console(quiet=True), name="model")
     assert error.value.last_line == "NotImplementedError: no fp8 here"
 
 

@@ -34,13 +34,13 @@ def demo(
 ) -> None:
     """Compare an unquantized KV cache with the INT8 one: answers, memory, accuracy, speed."""
     from vllm_int8kv.commands.models import resolve
-    from vllm_int8kv.evaluation.demo import Plan, run_demo
+    from vllm_int8kv.evaluation.demo import DemoPlan, run_demo
     from vllm_int8kv.evaluation.engines.process import EngineError
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise fail(f"--json: the folder {json_file.absolute().parent} does not exist")
     try:
-        report = run_demo(Plan(resolve(model)), error_console, name=model, verbose=verbose)
+        report = run_demo(DemoPlan(resolve(model)), error_console, name=model, verbose=verbose)
     except (EngineError, ImportError, ValueError) as error:
         raise fail(str(error)) from None
     print_demo(report)

@@ -36,7 +36,7 @@ STAGE_SECONDS = {"load": 20, "answer": 3, "text": 15, "decode": 75}
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """What one engine does. Stages with nothing to do are left out."""
 
     model: str
@@ -67,7 +67,7 @@ class Plan:
         return {stage: seconds for stage, seconds in STAGE_SECONDS.items() if wanted[stage]}
 
 
-def run_demo(plan: Plan, console: Console, *, name: str, verbose: bool = False) -> dict[str, Any]:
+def run_demo(plan: DemoPlan, console: Console, *, name: str, verbose: bool = False) -> dict[str, Any]:
     """Run the engines.
 
     Args:
@@ -91,7 +91,7 @@ def run_demo(plan: Plan, console: Console, *, name: str, verbose: bool = False) 
     return _report(name, plans[0].prompts, results, summarize(int8_scores, auto_scores))
 
 
-def make_plans(plan: Plan, folder: str) -> list[Plan]:
+def make_plans(plan: DemoPlan, folder: str) -> list[DemoPlan]:
     """What each engine does, those with the answers and the speed first; scores go to files of a folder."""
     if plan.dtype == "auto" and not has_fast_bf16():
         plan = replace(plan, dtype="float32")
@@ -112,7 +112,7 @@ def make_plans(plan: Plan, folder: str) -> list[Plan]:
     return speed + [replace(plan, dtype="float32", prompts=(), decode_steps=0) for plan in everything]
 
 
-def _run_engines(plans: list[Plan], progress: Progress, verbose: bool) -> list[dict[str, Any]]:
+def _run_engines(plans: list[DemoPlan], progress: Progress, verbose: bool) -> list[dict[str, Any]]:
     task_ids = []
     for plan in plans:
         what = ", ".join(stage for stage in plan.stages() if stage != "load")

@@ -67,7 +67,7 @@ class CacheSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """What one engine does."""
 
     model: str
@@ -115,7 +115,9 @@ class Plan:
         return {stage: seconds for stage, seconds in STAGE_SECONDS.items() if stage in wanted}
 
 
-def make_plan(texts: Sequence[Path], *, paths: str, needle_lengths: str, engine_options: str, **fields: Any) -> Plan:
+def make_plan(
+    texts: Sequence[Path], *, paths: str, needle_lengths: str, engine_options: str, **fields: Any
+) -> EvalPlan:
     """A plan from the options of the command line; `fields` are taken as they are.
 
     Raises:
@@ -138,7 +140,7 @@ def make_plan(texts: Sequence[Path], *, paths: str, needle_lengths: str, engine_
             contents.append(path.read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--text: cannot read {path}: {error}") from None
-    return Plan(
+    return EvalPlan(
         texts=tuple(contents),
         paths=chosen,
         needle_lengths=tuple(int(length) for length in needle_lengths.split(",") if length),
@@ -148,7 +150,7 @@ def make_plan(texts: Sequence[Path], *, paths: str, needle_lengths: str, engine_
 
 
 def evaluate(
-    plan: Plan,
+    plan: EvalPlan,
     caches: Sequence[CacheSpec],
     console: Console,
     *,
@@ -216,7 +218,7 @@ def evaluate(
     }
 
 
-def _run_cache(plan: Plan, name: str, is_reference: bool, progress: Progress, verbose: bool) -> dict[str, Any]:
+def _run_cache(plan: EvalPlan, name: str, is_reference: bool, progress: Progress, verbose: bool) -> dict[str, Any]:
     """Run the engine of one cache."""
     wanted = {"decode", *plan.paths} if is_reference else plan.paths
     plan = replace(plan, paths=tuple(path for path in PATHS if path in wanted), is_reference=is_reference)
@@ -231,12 +233,12 @@ def _run_cache(plan: Plan, name: str, is_reference: bool, progress: Progress, ve
     return result
 
 
-def scores_path(plan: Plan, label: str, path: str, text: int) -> str:
+def scores_path(plan: EvalPlan, label: str, path: str, text: int) -> str:
     """The score file of one text on one read path."""
     return str(Path(plan.folder, f"{label}-{path}-{text}.npy"))
 
 
-def _load(plan: Plan, label: str, path: str, stride: int) -> list[np.ndarray]:
+def _load(plan: EvalPlan, label: str, path: str, stride: int) -> list[np.ndarray]:
     try:
         return load_scores([scores_path(plan, label, path, text) for text in range(len(plan.token_ids))], stride)
     except ValueError as error:
@@ -244,7 +246,7 @@ def _load(plan: Plan, label: str, path: str, stride: int) -> list[np.ndarray]:
 
 
 def _measure(
-    plan: Plan, label: str, result: Mapping[str, Any], baseline: Mapping[str, Any], reference: list[np.ndarray]
+    plan: EvalPlan, label: str, result: Mapping[str, Any], baseline: Mapping[str, Any], reference: list[np.ndarray]
 ) -> dict[str, Any]:
     """The results of one cache."""
     paths, own_decode = {}, None

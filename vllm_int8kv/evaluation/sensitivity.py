@@ -1,8 +1,8 @@
 """`vllm-int8kv eval --sensitivity`: what each layer loses to INT8, and which to leave unquantized.
 
 One engine with the INT8 cache scores the texts by prefill, with exact attention in the layers that are to count as
-unquantized (`engines/sensitivity_engine.py`). e_o is the relative error of a layer's attention output when its own K and
-V went through the cache and everything before it is exact (KVTuner, arXiv 2502.04420, with norms in place of
+unquantized (`engines/sensitivity_engine.py`). e_o is the relative error of a layer's attention output when its own K
+and V went through the cache and everything before it is exact (KVTuner, arXiv 2502.04420, with norms in place of
 elementwise ratios); the KL divergence per token is that of the whole model with only this layer quantized.
 """
 
@@ -20,7 +20,7 @@ from rich.table import Table
 from vllm_int8kv.cache.formats import FORMATS, K8V8, native_content_bytes
 from vllm_int8kv.config import LAYER_FORMATS
 from vllm_int8kv.evaluation.engines.process import run_engine
-from vllm_int8kv.evaluation.evaluate import Plan
+from vllm_int8kv.evaluation.evaluate import EvalPlan
 
 STAGE_SECONDS = {"load": 15, "sample": 60, "errors": 10, "layers": 120}
 OUTLIER_SHARE = 4.0
@@ -48,7 +48,7 @@ class CacheShape:
         return self.num_kv_heads * FORMATS[self.cache_format].content_bytes(self.head_size)
 
 
-def measure_layers(plan: Plan, console: Console, *, name: str, verbose: bool = False) -> dict[str, Any]:
+def measure_layers(plan: EvalPlan, console: Console, *, name: str, verbose: bool = False) -> dict[str, Any]:
     """Score every layer.
 
     Args:

@@ -182,7 +182,7 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         value: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """Set the equalizer from Q and K, then attend through a cache that lasts for the pass and is written with it."""
+        """Set the equalizer from Q and K, then attend through a cache, written with it, that lasts for the pass."""
         num_tokens, device = query.shape[0], query.device
         num_blocks = -(-num_tokens // SLOT_GROUP)
         owner = layer.kv_sharing_target_layer_name

@@ -1,4 +1,4 @@
-"""One engine of the demo, run by `engine_process`; its plan is a `demo.Plan`."""
+"""One engine of the demo, run by `process`; its plan is a `demo.DemoPlan`."""
 
 import json
 import statistics
@@ -10,7 +10,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_int8kv.evaluation.demo import Plan
+from vllm_int8kv.evaluation.demo import DemoPlan
 from vllm_int8kv.evaluation.engines.forced_decoding import OPTIONS, kv_cache_memory_bytes, score_decode, steps
 from vllm_int8kv.evaluation.engines.process import emit, finish
 from vllm_int8kv.evaluation.scoring import TextFiles
@@ -22,7 +22,7 @@ PROBE_TOKENS = 1024
 
 
 def main() -> None:
-    plan = Plan(**json.load(sys.stdin))
+    plan = DemoPlan(**json.load(sys.stdin))
     emit(stage="load", done=0.0)
     model_config = EngineArgs(model=plan.model, dtype=plan.dtype).create_model_config()
     # Beside the context: the tokens of the speed test and what prefill steps let the first sequences run ahead.
@@ -62,7 +62,7 @@ def main() -> None:
     finish(llm, result)
 
 
-def answer(llm: LLM, plan: Plan) -> list[str]:
+def answer(llm: LLM, plan: DemoPlan) -> list[str]:
     """Greedy answers to the prompts, by the model's chat template."""
     chats = [[{"role": "user", "content": prompt}] for prompt in plan.prompts]
     outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=plan.answer_tokens), use_tqdm=False)
@@ -70,7 +70,7 @@ def answer(llm: LLM, plan: Plan) -> list[str]:
     return [output.outputs[0].text.strip() for output in outputs]
 
 
-def score_text(llm: LLM, plan: Plan, vocab_size: int) -> int:
+def score_text(llm: LLM, plan: DemoPlan, vocab_size: int) -> int:
     """Score the text by decode steps; returns the number of scored tokens."""
     max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
     token_ids = llm.get_tokenizer().encode(plan.text)[:max_model_len]
@@ -80,7 +80,7 @@ def score_text(llm: LLM, plan: Plan, vocab_size: int) -> int:
     return files.num_rows
 
 
-def choose_context(llm: LLM, plan: Plan, longest: int, vocab_size: int) -> int:
+def choose_context(llm: LLM, plan: DemoPlan, longest: int, vocab_size: int) -> int:
     """The context whose prefill takes `plan.prefill_seconds` for all sequences, by the time one prompt takes; a
     multiple of PROBE_TOKENS // 4 or `longest`."""
     if longest <= PROBE_TOKENS:
@@ -93,7 +93,7 @@ def choose_context(llm: LLM, plan: Plan, longest: int, vocab_size: int) -> int:
     return min(longest, max(unit, int(num_tokens) // unit * unit))
 
 
-def measure_decode(llm: LLM, plan: Plan, context_len: int, vocab_size: int) -> float:
+def measure_decode(llm: LLM, plan: DemoPlan, context_len: int, vocab_size: int) -> float:
     """Output tokens per second of `num_seqs` sequences with `context_len` different random tokens each.
 
     Only steps in which every sequence decodes are timed; the median of their durations counts.

@@ -1,4 +1,4 @@
-"""One engine of `vllm-int8kv eval`, run by `engine_process`; its plan is an `evaluate.Plan`."""
+"""One engine of `vllm-int8kv eval`, run by `process`; its plan is an `evaluate.EvalPlan`."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from vllm_int8kv.evaluation.engines.forced_decoding import (
     score_prefix_reads,
 )
 from vllm_int8kv.evaluation.engines.process import emit, finish
-from vllm_int8kv.evaluation.evaluate import Plan, scores_path
+from vllm_int8kv.evaluation.evaluate import EvalPlan, scores_path
 from vllm_int8kv.evaluation.scoring import TextFiles
 
 NUM_ANSWERS = 8
@@ -35,7 +35,7 @@ MAX_CACHE_TOKENS = 1 << 16
 
 
 def main() -> None:
-    plan = Plan(**json.load(sys.stdin))
+    plan = EvalPlan(**json.load(sys.stdin))
     emit(stage="load", done=0.0)
     llm = start(plan)
     emit(stage="load", done=1.0)
@@ -69,7 +69,7 @@ def main() -> None:
     finish(llm, result)
 
 
-def start(plan: Plan) -> LLM:
+def start(plan: EvalPlan) -> LLM:
     """The engine, with as much memory for its cache as `auto` needs for everything at once, within reason."""
     dtype = "float32" if plan.dtype == "auto" and current_platform.is_cpu() else plan.dtype
     model_config = EngineArgs(model=plan.model, dtype=dtype).create_model_config()
@@ -91,7 +91,7 @@ def start(plan: Plan) -> LLM:
     return LLM(plan.model, dtype=dtype, kv_cache_dtype=plan.kv_cache_dtype, **(options | OPTIONS | plan.engine_options))
 
 
-def text_files(plan: Plan, token_ids: Sequence[list[int]], path: str, vocab_size: int) -> list[TextFiles]:
+def text_files(plan: EvalPlan, token_ids: Sequence[list[int]], path: str, vocab_size: int) -> list[TextFiles]:
     """Empty score files of all texts on one path. The reference is what the reference engine decodes."""
     texts = []
     for index, ids in enumerate(token_ids):
@@ -103,7 +103,7 @@ def text_files(plan: Plan, token_ids: Sequence[list[int]], path: str, vocab_size
     return texts
 
 
-def write_texts(llm: LLM, plan: Plan) -> list[list[int]]:
+def write_texts(llm: LLM, plan: EvalPlan) -> list[list[int]]:
     """Tokenize the texts, or have the model write some."""
     limit = min(plan.max_tokens, llm.llm_engine.vllm_config.model_config.max_model_len - 1)
     tokenizer = llm.get_tokenizer()
