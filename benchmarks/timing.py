@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from vllm_int8kv.cache import library
+from vllm_int8kv.evaluation.record import Timing, summarize
 
 CallOnce = Callable[[int], object]
 """Runs an implementation once; the argument counts the calls, so that each can take other (cold) operands."""
@@ -33,18 +34,6 @@ READ_METHODS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "torch.sum float32": lambda buffer: buffer.view(torch.float32).sum(),
 }
 """Reductions that touch every byte once. Which one is fastest depends on the machine and the threads."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Wall-clock times of one implementation."""
-
-    median_us: float
-    p10_us: float
-    p90_us: float
-    n: int
-    cpu_per_wall: float
-    """CPU time of the process per wall-clock time inside the calls: the number of cores really in use."""
 
 
 @dataclass(frozen=True)
@@ -159,18 +148,6 @@ def interleave(
     return {
         name: summarize([ns / 1e3 / repeats for ns in samples[name]], cpu_ns[name] / 1e3 / repeats) for name in calls
     }
-
-
-def summarize(times_us: list[float], cpu_us: float) -> Timing:
-    """Median and spread of a list of times; `cpu_us` is the CPU time of all of them together."""
-    p10, median, p90 = torch.tensor(times_us, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
-    return Timing(
-        median_us=round(median.item(), 2),
-        p10_us=round(p10.item(), 2),
-        p90_us=round(p90.item(), 2),
-        n=len(times_us),
-        cpu_per_wall=round(cpu_us / sum(times_us), 2),
-    )
 
 
 class ReadMeter:

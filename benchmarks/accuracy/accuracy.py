@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.accuracy import accuracy_record
+from benchmarks.accuracy.accuracy_record import CACHES, OURS
 from benchmarks.accuracy.stress_model import make_stress_model
 from benchmarks.accuracy.texts import texts
 from benchmarks.operators.peers import name_missing
-from benchmarks.report.accuracy_tables import CACHES, OURS
 from vllm_int8kv.commands.models import resolve
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation import record

@@ -15,6 +15,16 @@ from vllm_int8kv.evaluation import record
 RESULTS = record.RESULTS / "accuracy"
 SCHEMA = 1
 
+PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
+"""Plain INT8 per (token, KV head), the quantizer of vLLM's int8_per_token_head, which does not exist on CPU."""
+OURS = "int8_custom"
+CACHES = {
+    OURS: "`int8_custom`",
+    PLAIN: "plain INT8 per (token, head)",
+    "fp8": "vLLM `fp8` (e4m3)",
+}
+"""How tables name the caches."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyRecord:

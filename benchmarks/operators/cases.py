@@ -124,3 +124,11 @@ def choose_cases(device: Device, quick: bool) -> list[Case]:
     if quick:
         return list(quick_cases())
     return list(gpu_cases() if device == Device.cuda else every_case())
+
+
+def batch_text(case: dict) -> str:
+    """The batch of a kernel case in words."""
+    text = f"{case['num_seqs']} x {case['seq_len']:,}"
+    if "shortest" in case:
+        return f"{case['num_seqs']} x {case['shortest']:,} to {case['seq_len']:,}"
+    return text if case["query_len"] in (1, case["seq_len"]) else f"{text}, {case['query_len']:,} fresh"

@@ -30,10 +30,9 @@ from rich.table import Table
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
 from benchmarks import timing
 from benchmarks.operators import cuda_peers
-from benchmarks.operators.cases import Case, What, bytes_moved, choose_cases
+from benchmarks.operators.cases import Case, What, batch_text, bytes_moved, choose_cases
 from benchmarks.operators.layers import CheckError, Layers
 from benchmarks.operators.peers import Peer, name_missing
-from benchmarks.report.tables import batch_text
 from benchmarks.timing import Budget, CallOnce, ReadBandwidth, ReadMeter, Timing
 from vllm_int8kv.evaluation import record
 from vllm_int8kv.evaluation.record import Device

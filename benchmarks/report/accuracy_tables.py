@@ -3,19 +3,11 @@
 from pathlib import Path
 
 from benchmarks.accuracy import accuracy_record
-from benchmarks.accuracy.accuracy_record import AccuracyRecord
+from benchmarks.accuracy.accuracy_record import CACHES, OURS, AccuracyRecord
 from benchmarks.accuracy.schemes import SCHEMES
 from benchmarks.report.markdown import markdown
 from vllm_int8kv.evaluation.eval_report import PATH_MEANINGS
 
-PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
-"""Plain INT8 per (token, KV head), the quantizer of vLLM's int8_per_token_head, which does not exist on CPU."""
-OURS = "int8_custom"
-CACHES = {
-    OURS: "`int8_custom`",
-    PLAIN: "plain INT8 per (token, head)",
-    "fp8": "vLLM `fp8` (e4m3)",
-}
 COMPILED = "auto:enforce_eager=false"
 """The same cache, but other arithmetic: models are not compiled for these measurements."""
 

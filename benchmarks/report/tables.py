@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.operators.cases import batch_text
 from benchmarks.report import reliability_tables
 from benchmarks.report.accuracy_tables import engine_table, paths_table, schemes_table
 from benchmarks.report.markdown import markdown
@@ -230,14 +231,6 @@ def _end_to_end_of(found: list[Group]) -> str:
             )
     head = ["KV cache", "model", "sequences x context", "threads", "output tokens/s", "ms per step", "p10 to p90"]
     return markdown([*head, "vs auto"], rows)
-
-
-def batch_text(case: dict) -> str:
-    """The batch of a kernel case in words."""
-    text = f"{case['num_seqs']} x {case['seq_len']:,}"
-    if "shortest" in case:
-        return f"{case['num_seqs']} x {case['shortest']:,} to {case['seq_len']:,}"
-    return text if case["query_len"] in (1, case["seq_len"]) else f"{text}, {case['query_len']:,} fresh"
 
 
 GPU_WHATS = ("decode", "verify", "write", "prefill")

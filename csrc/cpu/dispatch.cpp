@@ -4,16 +4,12 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "ladder/quantize_per_channel.h"
-
-#define INT8KV_FOR_EACH_ISA(F) F(scalar) F(avx2) F(avx2_vnni) F(avx512) F(avx512_vnni)
 
 namespace int8kv::cpu {
 
-#define DECLARE_ISA(isa)                          \
-  namespace isa {                                 \
-  const Kernels& kernels_for(CacheFormat);        \
-  const PerChannelKernels& per_channel_kernels(); \
+#define DECLARE_ISA(isa)                   \
+  namespace isa {                          \
+  const Kernels& kernels_for(CacheFormat); \
   }
 INT8KV_FOR_EACH_ISA(DECLARE_ISA)
 #undef DECLARE_ISA
@@ -24,7 +20,6 @@ struct Path {
   const char* name;
   bool available;
   const Kernels& (*kernels_for)(CacheFormat);
-  const PerChannelKernels* per_channel;
 };
 
 bool has_scalar() { return true; }
@@ -43,7 +38,7 @@ bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vn
 #endif
 
 const Path* paths() {
-#define PATH_OF_ISA(isa) Path{#isa, has_##isa(), &isa::kernels_for, &isa::per_channel_kernels()},
+#define PATH_OF_ISA(isa) Path{#isa, has_##isa(), &isa::kernels_for},
   static const Path table[] = {INT8KV_FOR_EACH_ISA(PATH_OF_ISA) Path{}};
 #undef PATH_OF_ISA
   return table;
@@ -66,10 +61,6 @@ std::atomic<const Path*>& chosen() {
 
 const Kernels& kernels_for(CacheFormat format) {
   return chosen().load(std::memory_order_relaxed)->kernels_for(format);
-}
-
-const PerChannelKernels& per_channel_kernels() {
-  return *chosen().load(std::memory_order_relaxed)->per_channel;
 }
 
 const char* current_isa() { return chosen().load(std::memory_order_relaxed)->name; }

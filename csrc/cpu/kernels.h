@@ -75,6 +75,10 @@ struct Kernels {
   size_t (*scratch_bytes)();  // of one thread, 64-byte aligned
 };
 
+// Every instruction set that kernels are compiled for, slowest first.
+#define INT8KV_FOR_EACH_ISA(CALL) \
+  CALL(scalar) CALL(avx2) CALL(avx2_vnni) CALL(avx512) CALL(avx512_vnni)
+
 // Those of the instruction set in use.
 const Kernels &kernels_for(CacheFormat format);
 

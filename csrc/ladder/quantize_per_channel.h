@@ -23,6 +23,7 @@ struct PerChannelKernels {
                      int64_t token_end);
 };
 
+// Those of the instruction set in use.
 const PerChannelKernels& per_channel_kernels();
 
 }  // namespace int8kv::cpu

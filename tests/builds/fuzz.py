@@ -54,8 +54,8 @@ def main(
 def write(isas: list[str], found: dict[str, dict[str, int]], examples: int, seconds: float, results: Path) -> None:
     """Append the record of a run that found nothing."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks.timing import summarize
     from vllm_int8kv.evaluation import record
+    from vllm_int8kv.evaluation.record import summarize
 
     line = record.of_run(
         record.environment(),

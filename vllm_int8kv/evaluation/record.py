@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
+
 _REPOSITORY = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (_REPOSITORY / "csrc").is_dir()
 ROOT = _REPOSITORY if IS_CHECKOUT else Path.cwd()
@@ -185,6 +187,30 @@ def by_case(records: Iterable[Record]) -> list[Group]:
     records = list(records)
     last = max(reversed(records), key=lambda line: line.utc, default=None)
     return by_device(records)[last.device] if last else []
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock times of one implementation."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    n: int
+    cpu_per_wall: float
+    """CPU time of the process per wall-clock time inside the calls: the number of cores really in use."""
+
+
+def summarize(times_us: list[float], cpu_us: float) -> Timing:
+    """Median and spread of a list of times; `cpu_us` is the CPU time of all of them together."""
+    p10, median, p90 = np.quantile(times_us, [0.1, 0.5, 0.9]).tolist()
+    return Timing(
+        median_us=round(median, 2),
+        p10_us=round(p10, 2),
+        p90_us=round(p90, 2),
+        n=len(times_us),
+        cpu_per_wall=round(cpu_us / sum(times_us), 2),
+    )
 
 
 @cache

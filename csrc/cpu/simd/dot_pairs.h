@@ -29,7 +29,7 @@ struct DotPairs {
 };
 
 // The sums of one pass belong to kRows rows of a, to groups_per_pass() groups of b and to
-// pairs_per_pass() pairs; both are functions of the instruction set (isa_<name>.h).
+// pairs_per_pass() pairs; both are functions of the instruction set (cpu/isa).
 //
 // Where b is in the L1 cache the sums belong to several groups, which then share a broadcast,
 // enough of them to hide the latency of the multiply-add. Where b comes from memory it is read

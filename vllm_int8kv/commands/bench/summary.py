@@ -8,11 +8,10 @@ from statistics import median
 import numpy as np
 from rich.table import Table
 
-from benchmarks.timing import summarize
 from vllm_int8kv.commands.bench.config import BenchConfig, Case, Device, Mode
 from vllm_int8kv.commands.bench.sweep import FOLDER, Run, Sweep
 from vllm_int8kv.evaluation import record
-from vllm_int8kv.evaluation.record import LABELS, Group, Record, by_case
+from vllm_int8kv.evaluation.record import LABELS, Group, Record, by_case, summarize
 
 WHAT = {Mode.offline: "throughput", Mode.online: "online"}
 SHARED = (

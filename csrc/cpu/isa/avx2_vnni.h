@@ -2,4 +2,4 @@
 #pragma once
 
 #define INT8KV_AVX2_VNNI
-#include "cpu/simd/isa_avx2.h"
+#include "cpu/isa/avx2.h"

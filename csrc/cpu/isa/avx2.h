@@ -1,7 +1,7 @@
-// AVX2 with FMA; isa_avx2_vnni.h adds the dot product of AVX-VNNI.
+// AVX2 with FMA; avx2_vnni.h adds the dot product of AVX-VNNI.
 #pragma once
 
-#include "cpu/simd/isa.h"
+#include "cpu/isa/common.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
 
@@ -15,7 +15,7 @@ INT8KV_INLINE IntRegister reg_to_ints(Register x) { return _mm256_cvttps_epi32(x
 
 }  // namespace int8kv::cpu::INT8KV_ISA
 
-#include "cpu/simd/lanes_array.h"
+#include "cpu/isa/lanes_array.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
 

@@ -2,4 +2,4 @@
 #pragma once
 
 #define INT8KV_AVX512_VNNI
-#include "cpu/simd/isa_avx512.h"
+#include "cpu/isa/avx512.h"

@@ -1,8 +1,8 @@
 // AVX-512 (F, BW, DQ, VL): a vector is one register, of the compiler's own vector types.
-// isa_avx512_vnni.h adds the dot product of AVX-512 VNNI.
+// avx512_vnni.h adds the dot product of AVX-512 VNNI.
 #pragma once
 
-#include "cpu/simd/isa.h"
+#include "cpu/isa/common.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
 

@@ -1,4 +1,4 @@
-// What every header of an instruction set starts from. isa_<name>.h then defines, inside
+// What every header of an instruction set starts from. <name>.h then defines, inside
 // int8kv::cpu::<name>, everything that the files of this folder call and that is not plain C++:
 //
 //   f32x16, i32x16, u32x16, Mask    sixteen lanes, with operators
