@@ -22,7 +22,7 @@ from engines import MAX_KL, engine, kl_per_token, layers, num_cache_tokens, prom
 from support import supports
 
 from vllm_int8kv.cache.formats import K8V8
-from vllm_int8kv.serving import backend, startup_log
+from vllm_int8kv.serving import attention, startup_log
 
 pytestmark = pytest.mark.engine
 
@@ -181,7 +181,7 @@ def test_random_model_is_close_to_auto(model, model_folder, auto_run):
 
 def test_comparison_notices_a_wrong_window(model_folder, auto_run, monkeypatch):
     expected, _ = auto_run(tiny_models.mistral)
-    original = backend.Int8KVImpl.forward
+    original = attention.Int8KVImpl.forward
 
     def one_token_more(self, *args, **kwargs):
         window, self.sliding_window = self.sliding_window, self.sliding_window + 1
@@ -190,7 +190,7 @@ def test_comparison_notices_a_wrong_window(model_folder, auto_run, monkeypatch):
         finally:
             self.sliding_window = window
 
-    monkeypatch.setattr(backend.Int8KVImpl, "forward", one_token_more)
+    monkeypatch.setattr(attention.Int8KVImpl, "forward", one_token_more)
     with tiny_engine(model_folder(tiny_models.mistral)) as llm:
         assert kl_per_token(expected, prompt_logprobs(llm)) > 2 * MAX_KL
 
@@ -217,7 +217,7 @@ def test_options_reach_the_worker_which_logs_them(model_folder, auto_run, monkey
     monkeypatch.setattr(startup_log.logger, "info_once", lambda message, *args: log.append(message % args))
     options = {"int8_kv": {"rotate_keys": False, "cpu_isa": "scalar"}}
     with tiny_engine(model_folder(tiny_models.llama), additional_config=options) as llm:
-        assert not any(layer.impl.rotate_keys for layer in layers(llm).values())
+        assert not any(layer.impl.key_transform.rotate for layer in layers(llm).values())
         (line,) = (line for line in log if "keys not rotated" in line)
         assert "scalar kernels; 792 bytes per token instead of 1536 (bfloat16), 1.94x" in line
         assert kl_per_token(expected, prompt_logprobs(llm)) < MAX_KL

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_int8kv.serving import backend, prefill
+from vllm_int8kv.serving import attention, metadata, prefill
 
 
 def test_metadata_are_the_buffers_of_vllm():
@@ -16,10 +16,10 @@ def test_metadata_are_the_buffers_of_vllm():
         "query_start_loc": torch.arange(5, dtype=torch.int32),
     }
     common = SimpleNamespace(causal=True, num_actual_tokens=4, **buffers)
-    metadata = backend.Int8KVMetadataBuilder.build(SimpleNamespace(plans_prefill=False), 0, common)
-    assert metadata.block_table is buffers["block_table_tensor"]
-    assert metadata.seq_lens is buffers["seq_lens"]
-    assert metadata.query_start_loc is buffers["query_start_loc"]
+    built = metadata.Int8KVMetadataBuilder.build(SimpleNamespace(plans_prefill=False), 0, common)
+    assert built.block_table is buffers["block_table_tensor"]
+    assert built.seq_lens is buffers["seq_lens"]
+    assert built.query_start_loc is buffers["query_start_loc"]
 
 
 def config(max_num_batched_tokens: int = 512, max_model_len: int = 40960) -> SimpleNamespace:
@@ -34,10 +34,10 @@ def config(max_num_batched_tokens: int = 512, max_model_len: int = 40960) -> Sim
     [(1024, None, 512 + 1024), (131072, None, 512 + 32768), (131072, 65536, 512 + 65536), (131072, 4096, 512 + 32768)],
 )
 def test_the_prefill_workspace_holds_a_step_and_its_windows(max_model_len, window, rows):
-    assert backend.max_prefill_rows(config(max_model_len=max_model_len), window) == rows
+    assert metadata.max_prefill_rows(config(max_model_len=max_model_len), window) == rows
 
 
-def test_profiling_reserves_the_prefill_workspace(monkeypatch):
+def test_profiling_reserves_the_prefill_workspace():
     """vLLM profiles with a step that has no metadata."""
     sizes = []
     layer = SimpleNamespace(
@@ -46,9 +46,8 @@ def test_profiling_reserves_the_prefill_workspace(monkeypatch):
         prefill_attention=print,
         prefill_workspace=lambda num_rows, query: sizes.append(num_rows),
     )
-    monkeypatch.setattr(backend.calibration, "attend", lambda layer, query, key, value, output: output.zero_())
     tensors = torch.ones(4, 8, 4, 64)
-    output = backend.Int8KVImpl.forward(layer, None, *tensors[:3], None, None, tensors[3])
+    output = attention.Int8KVImpl.forward(layer, None, *tensors[:3], None, None, tensors[3])
     assert sizes == [512 + prefill.MAX_CONTEXT_ROWS] and not output.any()
 
 
@@ -71,7 +70,7 @@ def test_what_is_a_prompt(query_lens, num_decodes):
         seq_lens=torch.tensor(query_lens) + 5,
         seq_lens_cpu_upper_bound=None,
     )
-    plan = backend.Int8KVMetadataBuilder.plan_prefill(builder, batch)
+    plan = metadata.Int8KVMetadataBuilder.plan_prefill(builder, batch)
     assert (None if plan is None else plan.num_decodes) == num_decodes
     if plan is not None:
         assert plan.num_decode_tokens == sum(query_lens[:num_decodes])

@@ -119,6 +119,11 @@ def imported_symbols(path: Path) -> set[str]:
     }
 
 
+PACKAGE = Path(vllm_int8kv.__file__).parent
+GPU_IMPORTS = {
+    f"vllm.v1.attention.backends.fa_utils:{name}" for name in ("flash_attn_varlen_func", "get_flash_attn_version")
+}
+"""What the CPU build of vLLM does not have and varlen_attention.py does without."""
 OFFICIAL_IMPORTS = {"vllm.config.cache:get_kv_cache_dtype_handler", "vllm.config.cache:register_kv_cache_dtype"}
 OVERRIDDEN = {
     "AttentionBackend": [name for name in vars(backend.Int8KVBackend) if not name.startswith("_")],
@@ -136,7 +141,7 @@ USED_ATTRIBUTES = {
 } | {f"vllm.v1.attention.backend:{cls}.{name}" for cls, names in OVERRIDDEN.items() for name in names}
 CONTRACT = sorted(
     {*plugin.COMMON_SYMBOLS, *plugin.PATCHED_SYMBOLS, *USED_ATTRIBUTES}
-    | (imported_symbols(Path(plugin.__file__)) | imported_symbols(Path(backend.__file__))) - OFFICIAL_IMPORTS
+    | {symbol for path in PACKAGE.rglob("*.py") for symbol in imported_symbols(path)} - OFFICIAL_IMPORTS - GPU_IMPORTS
 )
 
 
