@@ -9,11 +9,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from hostile import read_args, same_bits, write_args
+from hostile import gather_args, read_args, same_bits, write_args
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ ODD_FLOATS = st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 3
 ARGUMENTS = {
     "reshape_and_cache": "key|value|kv_cache|slot_mapping",
     "paged_attention": "query|kv_cache|block_table|seq_lens|query_start_loc|out",
+    "gather_cache": "key|value|kv_cache|block_table|cu_seq_lens|seq_starts",
     "quantize_per_channel": "x|codes|scales",
     "dequantize_per_channel": "x|codes|scales",
 }
@@ -149,12 +151,46 @@ def test_reads_the_named_blocks_or_refuses(
     else:
         OUTCOMES["paged_attention", "computed"] += 1
         end = int(starts[-1])
-        table[torch.tensor(query_lens[:num_seqs]) == 0] = (
-            0  # nobody asks for these blocks, but the reference reads them
-        )
+        # Nobody asks for the blocks of sequences without queries, but the reference reads them.
+        table[torch.tensor(query_lens[:num_seqs]) == 0] = 0
         want, _ = reference.paged_attention(*args, **options, cache_format=K8V8)
         torch.testing.assert_close(out[:end], want[:end].float(), atol=2e-3, rtol=2e-3)
         assert (out[end:] == 5).all()
+    assert same_bits(storage, before)
+
+
+@FUZZ
+@given(
+    blocks=st.lists(st.one_of(st.integers(-(2**31), -1), st.integers(0, 3), st.integers(4, 2**31 - 1)), max_size=6),
+    seq_starts=st.lists(st.one_of(st.integers(-3, 70), st.just(2**31 - 1)), min_size=1, max_size=3),
+    lens=st.lists(st.integers(-2, 40), min_size=1, max_size=3),
+    num_rows=st.integers(0, 60),
+    dtype=st.sampled_from(DTYPES[:3]),
+    rotate=st.booleans(),
+    offset=st.integers(0, 17),
+)
+def test_gathers_the_named_blocks_or_refuses(blocks, seq_starts, lens, num_rows, dtype, rotate, offset):
+    storage, cache = guarded_cache(offset)
+    kv = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE)
+    ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE), cache_format=K8V8)
+    num_seqs = len(seq_starts)
+    width = len(blocks) // num_seqs
+    table = torch.tensor(blocks[: width * num_seqs], dtype=torch.int32).view(num_seqs, width)
+    cu_seq_lens = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+    rows = torch.full((2, num_rows, NUM_KV_HEADS, HEAD_SIZE), 5.0, dtype=dtype)
+    args = (cache, table, cu_seq_lens, torch.tensor(seq_starts, dtype=torch.int32))
+    options = {"cache_format": K8V8, "key_transform": KeyTransform(rotate=rotate)}
+    before = storage.clone()
+    try:
+        ops.gather_cache(*rows, *args, **options)
+    except RuntimeError as error:
+        refused("gather_cache", error)
+        assert (rows == 5).all()
+    else:
+        OUTCOMES["gather_cache", "computed"] += 1
+        want = torch.full_like(rows, 5.0)
+        reference.gather_cache(*want, *args, **options)
+        assert same_bits(rows, want)
     assert same_bits(storage, before)
 
 
@@ -189,9 +225,20 @@ def dequantize_args() -> dict[str, torch.Tensor]:
     return {"codes": codes, "scales": torch.rand(40) + 0.1, "out": torch.empty(6, 40)}
 
 
+def with_format(make_args: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    return lambda: {**make_args(), "cache_format": K8V8}
+
+
 DAMAGEABLE = {
-    ops.reshape_and_cache: (write_args, ("key", "value", "kv_cache", "slot_mapping")),
-    ops.paged_attention: (read_args, ("query", "kv_cache", "block_table", "seq_lens", "query_start_loc")),
+    ops.reshape_and_cache: (with_format(write_args), ("key", "value", "kv_cache", "slot_mapping")),
+    ops.paged_attention: (
+        with_format(read_args),
+        ("query", "kv_cache", "block_table", "seq_lens", "query_start_loc"),
+    ),
+    ops.gather_cache: (
+        with_format(gather_args),
+        ("key", "value", "kv_cache", "block_table", "cu_seq_lens", "seq_starts"),
+    ),
     ladder.quantize_per_channel: (quantize_args, ("x", "scales", "out")),
     ladder.dequantize_per_channel: (dequantize_args, ("codes", "scales", "out")),
 }

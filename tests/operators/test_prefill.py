@@ -31,8 +31,9 @@ def attend(batch, max_rows, attention=plain_attention, num_decodes=0, dtype=torc
     workspace = torch.full((2, *shape), torch.nan, dtype=batch.query.dtype, device=batch.query.device)
     # Padding tokens hold NaN and belong to no group.
     out = torch.full(batch.query.shape, torch.nan, dtype=batch.query.dtype, device=batch.query.device)
+    options["cache_format"] = K8V8
     prefill.attend(batch.query, batch.kv_cache, batch.block_table, plan, (*workspace,), attention, out=out, **options)
-    _, lse = ops.paged_attention(*batch.args, **options, return_lse=True, cache_format=K8V8)
+    _, lse = ops.paged_attention(*batch.args, **options, return_lse=True)
     return out, lse
 
 
