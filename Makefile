@@ -11,6 +11,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 CUDA_ARCHITECTURES ?= 75;80;86;89;90;100;120
 SOURCES := $(shell find csrc -type f)
+CPP_FILES := $(filter-out %CMakeLists.txt,$(SOURCES)) $(shell find tests -name '*.h' -o -name '*.cpp')
 PYTHON_FILES := vllm_int8kv tests benchmarks .ci
 # ON: warnings of the C++ compiler are errors, in CI, where it is known which one.
 WERROR ?= OFF
@@ -109,13 +110,13 @@ test-torch: wheel  ## Test the wheel's operators under another PyTorch (TEST_TOR
 lint: $(VENV)/.dependencies  ## Check the format and style of all sources
 	@$(BIN)/ruff check $(PYTHON_FILES)
 	@$(BIN)/ruff format --check $(PYTHON_FILES)
-	@$(BIN)/clang-format --dry-run -Werror $(SOURCES:%CMakeLists.txt=)
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
 .PHONY: format
 format: $(VENV)/.dependencies  ## Format all sources
 	@$(BIN)/ruff check --fix $(PYTHON_FILES)
 	@$(BIN)/ruff format $(PYTHON_FILES)
-	@$(BIN)/clang-format -i $(SOURCES:%CMakeLists.txt=)
+	@$(BIN)/clang-format -i $(CPP_FILES)
 
 .PHONY: cuda-compile
 cuda-compile: $(VENV)/.dependencies  ## Compile the CUDA kernels for every architecture; needs nvcc, no GPU

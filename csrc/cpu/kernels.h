@@ -12,21 +12,21 @@ namespace int8kv::cpu {
 // Runs body(context, begin, end) over disjoint ranges that cover [0, size), on
 // the threads of the caller's pool.
 struct ParallelFor {
-  using Body = void (*)(const void *context, int64_t begin, int64_t end);
-  void (*run)(int64_t size, const void *context, Body body);
+  using Body = void (*)(const void* context, int64_t begin, int64_t end);
+  void (*run)(int64_t size, const void* context, Body body);
   int32_t num_threads;
 };
 
 template <typename F>
-void parallel_for(const ParallelFor &pool, int64_t size, const F &f) {
-  pool.run(size, &f, [](const void *context, int64_t begin, int64_t end) {
-    (*static_cast<const F *>(context))(begin, end);
+void parallel_for(const ParallelFor& pool, int64_t size, const F& f) {
+  pool.run(size, &f, [](const void* context, int64_t begin, int64_t end) {
+    (*static_cast<const F*>(context))(begin, end);
   });
 }
 
-void reshape_and_cache(const ReshapeAndCacheParams &params, const ParallelFor &pool);
-void gather_cache(const GatherCacheParams &params, const ParallelFor &pool);
-void paged_attention(const PagedAttentionParams &params, const ParallelFor &pool);
+void reshape_and_cache(const ReshapeAndCacheParams& params, const ParallelFor& pool);
+void gather_cache(const GatherCacheParams& params, const ParallelFor& pool);
+void paged_attention(const PagedAttentionParams& params, const ParallelFor& pool);
 
 // Query rows of one sequence that are attended together: the same rows of one
 // or several KV heads, which lie side by side in a block. Row r of a head is
@@ -59,19 +59,19 @@ INT8KV_HD int64_t partial_size(int32_t head_size) { return kPartialHeader + head
 struct Kernels {
   // Quantizes and stores tokens [token_begin, token_end) of KV heads
   // [head_begin, head_end).
-  void (*quantize_tokens)(const ReshapeAndCacheParams &, int64_t token_begin, int64_t token_end,
+  void (*quantize_tokens)(const ReshapeAndCacheParams&, int64_t token_begin, int64_t token_end,
                           int32_t head_begin, int32_t head_end);
   // Leaves the queries of a unit in `scratch` as `attend` wants them.
-  void (*load_queries)(const PagedAttentionParams &, const AttentionUnit &, char *scratch);
+  void (*load_queries)(const PagedAttentionParams&, const AttentionUnit&, char* scratch);
   // Attends a unit, whose queries are in `scratch`, over splits [split_begin, split_end). With
   // `partials` [split_end - split_begin, total_rows, partial_size] it leaves one partial result per
   // split there, else it merges them in order and writes out and lse.
-  void (*attend)(const PagedAttentionParams &, const AttentionUnit &, int32_t split_begin,
-                 int32_t split_end, float *partials, char *scratch);
+  void (*attend)(const PagedAttentionParams&, const AttentionUnit&, int32_t split_begin,
+                 int32_t split_end, float* partials, char* scratch);
   // Merges `num_splits` partial results of the rows of one of the unit's heads in order and writes
   // out and lse.
-  void (*combine)(const PagedAttentionParams &, const AttentionUnit &, int32_t unit_head,
-                  int32_t num_splits, const float *partials, char *scratch);
+  void (*combine)(const PagedAttentionParams&, const AttentionUnit&, int32_t unit_head,
+                  int32_t num_splits, const float* partials, char* scratch);
   size_t (*scratch_bytes)();  // of one thread, 64-byte aligned
 };
 
@@ -80,10 +80,10 @@ struct Kernels {
   CALL(scalar) CALL(avx2) CALL(avx2_vnni) CALL(avx512) CALL(avx512_vnni)
 
 // Those of the instruction set in use.
-const Kernels &kernels_for(CacheFormat format);
+const Kernels& kernels_for(CacheFormat format);
 
-const char *available_isas();  // comma-separated, slowest first
-const char *current_isa();
-bool set_isa(const char *name);  // false: this CPU has no such path, or there is none of that name
+const char* available_isas();  // comma-separated, slowest first
+const char* current_isa();
+bool set_isa(const char* name);  // false: this CPU has no such path, or there is none of that name
 
 }  // namespace int8kv::cpu

@@ -41,7 +41,7 @@ struct AttentionPlan {
 };
 
 // The splits that hold a key which some row of the unit sees.
-void find_splits(const PagedAttentionParams &p, PlannedUnit &unit) {
+void find_splits(const PagedAttentionParams& p, PlannedUnit& unit) {
   const int64_t offset = static_cast<int64_t>(unit.seq_len) - unit.query_len;
   const int64_t first = offset + unit.row_begin / p.num_queries_per_kv();
   const int64_t last = offset + (unit.row_begin + unit.num_rows - 1) / p.num_queries_per_kv();
@@ -64,7 +64,7 @@ void find_splits(const PagedAttentionParams &p, PlannedUnit &unit) {
 // block's heads are neighbours in memory, and reading them in order is 1.1
 // to 1.3 times as fast as jumping from block to block; but every thread needs
 // something to do.
-int32_t heads_per_unit(const PagedAttentionParams &p, int64_t num_rows, int32_t num_threads) {
+int32_t heads_per_unit(const PagedAttentionParams& p, int64_t num_rows, int32_t num_threads) {
   int64_t num_splits = 0;
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
     num_splits += (p.seq_lens[seq] + kSplitSlots - 1) / kSplitSlots;
@@ -78,7 +78,7 @@ int32_t heads_per_unit(const PagedAttentionParams &p, int64_t num_rows, int32_t 
   return heads < 1 ? 1 : static_cast<int32_t>(heads);
 }
 
-AttentionPlan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
+AttentionPlan make_plan(const PagedAttentionParams& p, int32_t num_threads) {
   AttentionPlan plan;
   int64_t total_cost = 0;
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
@@ -108,7 +108,7 @@ AttentionPlan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
   // Cut what would keep one thread busy for over a quarter of everyone's share.
   const int64_t target = total_cost / (4 * num_threads) + 1;
   for (size_t i = 0; i < plan.units.size(); ++i) {
-    PlannedUnit &unit = plan.units[i];
+    PlannedUnit& unit = plan.units[i];
     const int32_t num_splits = unit.split_end - unit.split_begin;
     const int32_t index = static_cast<int32_t>(i);
     if (num_threads == 1 || unit.cost <= target || num_splits < 2) {
@@ -128,9 +128,9 @@ AttentionPlan make_plan(const PagedAttentionParams &p, int32_t num_threads) {
   return plan;
 }
 
-char *thread_scratch(size_t size) {
+char* thread_scratch(size_t size) {
   struct Free {
-    void operator()(void *memory) const { std::free(memory); }
+    void operator()(void* memory) const { std::free(memory); }
   };
   thread_local std::unique_ptr<void, Free> memory;
   thread_local size_t capacity = 0;
@@ -139,38 +139,38 @@ char *thread_scratch(size_t size) {
     if (!memory) throw std::bad_alloc();
     capacity = size;
   }
-  return static_cast<char *>(memory.get());
+  return static_cast<char*>(memory.get());
 }
 
 }  // namespace
 
-void paged_attention(const PagedAttentionParams &p, const ParallelFor &pool) {
-  const Kernels &kernels = kernels_for(p.cache.format);
+void paged_attention(const PagedAttentionParams& p, const ParallelFor& pool) {
+  const Kernels& kernels = kernels_for(p.cache.format);
   const AttentionPlan plan = make_plan(p, pool.num_threads);
   const std::unique_ptr<float[]> workspace(new float[plan.workspace_floats]);
   const size_t scratch_bytes = kernels.scratch_bytes();
   // Threads take the next item when they are done with one. `body` gets the thread's scratch and
   // the unit whose queries are in it, -1 at first.
-  const auto for_each = [&](size_t count, const auto &body) {
+  const auto for_each = [&](size_t count, const auto& body) {
     if (count == 0) return;
     std::atomic<size_t> next{0};
     parallel_for(pool, pool.num_threads, [&](int64_t, int64_t) {
-      char *scratch = thread_scratch(scratch_bytes);
+      char* scratch = thread_scratch(scratch_bytes);
       int32_t loaded = -1;
       for (size_t i = next++; i < count; i = next++) body(i, scratch, loaded);
     });
   };
-  for_each(plan.items.size(), [&](size_t i, char *scratch, int32_t &loaded) {
-    const WorkItem &item = plan.items[i];
-    const PlannedUnit &unit = plan.units[item.unit];
+  for_each(plan.items.size(), [&](size_t i, char* scratch, int32_t& loaded) {
+    const WorkItem& item = plan.items[i];
+    const PlannedUnit& unit = plan.units[item.unit];
     // 2.7 us at 32 rows of 128, a tenth of what a split takes.
     if (loaded != item.unit) kernels.load_queries(p, unit, scratch);
     loaded = item.unit;
-    float *partials = item.partials < 0 ? nullptr : workspace.get() + item.partials;
+    float* partials = item.partials < 0 ? nullptr : workspace.get() + item.partials;
     kernels.attend(p, unit, item.split_begin, item.split_end, partials, scratch);
   });
-  for_each(plan.merges.size(), [&](size_t i, char *scratch, int32_t &) {
-    const PlannedUnit &unit = plan.units[plan.merges[i].unit];
+  for_each(plan.merges.size(), [&](size_t i, char* scratch, int32_t&) {
+    const PlannedUnit& unit = plan.units[plan.merges[i].unit];
     kernels.combine(p, unit, plan.merges[i].unit_head, unit.split_end - unit.split_begin,
                     workspace.get() + unit.partials, scratch);
   });

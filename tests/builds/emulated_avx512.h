@@ -1,13 +1,13 @@
-// AVX-512 without AVX-512: included before the sources of csrc/cpu that are compiled for it (INT8KV_EMULATED_ISAS),
-// it replaces the intrinsics they use by loops over lanes, each after the operation in Intel's Intrinsics Guide.
-// A further one does not compile until it has its loop here ("target specific option mismatch").
+// AVX-512 without AVX-512: included before the sources of csrc/cpu that are compiled for it
+// (INT8KV_EMULATED_ISAS), it replaces the intrinsics they use by loops over lanes, each after the
+// operation in Intel's Intrinsics Guide. A further one does not compile until it has its loop here
+// ("target specific option mismatch").
 #pragma once
 
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
-
 
 #define INT8KV_EMULATED static inline __attribute__((always_inline))
 
@@ -28,7 +28,9 @@ INT8KV_EMULATED V lanes(const F& f) {
 }
 
 INT8KV_EMULATED __m512i set1_epi32(int x) { return (__m512i)(I32x16{} + x); }
-INT8KV_EMULATED void stream_si512(__m512i* to, __m512i v) { *to = v; }  // aligned, as the instruction wants it
+INT8KV_EMULATED void stream_si512(__m512i* to, __m512i v) {
+  *to = v;
+}  // aligned, as the instruction wants it
 
 INT8KV_EMULATED __m512i add_epi32(__m512i a, __m512i b) { return (__m512i)((U32x16)a + (U32x16)b); }
 INT8KV_EMULATED __m512i madd_epi16(__m512i a, __m512i b) {
@@ -42,14 +44,17 @@ INT8KV_EMULATED __m512i dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
   return add_epi32(sum, madd_epi16(a, b));
 }
 
-INT8KV_EMULATED __m512i cvtepi8_epi16(__m256i a) { return (__m512i)__builtin_convertvector((I8x32)a, I16x32); }
+INT8KV_EMULATED __m512i cvtepi8_epi16(__m256i a) {
+  return (__m512i) __builtin_convertvector((I8x32)a, I16x32);
+}
 INT8KV_EMULATED __m512i maskz_cvtepi8_epi32(__mmask16 mask, __m128i a) {
   const I8x16 x = (I8x16)a;
   return (__m512i)lanes<I32x16>([&](int i) { return mask >> i & 1 ? x[i] : 0; });
 }
 INT8KV_EMULATED __m128i maskz_cvtepi32_epi8(__mmask16 mask, __m512i a) {
   const I32x16 x = (I32x16)a;
-  return (__m128i)lanes<I8x16>([&](int i) { return static_cast<int8_t>(mask >> i & 1 ? x[i] : 0); });
+  return (__m128i)lanes<I8x16>(
+      [&](int i) { return static_cast<int8_t>(mask >> i & 1 ? x[i] : 0); });
 }
 
 INT8KV_EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
@@ -76,7 +81,8 @@ INT8KV_EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   __mmask16 mask = 0;
   for (int i = 0; i < 16; ++i) {
     const bool is_unordered = std::isnan(a[i]) || std::isnan(b[i]);
-    mask |= (predicate == _CMP_UNORD_Q ? is_unordered : predicate == _CMP_LT_OQ && a[i] < b[i]) << i;
+    mask |= (predicate == _CMP_UNORD_Q ? is_unordered : predicate == _CMP_LT_OQ && a[i] < b[i])
+            << i;
   }
   return mask;
 }

@@ -1,21 +1,26 @@
 // What every header of an instruction set starts from. <name>.h then defines, inside
-// int8kv::cpu::<name>, everything that the files of this folder call and that is not plain C++:
+// int8kv::cpu::<name>, everything that csrc/cpu/simd and csrc/ladder/simd call and that is not
+// plain C++:
 //
-//   f32x16, i32x16, u32x16, Mask    sixteen lanes, with operators
-//   load, store, stream_line        memory, the last one past the caches
-//   as, get, set, for_each_register bits as another type, single registers
-//   max, min, less, is_nan, select  comparisons; max and min give their second operand for NaN
-//   fma, kHasFma                    a * b + c, rounded once
-//   to_floats, to_ints              conversions, the latter toward zero
-//   widen, narrow_to_16, narrow_to_8, narrow_rounding_sum  of values that fit the narrower type
-//   times_power_of_two, kZeroExponent                                           for exp_negative()
-//   exchange                                                                    lane i ^ k of each
-//   lane load_pairs                      codes of a plane's trait as 16-bit integers add,
-//   add_products, broadcast_pair                                           for dot_pairs.h
-//   kBlockRows, groups_per_pass, pairs_per_pass, kHasDot                        its loop sizes
+//   f32x16, i32x16, u32x16, Mask     sixteen lanes, with operators
+//   load, store, stream_line         memory, the last one past the caches
+//   as, get, set, for_each_register  bits as another type, single registers
+//   max, min                         of each lane; the second operand where one is NaN
+//   less, is_nan, select             comparisons
+//   fma, kHasFma                     a * b + c, rounded once
+//   to_floats, to_ints               conversions, the latter toward zero
+//   widen                            16 to 32 bits
+//   narrow_to_16, narrow_to_8        of values that fit
+//   narrow_rounding_sum              the integers that a sum with kRoundingSum has rounded to
+//   times_power_of_two               for exp_negative(), with kZeroExponent
+//   exchange                         lane i ^ k of each lane i
+//   load_pairs                       codes of a plane as 16-bit integers, by the plane's trait
+//   add, add_products                sums of integers and of products of pairs
+//   broadcast_pair                   two 16-bit integers to all lanes
+//   kBlockRows, groups_per_pass, pairs_per_pass, kHasDot   loop sizes of dot_pairs.h
 //
-// Another instruction set is another such header, a line in CMakeLists.txt and one in dispatch.cpp.
-// Everything is inlined, so that no object shares a function with another.
+// Another instruction set is another such header, a line in CMakeLists.txt, one in kernels.h and
+// one in dispatch.cpp. Everything is inlined, so that no object shares a function with another.
 #pragma once
 
 #include <immintrin.h>

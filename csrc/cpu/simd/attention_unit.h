@@ -36,18 +36,18 @@ struct Scratch {
 
 // One unit at work: what does not change from tile to tile.
 struct Unit : AttentionUnit {
-  const PagedAttentionParams &p;
-  Scratch &s;
-  float *out;  // [total_rows][partial_size], of the split in hand
+  const PagedAttentionParams& p;
+  Scratch& s;
+  float* out;  // [total_rows][partial_size], of the split in hand
   int32_t num_terms;
   int32_t num_queries_per_kv;
   int32_t head_size;
   int32_t block_size;
 
-  Unit(const PagedAttentionParams &params, const AttentionUnit &unit, char *scratch)
+  Unit(const PagedAttentionParams& params, const AttentionUnit& unit, char* scratch)
       : AttentionUnit(unit),
         p(params),
-        s(*reinterpret_cast<Scratch *>(scratch)),
+        s(*reinterpret_cast<Scratch*>(scratch)),
         out(s.out),
         num_terms(params.dtype == DType::kFloat32 ? 2 : 1),
         num_queries_per_kv(params.num_queries_per_kv()),
@@ -79,41 +79,41 @@ struct Unit : AttentionUnit {
     }
     return end < 0 ? 0 : end < seq_len ? static_cast<int32_t>(end) : seq_len;
   }
-  const int8_t *chunk(int32_t slot, int32_t unit_head) const {
+  const int8_t* chunk(int32_t slot, int32_t unit_head) const {
     return p.cache.chunk(p.block_table[seq * p.block_table_stride + slot / block_size],
                          head_begin + unit_head);
   }
   // Those of the rows [0, num_rows) of the head in hand.
-  int32_t *products(int32_t row_of_head, int32_t term) const {
+  int32_t* products(int32_t row_of_head, int32_t term) const {
     return s.products + (term * num_rows + row_of_head) * kTileSlots;
   }
-  int16_t *weights(int32_t row_of_head, int32_t term) const {
+  int16_t* weights(int32_t row_of_head, int32_t term) const {
     return s.weights + (term * num_rows + row_of_head) * kTileSlots;
   }
   // The terms of the queries of one head lie together.
-  int16_t *query_terms(int32_t unit_head, int32_t term) const {
+  int16_t* query_terms(int32_t unit_head, int32_t term) const {
     return s.queries + (unit_head * num_terms + term) * num_rows * head_size;
   }
 };
 
 // Equalizes and rotates the queries and turns them into integer terms.
-void load_queries(const PagedAttentionParams &p, const AttentionUnit &unit, char *scratch) {
+void load_queries(const PagedAttentionParams& p, const AttentionUnit& unit, char* scratch) {
   Unit u(p, unit, scratch);
-  Scratch &s = u.s;
+  Scratch& s = u.s;
   const int64_t bytes = element_size(p.dtype);
   const int32_t num_rows = u.total_rows();
   for (int32_t first = 0; first < num_rows; first += kLanes) {
     const int32_t lanes = num_rows - first < kLanes ? num_rows - first : kLanes;
-    LaneBlock &block = s.lane_block;
-    const void *vectors[kLanes];
+    LaneBlock& block = s.lane_block;
+    const void* vectors[kLanes];
     for (int32_t lane = 0; lane < lanes; ++lane) {
       const int64_t offset =
           u.token(first + lane) * p.query_token_stride + u.head(first + lane) * p.query_head_stride;
-      vectors[lane] = static_cast<const char *>(p.query) + offset * bytes;
+      vectors[lane] = static_cast<const char*>(p.query) + offset * bytes;
     }
     load_lanes(
         block, vectors, lanes, p.dtype, u.head_size, [&](f32x16 x, int32_t lane, int32_t dim) {
-          const float *factors = p.key_transform.factors(u.kv_head(first + lane), u.head_size);
+          const float* factors = p.key_transform.factors(u.kv_head(first + lane), u.head_size);
           return factors == nullptr ? x : x * load<f32x16>(factors + dim);
         });
     if (p.key_transform.rotate) hadamard_rotate(block, u.head_size);
@@ -142,7 +142,7 @@ void load_queries(const PagedAttentionParams &p, const AttentionUnit &unit, char
         transpose(terms[t]);
         for (int32_t lane = 0; lane < lanes; ++lane) {
           const int32_t row = first + lane;
-          int16_t *to = u.query_terms(row / u.num_rows, t) + row % u.num_rows * u.head_size + dim;
+          int16_t* to = u.query_terms(row / u.num_rows, t) + row % u.num_rows * u.head_size + dim;
           store(to, narrow_to_16(terms[t][lane]));
         }
       }

@@ -26,8 +26,8 @@ constexpr float kMinWeight = 1e-34f;
 // The parts of a tile that lie in one block each, in order: f(first slot, relative to the tile;
 // first slot, relative to the block; number of slots; chunk).
 template <typename F>
-INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head, int32_t tile_begin,
-                                  int32_t tile_end, const F &f) {
+INT8KV_INLINE void for_each_block(const Unit& u, int32_t unit_head, int32_t tile_begin,
+                                  int32_t tile_end, const F& f) {
   for (int32_t slot = tile_begin; slot < tile_end;) {
     const int32_t offset = slot % u.block_size;
     int32_t count = u.block_size - offset;
@@ -40,7 +40,7 @@ INT8KV_INLINE void for_each_block(const Unit &u, int32_t unit_head, int32_t tile
 // The chunk whose keys follow the values of `slot`: that of the unit's next head, or of its first
 // head kTileSlots on; null if there is none. Blocks lie anywhere, so that no hardware finds the
 // next one; one plane ahead fits the L1 cache.
-const int8_t *next_chunk(const Unit &u, int32_t unit_head, int32_t slot) {
+const int8_t* next_chunk(const Unit& u, int32_t unit_head, int32_t slot) {
   if (unit_head + 1 < u.num_unit_heads) return u.chunk(slot, unit_head + 1);
   return slot + kTileSlots < u.seq_len ? u.chunk(slot + kTileSlots, 0) : nullptr;
 }
@@ -48,7 +48,7 @@ const int8_t *next_chunk(const Unit &u, int32_t unit_head, int32_t slot) {
 // The scales of `count` slots of a tile from slot `at` on, 0 up to the end of their last slot
 // group.
 template <typename F>
-INT8KV_INLINE void load_scales(Scratch &s, const KVCache &cache, const int8_t *chunk,
+INT8KV_INLINE void load_scales(Scratch& s, const KVCache& cache, const int8_t* chunk,
                                int32_t offset, int32_t at, int32_t count) {
   const int32_t padded = (count + kSlotGroup - 1) / kSlotGroup * kSlotGroup;
   for (int32_t i = 0; i < padded; i += kLanes) {
@@ -62,11 +62,11 @@ INT8KV_INLINE void load_scales(Scratch &s, const KVCache &cache, const int8_t *c
 
 // products[term][row][slot] of one head's rows in the tile, and its scales.
 template <typename F>
-void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
-  Scratch &s = u.s;
-  const KVCache &cache = u.p.cache;
+void score_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
+  Scratch& s = u.s;
+  const KVCache& cache = u.p.cache;
   for_each_block(u, unit_head, tile_begin, tile_end,
-                 [&](int32_t at, int32_t offset, int32_t count, const int8_t *chunk) {
+                 [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk) {
                    DotPairs d;
                    d.a = u.query_terms(unit_head, 0);
                    d.a_stride = u.head_size;
@@ -87,8 +87,8 @@ void score_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
 // A row of the head in hand, in one tile.
 struct TileRow {
   int32_t row;            // of the unit
-  int32_t *products;      // [kTileSlots] of the first term; then the scores, then the weights
-  const int32_t *second;  // products of the second term, if there is one
+  int32_t* products;      // [kTileSlots] of the first term; then the scores, then the weights
+  const int32_t* second;  // products of the second term, if there is one
   int32_t tile_begin;
   int32_t tile_slots;
 };
@@ -96,9 +96,9 @@ struct TileRow {
 // Scores of a row in place of its products, -inf where it sees no key. Returns the maximum, lane by
 // lane. kPlain: one term, all keys in sight, nothing but the scales.
 template <bool kPlain>
-INT8KV_INLINE f32x16 score_row(const Unit &u, const TileRow &t) {
-  const PagedAttentionParams &p = u.p;
-  const float *k_scales = u.s.k_scales;
+INT8KV_INLINE f32x16 score_row(const Unit& u, const TileRow& t) {
+  const PagedAttentionParams& p = u.p;
+  const float* k_scales = u.s.k_scales;
   const float row_scale = u.s.row_scales[t.row];
   int32_t begin = 0, end = 0;
   if (!kPlain) {
@@ -131,8 +131,8 @@ INT8KV_INLINE f32x16 score_row(const Unit &u, const TileRow &t) {
 
 // exp(score - shift) * v_scale of a row in place of its scores. Returns the sums of the
 // probabilities and leaves the largest weight, lane by lane.
-INT8KV_INLINE f32x16 weigh_row(const float *v_scales, const TileRow &t, float shift,
-                               f32x16 &max_weight) {
+INT8KV_INLINE f32x16 weigh_row(const float* v_scales, const TileRow& t, float shift,
+                               f32x16& max_weight) {
   f32x16 sum = {}, largest = {};
   for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
     const f32x16 probability = exp_negative(load<f32x16>(t.products + i) - shift);
@@ -149,8 +149,8 @@ INT8KV_INLINE f32x16 weigh_row(const float *v_scales, const TileRow &t, float sh
 }
 
 // The weights of a row as integer terms relative to `to_term`; `second` is null if there is one.
-INT8KV_INLINE void quantize_weights(const TileRow &t, float to_term, int16_t *first,
-                                    int16_t *second) {
+INT8KV_INLINE void quantize_weights(const TileRow& t, float to_term, int16_t* first,
+                                    int16_t* second) {
   for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
     const f32x16 x = load<f32x16>(t.products + i) * to_term;
     store(first + i, round_to_16(x));
@@ -161,8 +161,8 @@ INT8KV_INLINE void quantize_weights(const TileRow &t, float to_term, int16_t *fi
 // Turns the products of one head's rows into scores, masks them and updates the rows' softmax;
 // leaves the weights exp(s - max) * v_scale as integer terms. Every step goes over all rows before
 // the next: a row is a chain of three reductions, and only other rows can hide their latency.
-void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slots) {
-  Scratch &s = u.s;
+void weigh_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_slots) {
+  Scratch& s = u.s;
   const int32_t first = unit_head * u.num_rows, num_rows = u.num_rows;
   const auto row_of = [&](int32_t i) {
     return TileRow{first + i, u.products(i, 0), u.products(i, 1), tile_begin, tile_slots};
@@ -196,24 +196,24 @@ void weigh_tile(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
     to_terms[i] = weight_max > kMinWeight ? kMaxTerm / weight_max : 0.0f;
   }
   for (int32_t i = 0; i < num_rows; ++i) {
-    int16_t *second = u.num_terms == 2 ? u.weights(i, 1) : nullptr;
+    int16_t* second = u.num_terms == 2 ? u.weights(i, 1) : nullptr;
     quantize_weights(row_of(i), to_terms[i], u.weights(i, 0), second);
   }
 }
 
 // out = out * rescale + weights * V for the rows of one head.
 template <typename F>
-void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
-  Scratch &s = u.s;
-  const KVCache &cache = u.p.cache;
+void add_values(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
+  Scratch& s = u.s;
+  const KVCache& cache = u.p.cache;
   for_each_block(u, unit_head, tile_begin, tile_end,
-                 [&](int32_t at, int32_t offset, int32_t count, const int8_t *chunk) {
+                 [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk) {
                    DotPairs d;
                    d.a = s.weights + at;
                    d.a_stride = kTileSlots;
                    d.b = chunk + cache.v_code<F>(offset, 0);
                    d.group_stride = cache.v_group_stride<F>();
-                   const int8_t *next = next_chunk(u, unit_head, tile_begin + at);
+                   const int8_t* next = next_chunk(u, unit_head, tile_begin + at);
                    d.prefetch_ahead = next ? next - chunk - cache.v_codes<F>() : 0;
                    d.c = s.products;
                    d.c_stride = u.head_size;
@@ -225,9 +225,9 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                  });
   for (int32_t i = 0; i < u.num_rows; ++i) {
     const int32_t row = unit_head * u.num_rows + i;
-    float *out = u.out + row * partial_size(u.head_size) + kPartialHeader;
-    const int32_t *first = s.products + static_cast<int64_t>(i) * u.head_size;
-    const int32_t *second = first + static_cast<int64_t>(u.num_rows) * u.head_size;
+    float* out = u.out + row * partial_size(u.head_size) + kPartialHeader;
+    const int32_t* first = s.products + static_cast<int64_t>(i) * u.head_size;
+    const int32_t* second = first + static_cast<int64_t>(u.num_rows) * u.head_size;
     const float rescale = s.rescales[i], scale = s.weight_scales[i];
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
       f32x16 x = to_floats(load<i32x16>(first + dim));
@@ -242,8 +242,8 @@ void add_values(Unit &u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
 // Leaves the partial result of one split in u.out: the state, whether the query is finite, then the
 // values.
 template <typename F>
-void attend_split(Unit &u, int32_t split) {
-  Scratch &s = u.s;
+void attend_split(Unit& u, int32_t split) {
+  Scratch& s = u.s;
   std::memset(u.out, 0, sizeof(float) * u.total_rows() * partial_size(u.head_size));
   for (int32_t row = 0; row < u.total_rows(); ++row) {
     s.maxes[row] = kMinusInfinity;
@@ -262,7 +262,7 @@ void attend_split(Unit &u, int32_t split) {
     }
   }
   for (int32_t row = 0; row < u.total_rows(); ++row) {
-    float *header = u.out + row * partial_size(u.head_size);
+    float* header = u.out + row * partial_size(u.head_size);
     header[0] = s.maxes[row];
     header[1] = s.sums[row];
     header[2] = s.is_finite[row];
@@ -270,7 +270,7 @@ void attend_split(Unit &u, int32_t split) {
 }
 
 // Merges one row of a split into the row of the splits before it.
-void merge_row(float *total, const float *part, int32_t head_size) {
+void merge_row(float* total, const float* part, int32_t head_size) {
   SoftmaxState state{total[0], total[1]};
   const MergeFactors factors = merge(state, SoftmaxState{part[0], part[1]});
   total[0] = state.max;
@@ -287,15 +287,15 @@ struct Rows {
   int32_t end;
 };
 
-void clear_total(Unit &u, Rows rows) {
+void clear_total(Unit& u, Rows rows) {
   for (int32_t row = rows.begin; row < rows.end; ++row) {
-    float *total = u.s.total + row * partial_size(u.head_size);
+    float* total = u.s.total + row * partial_size(u.head_size);
     std::memset(total, 0, sizeof(float) * partial_size(u.head_size));
     total[0] = kMinusInfinity;
   }
 }
 
-void merge_split(Unit &u, Rows rows, const float *part) {
+void merge_split(Unit& u, Rows rows, const float* part) {
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     const int64_t offset = row * partial_size(u.head_size);
     merge_row(u.s.total + offset, part + offset, u.head_size);
@@ -303,16 +303,16 @@ void merge_split(Unit &u, Rows rows, const float *part) {
 }
 
 // Writes out = values / sum and lse for rows of scratch.total.
-void write_out(Unit &u, Rows rows) {
-  const PagedAttentionParams &p = u.p;
+void write_out(Unit& u, Rows rows) {
+  const PagedAttentionParams& p = u.p;
   for (int32_t row = rows.begin; row < rows.end; ++row) {
-    const float *total = u.s.total + row * partial_size(u.head_size);
+    const float* total = u.s.total + row * partial_size(u.head_size);
     SoftmaxState state{total[0], total[1]};
     float factor = 1.0f;
     if (p.sinks) factor = merge_sink(state, p.sinks[u.head(row)]);
     factor = state.sum > 0.0f ? factor / state.sum : 0.0f;
     const int64_t offset = u.token(row) * p.out_token_stride + u.head(row) * p.out_head_stride;
-    char *out = static_cast<char *>(p.out) + offset * element_size(p.dtype);
+    char* out = static_cast<char*>(p.out) + offset * element_size(p.dtype);
     const bool is_finite = u.s.is_finite[row];
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
       const f32x16 x = load<f32x16>(total + kPartialHeader + dim) * factor;
@@ -326,8 +326,8 @@ void write_out(Unit &u, Rows rows) {
 }
 
 template <typename F>
-void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t split_begin,
-            int32_t split_end, float *partials, char *scratch) {
+void attend(const PagedAttentionParams& params, const AttentionUnit& unit, int32_t split_begin,
+            int32_t split_end, float* partials, char* scratch) {
   Unit u(params, unit, scratch);
   const int64_t size = u.total_rows() * partial_size(u.head_size);
   const Rows all{0, u.total_rows()};
@@ -340,8 +340,8 @@ void attend(const PagedAttentionParams &params, const AttentionUnit &unit, int32
   if (!partials) write_out(u, all);
 }
 
-void combine(const PagedAttentionParams &params, const AttentionUnit &unit, int32_t unit_head,
-             int32_t num_splits, const float *partials, char *scratch) {
+void combine(const PagedAttentionParams& params, const AttentionUnit& unit, int32_t unit_head,
+             int32_t num_splits, const float* partials, char* scratch) {
   Unit u(params, unit, scratch);
   const Rows rows{unit_head * u.num_rows, (unit_head + 1) * u.num_rows};
   clear_total(u, rows);
@@ -358,8 +358,8 @@ size_t scratch_bytes() { return sizeof(Scratch); }
 
 }  // namespace
 
-const Kernels &kernels_for(CacheFormat format) {
-  return with_format(format, []<typename F>() -> const Kernels & {
+const Kernels& kernels_for(CacheFormat format) {
+  return with_format(format, []<typename F>() -> const Kernels& {
     static constexpr Kernels kernels{quantize_tokens<F>, load_queries, attend<F>, combine,
                                      scratch_bytes};
     return kernels;
