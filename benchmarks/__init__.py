@@ -1,1 +1,1 @@
-"""Measurements behind the numbers in README.md; nothing here is installed."""
+"""Measurements behind the numbers in README.md and benchmarks/README.md; nothing here is installed."""

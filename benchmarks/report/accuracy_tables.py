@@ -1,4 +1,4 @@
-"""The accuracy tables of README.md as Markdown, from the records in `results/accuracy/`."""
+"""The accuracy tables of benchmarks/README.md as Markdown, from the records in `results/accuracy/`."""
 
 from pathlib import Path
 

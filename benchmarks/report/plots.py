@@ -1,4 +1,4 @@
-"""The plots of README.md, from the records."""
+"""The plots of README.md and benchmarks/README.md, from the records."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.report.tables import gpu_decode_groups, impls_of, machines, sizes
-from benchmarks.report.throughput_tables import capacity, pressure_data
+from benchmarks.report.throughput_tables import pressure_data
+from vllm_int8kv.commands.bench.summary import capacity
 from vllm_int8kv.evaluation.record import LABELS, Group
 
 MAX_PLOT_BYTES = 150_000

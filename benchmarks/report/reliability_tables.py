@@ -1,4 +1,4 @@
-"""The tables of what the tests, the soak and the fuzzers found, from their records."""
+"""The tables of tests/README.md: what the tests, the soak and the fuzzers found, from their records."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from vllm_int8kv.evaluation import record
 
 
 def support_table(results: Path) -> str:
-    """Features with what the tests that ran say about them (`tests/support.py`)."""
+    """Features with what the tests that ran say about them (`tests/helpers/support.py`)."""
     path = results / "support.json"
     if not path.exists():
         return "_Not tested yet: `make support`._"

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and benchmarks/README.md and the plots from the records.
+"""Writes the tables of README.md, benchmarks/README.md and tests/README.md and the plots from the records.
 
     python -m benchmarks.report            rewrite what lies between the markers, and the plots
     python -m benchmarks.report --check    exit with 1 if that would change anything
@@ -14,17 +14,25 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.report import accuracy_plots, ladder_plots, ladder_tables
+from benchmarks.report import (
+    accuracy_plots,
+    headline_tables,
+    ladder_plots,
+    ladder_tables,
+    reliability_tables,
+    throughput_tables,
+)
 from benchmarks.report.plots import PLOTS as KERNEL_PLOTS
 from benchmarks.report.plots import plot_problem
 from benchmarks.report.tables import TABLES as KERNEL_TABLES
-from benchmarks.report.throughput_tables import online_table, throughput_table
 from vllm_int8kv.evaluation import record
 
-TABLES = KERNEL_TABLES | ladder_tables.TABLES | {"throughput": throughput_table, "online": online_table}
+TABLES = (
+    headline_tables.TABLES | KERNEL_TABLES | ladder_tables.TABLES | throughput_tables.TABLES | reliability_tables.TABLES
+)
 PLOTS = KERNEL_PLOTS | ladder_plots.PLOTS | accuracy_plots.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
-PAGES = [record.ROOT / "README.md", record.ROOT / "benchmarks" / "README.md"]
+PAGES = [record.ROOT / page for page in ("README.md", "benchmarks/README.md", "tests/README.md")]
 MARKER = re.compile(r"<!-- (begin|end):([\w-]+) -->")
 
 

@@ -1,11 +1,10 @@
-"""The tables of the READMEs as Markdown, from the newest records."""
+"""The tables of the operators and engines as Markdown, from the newest records."""
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from benchmarks.operators.cases import batch_text
-from benchmarks.report import reliability_tables
 from benchmarks.report.accuracy_tables import engine_table, paths_table, schemes_table
 from benchmarks.report.markdown import markdown
 from vllm_int8kv.evaluation import record
@@ -97,8 +96,7 @@ def _decode_of(found: list[Group]) -> str:
     for group in sorted(found, key=lambda g: (g["auto"].num_threads, *sizes(g))):
         ours = group["int8_custom"]
         num_seqs, seq_len = sizes(group)
-        shown = num_seqs == 8 or seq_len == 4096
-        if shown and ours.case["num_heads"] == 32 and ours.case["head_size"] == 128:
+        if is_8b(group) and (num_seqs == 8 or seq_len == 4096):
             rows.append(
                 [
                     f"{num_seqs} x {seq_len}",
@@ -111,6 +109,12 @@ def _decode_of(found: list[Group]) -> str:
             )
     head = ["sequences x context", "threads", *latency_heads(impls)]
     return markdown([*head, "GB/s", "of read bandwidth", *gain_heads(impls)], rows)
+
+
+def is_8b(group: Group) -> bool:
+    """Whether the heads are those of an 8B model."""
+    case = group["auto"].case
+    return (case["num_heads"], case["num_kv_heads"], case["head_size"]) == (32, 8, 128)
 
 
 def sizes(group: Group) -> tuple[int, int]:
@@ -209,30 +213,6 @@ def fp32_table(results: Path) -> str:
     return latency_table("fp32", unit, "sequences x context", results)
 
 
-def end_to_end_table(results: Path) -> str:
-    return per_machine("end_to_end", results, _end_to_end_of)
-
-
-def _end_to_end_of(found: list[Group]) -> str:
-    rows = []
-    for group in found:
-        for impl, line in group.items():
-            rows.append(
-                [
-                    impl if impl == "int8_custom" else f"vLLM {impl}",
-                    line.case["dtype"],
-                    f"{line.case['num_seqs']} x {line.case['seq_len']}",
-                    str(line.num_threads),
-                    f"{line.tok_per_s:.1f}",
-                    f"{line.median_us / 1e3:.1f}",
-                    f"{line.p10_us / 1e3:.1f} to {line.p90_us / 1e3:.1f}",
-                    times(line.tok_per_s / group["auto"].tok_per_s),
-                ]
-            )
-    head = ["KV cache", "model", "sequences x context", "threads", "output tokens/s", "ms per step", "p10 to p90"]
-    return markdown([*head, "vs auto"], rows)
-
-
 GPU_WHATS = ("decode", "verify", "write", "prefill")
 
 
@@ -280,8 +260,8 @@ def gpu_table(results: Path) -> str:
 
 
 def missing(what: str) -> str:
-    script = "end_to_end.py" if what == "end_to_end" else "kernels.py"
-    return f"_Not measured yet: `python benchmarks/{script}`._"
+    package = "engines" if what == "end_to_end" else "operators"
+    return f"_Not measured yet: `python -m benchmarks.{package}`._"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -292,9 +272,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "prefill": prefill_table,
     "write": write_table,
     "fp32": fp32_table,
-    "end_to_end": end_to_end_table,
     "accuracy": engine_table,
     "accuracy_paths": paths_table,
     "schemes": schemes_table,
-    **reliability_tables.TABLES,
 }

@@ -1,8 +1,13 @@
-"""The throughput tables of README.md, from the records. Only records of one device are compared, the last measured."""
+"""What whole engines do, from the records: decode steps, runs over Ray and the server under load.
 
+The last two compare records of one device, the last measured.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report.tables import markdown, source
+from benchmarks.report.markdown import markdown
+from benchmarks.report.tables import per_machine, source, times
 from vllm_int8kv.commands.bench.summary import case_text, groups, label
 from vllm_int8kv.evaluation.record import Group, Record
 
@@ -13,6 +18,31 @@ CAPTIONS = {
     "cpu_online": "The OpenAI server on one core, the load on the other:",
 }
 """By configuration; one that is not here is introduced by its name."""
+
+
+def end_to_end_table(results: Path) -> str:
+    """Output tokens per second while decoding, through `LLM(...)`."""
+    return per_machine("end_to_end", results, _end_to_end_of)
+
+
+def _end_to_end_of(found: list[Group]) -> str:
+    rows = []
+    for group in found:
+        for impl, line in group.items():
+            rows.append(
+                [
+                    impl if impl == "int8_custom" else f"vLLM {impl}",
+                    line.case["dtype"],
+                    f"{line.case['num_seqs']} x {line.case['seq_len']}",
+                    str(line.num_threads),
+                    f"{line.tok_per_s:.1f}",
+                    f"{line.median_us / 1e3:.1f}",
+                    f"{line.p10_us / 1e3:.1f} to {line.p90_us / 1e3:.1f}",
+                    times(line.tok_per_s / group["auto"].tok_per_s),
+                ]
+            )
+    head = ["KV cache", "model", "sequences x context", "threads", "output tokens/s", "ms per step", "p10 to p90"]
+    return markdown([*head, "vs auto"], rows)
 
 
 def speedup(group: Group, impl: str) -> float:
@@ -87,3 +117,10 @@ def pressure_data(results: Path) -> list[Group]:
     """The memory-pressure configuration by requests in flight, for the plot."""
     cases = groups("throughput", results).get("cpu_memory_pressure", [])
     return sorted(cases, key=lambda group: group["auto"].case["max_concurrency"])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "end_to_end": end_to_end_table,
+    "throughput": throughput_table,
+    "online": online_table,
+}
