@@ -1,6 +1,7 @@
-"""What the READMEs name exists: paths, make targets, commands, and code that compiles."""
+"""What the pages name exists: paths, headings, make targets, commands, options, and code that compiles."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
@@ -8,9 +9,14 @@ from pathlib import Path
 import pytest
 import typer
 
+from vllm_int8kv.config import Int8KVConfig
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {path: (ROOT / path).read_text() for path in ("README.md", "benchmarks/README.md")}
+NAMES = ("README.md", "benchmarks/README.md", "tests/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = {path: (ROOT / path).read_text() for path in NAMES}
 README = PAGES["README.md"]
+MAX_README_LINES = 220
+FIRST_COMMAND_BY_LINE = 15
 BLOCKS = [
     block
     for page in PAGES.values()
@@ -44,11 +50,29 @@ def named_paths():
 @pytest.mark.parametrize("path", named_paths())
 def test_named_path_exists(path):
     by_name = {Path(tracked).name for tracked in tracked_files()}
-    assert (ROOT / path).exists() or path in by_name, f"a README names {path}, which does not exist"
+    assert (ROOT / path).exists() or path in by_name, f"a page names {path}, which does not exist"
 
 
 def test_some_paths_are_named():
     assert named_paths()
+
+
+def heading_anchors(page):
+    """Anchors of a page's headings as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def linked_headings():
+    for path, page in PAGES.items():
+        for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#([^)\s]+)\)", page):
+            linked = (ROOT / path).parent.joinpath(target).resolve() if target else ROOT / path
+            yield pytest.param(linked.relative_to(ROOT), anchor, id=f"{path} to {target}#{anchor}")
+
+
+@pytest.mark.parametrize(("path", "anchor"), linked_headings())
+def test_linked_heading_exists(path, anchor):
+    assert anchor in heading_anchors((ROOT / path).read_text())
 
 
 def test_named_make_targets_exist():
@@ -62,8 +86,16 @@ def test_named_commands_exist():
     from vllm_int8kv.commands.cli import app
 
     named = {command for text in CODE for command in re.findall(r"\bvllm-int8kv ([a-z][\w-]*)", text)}
-    assert {"doctor", "serve"} <= named
+    assert {"bench", "doctor", "eval", "serve"} <= named
     assert named <= set(typer.main.get_command(app).commands)
+
+
+def test_named_modules_exist():
+    named = {module for text in CODE for module in re.findall(r"\bpython -m (benchmarks[\w.]*)", text)}
+    assert {"benchmarks.operators", "benchmarks.report"} <= named
+    for module in named:
+        path = ROOT / module.replace(".", "/")
+        assert (path / "__main__.py").exists() or path.with_suffix(".py").exists(), f"a page names {module}"
 
 
 @pytest.mark.parametrize("source", PYTHON)
@@ -83,6 +115,24 @@ def test_example_asks_for_the_int8_cache():
     assert "int8_custom" in dtypes
 
 
+def test_options_are_those_of_the_configuration():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([^`]+)` \|", section(README, "Options"), flags=re.MULTILINE)
+    types = {"bool": bool, "str": str | None}
+    assert [(name, types[kind], ast.literal_eval(default)) for name, kind, default in rows] == [
+        (field.name, field.type, field.default) for field in dataclasses.fields(Int8KVConfig)
+    ]
+
+
+def section(page, heading):
+    """What stands below a heading, up to the next one."""
+    return re.split(rf"^#+ {heading}$", page, flags=re.MULTILINE)[1].partition("\n#")[0]
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= MAX_README_LINES
+
+
 def test_first_command_is_near_the_top():
-    before, _, _ = README.partition("```")
-    assert before.count("\n") < 20
+    before, _, after = README.partition("```")
+    assert after.startswith("sh\n")
+    assert before.count("\n") < FIRST_COMMAND_BY_LINE

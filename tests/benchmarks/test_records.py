@@ -125,6 +125,7 @@ def test_a_wrong_line_is_named(measured, tmp_path):
 
 
 NAMES = (
+    *("headline", "summary"),
     *(
         "decode",
         "decode_ranges",
@@ -199,6 +200,35 @@ def test_every_machine_has_its_table(measured, report, tmp_path):
     assert f"**{measured.device}**" in first and "vs fp8" in first
     assert "vs fp8" not in second and "| 8 x 512 | 2 | 20 | 50 | 10.0 | 50% | 2.5x |" in second
     assert "4096" not in second
+
+
+def test_headline_is_about_long_contexts(measured, report, tmp_path):
+    """From the least gain to the largest, for each instruction set; shorter contexts do not count."""
+    devices = {isa: f"a CPU, 2 cores, {flags}" for isa, flags in {"AVX-512": "avx2 avx512f", "AVX2": "avx2"}.items()}
+    for isa, device in devices.items():
+        for seq_len, num_threads, auto_us in ((512, 2, 200.0), (4096, 1, 100.0), (4096, 2, 80.0)):
+            case = measured.case | {"seq_len": seq_len, "dtype": "bfloat16", "model": "smollm2-135m"}
+            same = replace(measured, case=case, num_threads=num_threads, device=device, p90_us=999.0)
+            lines = [same, replace(same, impl="auto", median_us=auto_us)]
+            if isa == "AVX-512":
+                lines.append(replace(same, impl="fp8", median_us=auto_us - 20.0))
+            for line in lines:
+                record.append(line, tmp_path)
+                if isa == "AVX2":
+                    record.append(replace(line, what="end_to_end", tok_per_s=8e6 / line.median_us), tmp_path)
+    (tmp_path / "README.md").write_text(MARKERS)
+    assert report() is None
+    text = (tmp_path / "README.md").read_text()
+    sentence = " ".join(text.split(":headline -->")[1].split())
+    assert (
+        "is 4.0 to 5.0 times as fast as with vLLM's bf16 cache on a CPU with AVX-512 (3.0 to 4.0 times as with its FP8 "
+        "cache) and 4.0 to 5.0 times with AVX2 (where vLLM has no FP8 cache)."
+    ) in sentence
+    summary = text.split(":summary -->")[1]
+    measured_at = f"{measured.utc[:10]}, {measured.commit}"
+    assert f"| a CPU, 2 cores, AVX-512 | 4.0x to 5.0x | 3.0x to 4.0x | 50% | - | {measured_at} |" in summary
+    assert f"| a CPU, 2 cores, AVX2 | 4.0x to 5.0x | not there | 50% | 400000, 4.0x bf16 | {measured_at} |" in summary
+    assert "8 sequences of 4,096 tokens, 1 or 2 threads" in summary
 
 
 def test_records_of_a_gpu_have_their_own_table(measured, report, tmp_path):
