@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from benchmarks.accuracy import accuracy_record
-from benchmarks.accuracy.accuracy_record import AccuracyRecord
-from benchmarks.report.accuracy_tables import OURS, PLAIN, find
+from benchmarks.accuracy.accuracy_record import OURS, PLAIN, AccuracyRecord
+from benchmarks.report.accuracy_tables import find
 from benchmarks.report.plots import save
 from vllm_int8kv.evaluation.sensitivity import draw_bars
 

@@ -1,11 +1,12 @@
 """The accuracy tables of benchmarks/README.md as Markdown, from the records in `results/accuracy/`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.accuracy_record import CACHES, OURS, AccuracyRecord
 from benchmarks.accuracy.schemes import SCHEMES
-from benchmarks.report.markdown import markdown
+from benchmarks.report.tables import markdown
 from vllm_int8kv.evaluation.eval_report import PATH_MEANINGS
 
 COMPILED = "auto:enforce_eager=false"
@@ -125,3 +126,10 @@ def source(line: AccuracyRecord) -> str:
         f"<sub>{line.case['model']}; {line.device.split(',')[0]}; {line.utc[:10]}; PyTorch {line.torch}, vLLM "
         f"{line.vllm}; commit {commit}; `benchmarks/results/accuracy/{line.what}.jsonl`.</sub>"
     )
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "accuracy": engine_table,
+    "accuracy_paths": paths_table,
+    "schemes": schemes_table,
+}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report.markdown import markdown
+from benchmarks.report.tables import markdown
 from vllm_int8kv.evaluation import record
 
 

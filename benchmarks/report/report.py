@@ -16,6 +16,7 @@ import typer
 
 from benchmarks.report import (
     accuracy_plots,
+    accuracy_tables,
     headline_tables,
     ladder_plots,
     ladder_tables,
@@ -28,7 +29,12 @@ from benchmarks.report.tables import TABLES as KERNEL_TABLES
 from vllm_int8kv.evaluation import record
 
 TABLES = (
-    headline_tables.TABLES | KERNEL_TABLES | ladder_tables.TABLES | throughput_tables.TABLES | reliability_tables.TABLES
+    headline_tables.TABLES
+    | KERNEL_TABLES
+    | ladder_tables.TABLES
+    | throughput_tables.TABLES
+    | accuracy_tables.TABLES
+    | reliability_tables.TABLES
 )
 PLOTS = KERNEL_PLOTS | ladder_plots.PLOTS | accuracy_plots.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"

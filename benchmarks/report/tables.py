@@ -5,10 +5,14 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.operators.cases import batch_text
-from benchmarks.report.accuracy_tables import engine_table, paths_table, schemes_table
-from benchmarks.report.markdown import markdown
 from vllm_int8kv.evaluation import record
 from vllm_int8kv.evaluation.record import LABELS, Group, Record, by_case, by_device
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machines(what: str, results: Path) -> list[list[Group]]:
@@ -272,7 +276,4 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "prefill": prefill_table,
     "write": write_table,
     "fp32": fp32_table,
-    "accuracy": engine_table,
-    "accuracy_paths": paths_table,
-    "schemes": schemes_table,
 }

@@ -6,8 +6,7 @@ The last two compare records of one device, the last measured.
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report.markdown import markdown
-from benchmarks.report.tables import per_machine, source, times
+from benchmarks.report.tables import markdown, per_machine, source, times
 from vllm_int8kv.commands.bench.summary import case_text, groups, label
 from vllm_int8kv.evaluation.record import Group, Record
 
