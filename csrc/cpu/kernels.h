@@ -9,8 +9,8 @@
 
 namespace int8kv::cpu {
 
-// Runs body(context, begin, end) over disjoint ranges that cover [0, size), on
-// the threads of the caller's pool.
+// Runs body(context, begin, end) over disjoint ranges that cover [0, size), on the threads of the
+// caller's pool.
 struct ParallelFor {
   using Body = void (*)(const void* context, int64_t begin, int64_t end);
   void (*run)(int64_t size, const void* context, Body body);
@@ -28,10 +28,9 @@ void reshape_and_cache(const ReshapeAndCacheParams& params, const ParallelFor& p
 void gather_cache(const GatherCacheParams& params, const ParallelFor& pool);
 void paged_attention(const PagedAttentionParams& params, const ParallelFor& pool);
 
-// Query rows of one sequence that are attended together: the same rows of one
-// or several KV heads, which lie side by side in a block. Row r of a head is
-// query token r / num_queries_per_kv, query head kv_head * num_queries_per_kv +
-// r % num_queries_per_kv.
+// Query rows of one sequence that are attended together: the same rows of one or several KV heads,
+// which lie side by side in a block. Row r of a KV head is query token r / num_queries_per_kv and
+// query head kv_head * num_queries_per_kv + r % num_queries_per_kv.
 struct AttentionUnit {
   int32_t seq;
   int32_t head_begin;  // the KV heads [head_begin, head_begin + num_unit_heads)
@@ -47,8 +46,8 @@ struct AttentionUnit {
 
 constexpr int32_t kMaxRows = 32;
 constexpr int32_t kTileSlots = 128;  // scores held at once, per row
-constexpr int32_t kSplitSlots =
-    512;  // keys per split; fixed, so that no result depends on the batch
+// Keys per split. Fixed, so that no result depends on the batch.
+constexpr int32_t kSplitSlots = 512;
 
 // Floats per row of a split's partial result: the softmax state and whether the query is finite,
 // padded, then head_size values.
@@ -57,8 +56,7 @@ INT8KV_HD int64_t partial_size(int32_t head_size) { return kPartialHeader + head
 
 // These functions exist once per instruction set and cache format.
 struct Kernels {
-  // Quantizes and stores tokens [token_begin, token_end) of KV heads
-  // [head_begin, head_end).
+  // Quantizes and stores tokens [token_begin, token_end) of KV heads [head_begin, head_end).
   void (*quantize_tokens)(const ReshapeAndCacheParams&, int64_t token_begin, int64_t token_end,
                           int32_t head_begin, int32_t head_end);
   // Leaves the queries of a unit in `scratch` as `attend` wants them.

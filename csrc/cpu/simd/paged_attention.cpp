@@ -19,8 +19,8 @@ namespace int8kv::cpu::INT8KV_ISA {
 
 namespace {
 
-// Where no weight of a tile exceeds this, kMaxTerm divided by it could overflow: the tile counts
-// nothing.
+// Where no weight of a tile exceeds this, kMaxTerm divided by the largest could overflow: such a
+// tile adds nothing to the output.
 constexpr float kMinWeight = 1e-34f;
 
 // The parts of a tile that lie in one block each, in order: f(first slot, relative to the tile;
@@ -72,7 +72,7 @@ void score_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
                    d.a_stride = u.head_size;
                    d.b = chunk + cache.k_code<F>(offset, 0);
                    d.group_stride = cache.k_group_stride<F>();
-                   d.prefetch_ahead = cache.v_codes<F>();  // the V codes of the same slots
+                   d.prefetch_ahead = cache.v_codes<F>();  // these slots' V codes are next
                    d.c = s.products + at;
                    d.c_stride = kTileSlots;
                    d.num_rows = u.num_terms * u.num_rows;

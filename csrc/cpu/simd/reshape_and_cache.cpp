@@ -270,8 +270,8 @@ void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_
       const int64_t slot = p.slot_mapping[token];
       if (slot < 0) continue;
       set.lanes[set.count++] = {token, kv_head, slot};
-      // No hardware follows rows that are a token apart: 4096 tokens, 8 heads of 128 on two threads
-      // take 1.1 ms instead of 1.7.
+      // Hardware prefetchers do not follow rows that are a token apart: with these prefetches 4096
+      // tokens of 8 heads of 128 take 1.1 ms on two threads instead of 1.7.
       if (token + kLanes < token_end) {
         prefetch(key_of(p, token + kLanes, kv_head), head_bytes);
         prefetch(value_of(p, token + kLanes, kv_head), head_bytes);
