@@ -55,7 +55,7 @@ class Int8KVBackend(AttentionBackend):
         return list(SUPPORTED_HEAD_SIZES)
 
     @classmethod
-    def supported_kv_formatss(cls) -> tuple[KVCacheLayout, ...]:
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
