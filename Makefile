@@ -67,7 +67,7 @@ test: setup  ## Run all tests (WORKERS=0: in one process)
 	@$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 .PHONY: support
-support: setup  ## Run the feature tests and rewrite the support table of README.md
+support: setup  ## Run the feature tests and rewrite the support table of tests/README.md
 	@$(BIN)/python -m pytest -m support --write-support
 	@$(BIN)/python -m benchmarks.report
 
@@ -133,7 +133,7 @@ wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/
 	@ls dist/*.whl
 
 .PHONY: bench
-bench: setup  ## Measure everything this machine can and rewrite the tables of README.md
+bench: setup  ## Measure everything this machine can and rewrite the tables and plots
 	@$(BIN)/python -m benchmarks.operators
 	@$(BIN)/python -m benchmarks.engines
 	@$(BIN)/python -m benchmarks.ladder

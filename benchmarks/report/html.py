@@ -5,7 +5,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from benchmarks.report.plots import decode_plot_data
-from benchmarks.report.tables import sizes
+from benchmarks.report.tables import impls_of, sizes
 from vllm_int8kv.commands.bench import html_report
 from vllm_int8kv.commands.bench.figures import DASHED, titled
 from vllm_int8kv.evaluation.record import LABELS, Group
@@ -23,6 +23,6 @@ def decode_figure(found: list[Group]) -> go.Figure:
     figure = go.Figure()
     bound = [max(line.read_gb_per_s for line in group.values()) for group in found]
     figure.add_scatter(x=contexts, y=bound, name="streaming read (bound)", line=DASHED)
-    for impl, name in LABELS.items():
-        figure.add_scatter(x=contexts, y=[group[impl].gb_per_s for group in found], name=name)
+    for impl in impls_of(found):
+        figure.add_scatter(x=contexts, y=[group[impl].gb_per_s for group in found], name=LABELS[impl])
     return titled(figure, "context, tokens per sequence", "GB/s", log_x=True)

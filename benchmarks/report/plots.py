@@ -7,12 +7,18 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.accuracy import accuracy_record
+from benchmarks.accuracy.accuracy_record import OURS, PLAIN, AccuracyRecord
+from benchmarks.report.accuracy_tables import find
 from benchmarks.report.tables import gpu_decode_groups, impls_of, machines, sizes
 from benchmarks.report.throughput_tables import pressure_data
 from vllm_int8kv.commands.bench.summary import capacity
 from vllm_int8kv.evaluation.record import LABELS, Group
+from vllm_int8kv.evaluation.sensitivity import draw_bars
 
 MAX_PLOT_BYTES = 150_000
+PANELS = {(OURS, 1): "int8_custom", (PLAIN, 128): "plain INT8, keys with 128x outliers"}
+"""Cache and factor of the outliers: what a panel shows."""
 
 
 def decode_plot_data(results: Path) -> list[Group]:
@@ -109,10 +115,33 @@ def draw_pressure(found: list[Group], path: Path) -> None:
     save(figure, found, path, f"{newest.device.split(',')[0]}, {newest.num_threads} core, {newest.utc[:10]}")
 
 
+def layers_plot_data(results: Path) -> list[dict[str, AccuracyRecord]]:
+    """The panels, by their titles; nothing unless all were measured."""
+    records = accuracy_record.latest(accuracy_record.read("layers", results / "accuracy"))
+    found = {title: find(records, cache, stress=stress) for (cache, stress), title in PANELS.items()}
+    return [] if None in found.values() else [found]
+
+
+def draw_layers(found: list[dict[str, AccuracyRecord]], path: Path) -> None:
+    """A panel per cache; red is what `vllm-int8kv eval --sensitivity` suggests to leave unquantized."""
+    import matplotlib.pyplot as plt  # only the plot needs it, and it is slow to import
+
+    (panels,) = found
+    figure, row = plt.subplots(1, len(panels), figsize=(9, 3.5), layout="constrained")
+    for axes, (title, line) in zip(row, panels.items(), strict=True):
+        draw_bars(line.metrics["layers"], [int(layer) for layer in line.metrics["policy"]], axes)
+        axes.set_title(f"{title}: all layers {line.metrics['kl_all_layers']:.1e}", fontsize=10)
+    newest = panels[PANELS[OURS, 1]]
+    tokens = sum(newest.case["texts"].values())
+    caption = f"{newest.case['model']}, {tokens:,} tokens, one layer in INT8 at a time, {newest.utc[:10]}"
+    save(figure, found, path, caption)
+
+
 PLOTS: dict[str, tuple[Callable[[Path], list[Group]], Callable[[list[Group], Path], None]]] = {
     "decode": (decode_plot_data, draw_decode),
     "decode_gpu": (gpu_decode_groups, draw_gpu_decode),
     "memory_pressure": (pressure_data, draw_pressure),
+    "layers": (layers_plot_data, draw_layers),
 }
 """By file name: where the data comes from and who draws it."""
 

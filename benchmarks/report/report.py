@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 
 from benchmarks.report import (
-    accuracy_plots,
     accuracy_tables,
     headline_tables,
     ladder_plots,
@@ -36,7 +35,7 @@ TABLES = (
     | accuracy_tables.TABLES
     | reliability_tables.TABLES
 )
-PLOTS = KERNEL_PLOTS | ladder_plots.PLOTS | accuracy_plots.PLOTS
+PLOTS = KERNEL_PLOTS | ladder_plots.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
 PAGES = [record.ROOT / page for page in ("README.md", "benchmarks/README.md", "tests/README.md")]
 MARKER = re.compile(r"<!-- (begin|end):([\w-]+) -->")

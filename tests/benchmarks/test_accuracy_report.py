@@ -1,7 +1,7 @@
 """The accuracy tables and the plot of layers, from made-up records."""
 
 from benchmarks.accuracy import accuracy_record
-from benchmarks.report import accuracy_plots, accuracy_tables, plots
+from benchmarks.report import accuracy_tables, plots
 
 PLAIN = "int8_custom:rotate_keys=false:equalize_keys=false"
 SHAPE = {"num_kv_heads": 2, "head_size": 64, "itemsize": 2}
@@ -35,17 +35,14 @@ def test_layers_plot_marks_what_is_skipped_and_notices_other_records(tmp_path):
     layers = [{"layer": layer, "kl_per_token": kl, "e_o": 0.01, "shape": SHAPE} for layer, kl in ((0, 1.0), (1, 9.0))]
     report = {"layers": layers, "kl_all_layers": 11.0, "policy": {1: "auto"}}
     append("layers", "int8_custom", report, tmp_path)
-    assert accuracy_plots.layers_plot_data(tmp_path) == [], "one of two panels"
+    assert plots.layers_plot_data(tmp_path) == [], "one of two panels"
     append("layers", PLAIN, report, tmp_path, stress=128)
-    found = accuracy_plots.layers_plot_data(tmp_path)
+    found = plots.layers_plot_data(tmp_path)
     drawn = tmp_path / "layers.png"
-    accuracy_plots.draw_layers(found, drawn)
+    plots.draw_layers(found, drawn)
     assert plots.plot_problem(drawn, found) is None
     append("layers", PLAIN, report | {"kl_all_layers": 12.0}, tmp_path, stress=128)
-    assert (
-        plots.plot_problem(drawn, accuracy_plots.layers_plot_data(tmp_path))
-        == "layers.png was drawn from other records"
-    )
+    assert plots.plot_problem(drawn, plots.layers_plot_data(tmp_path)) == "layers.png was drawn from other records"
 
 
 def test_bars_of_skipped_layers_are_red():

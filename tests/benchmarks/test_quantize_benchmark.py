@@ -10,6 +10,7 @@ import torch
 from benchmarks.accuracy import capture
 from benchmarks.ladder import operands, quantize, quantize_errors
 from benchmarks.report import ladder_plots, ladder_tables
+from vllm_int8kv.cache.ladder import CUDA_VARIANTS
 from vllm_int8kv.evaluation import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,7 @@ def test_tables_beside_the_paper(monkeypatch, tmp_path, set_num_threads):
     assert "| `simd`, quantize with scales | 1 |" in table
 
     on_gpu = replace(lines[0], device="a GPU", resolved_backend="int8kv cuda", num_threads=1)
-    for variant in tables.ops.CUDA_VARIANTS:
+    for variant in CUDA_VARIANTS:
         for operation in ("quantize_with_scales",) if variant == "fused" else tables.OPERATIONS:
             case = on_gpu.case | {"device": "cuda", "operation": operation}
             metrics = {"copy_gb_per_s": 1.0, "frac_of_copy": 0.875}
@@ -81,7 +82,7 @@ def test_tables_beside_the_paper(monkeypatch, tmp_path, set_num_threads):
 
 
 def test_a_wrong_variant_is_not_timed(monkeypatch, tmp_path):
-    right = operands.ops.quantize_per_channel
+    right = operands.ladder.quantize_per_channel
 
     def wrong(x, *, variant="vectorized", **options):
         codes, scales = right(x, variant=variant, **options)
@@ -89,7 +90,7 @@ def test_a_wrong_variant_is_not_timed(monkeypatch, tmp_path):
             codes[-1, -1] += 1
         return codes, scales
 
-    monkeypatch.setattr(operands.ops, "quantize_per_channel", wrong)
+    monkeypatch.setattr(operands.ladder, "quantize_per_channel", wrong)
     quantize.torch.set_num_threads(1)
     assert run(monkeypatch, tmp_path) == 1
     assert record.read("quantize", tmp_path) == []

@@ -1,4 +1,4 @@
-"""Features of vLLM together with the INT8 cache, each a row of README's support table.
+"""Features of vLLM together with the INT8 cache, each a row of the support table in tests/README.md.
 
 Engines in fp32 must give the same greedy tokens as one that does without the feature; where the feature changes the
 answer itself, the measure is the KL divergence to vLLM's own cache, as in `test_engine.py`.

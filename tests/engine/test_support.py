@@ -1,4 +1,4 @@
-"""README's support table says what the tests say."""
+"""The support table of tests/README.md says what the tests say."""
 
 import json
 

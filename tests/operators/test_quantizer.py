@@ -1,4 +1,4 @@
-"""The numeric contract of csrc/int8_quant.h, held against arithmetic in plain Python.
+"""The numeric contract of csrc/format/quantizer.h, held against arithmetic in plain Python.
 
 Every test of the quantizer runs on the reference and, through `reshape_and_cache`, on the kernel.
 """

@@ -161,7 +161,7 @@ INT8KV_INLINE void butterfly(f32x16& a, f32x16& b) {
   b = difference;
 }
 
-// The rotation of int8_quant.h on all lanes; two of its steps at a time, so that the block passes
+// The rotation of rotation.h on all lanes; two of its steps at a time, so that the block passes
 // through memory half as often.
 INT8KV_INLINE void hadamard_rotate(LaneBlock& block, int32_t head_size) {
   const int32_t width = rotation_block(head_size);
