@@ -1,4 +1,4 @@
-"""The support table of README.md: each row is a marker on the tests that show it.
+"""The support table of tests/README.md: each row is a marker on the tests that show it.
 
 `pytest --write-support` records the rows whose tests all ran and passed in `benchmarks/results/support.json`, and
 `python -m benchmarks.report` writes the table from it.

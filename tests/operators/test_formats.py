@@ -1,4 +1,4 @@
-"""Every byte of the cache is where csrc/format/cache_format.h says, computed here a second time and one byte at a time."""
+"""Every byte of the cache is where csrc/format/cache_format.h says, computed here a second time, byte by byte."""
 
 import struct
 
