@@ -26,6 +26,13 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(1)
 
 
+def check_folders(files: dict[str, Path | None]) -> None:
+    """Fail before anything is measured if a file, by the option that names it, has no folder to be written to."""
+    for option, path in files.items():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise fail(f"{option}: the folder {path.absolute().parent} does not exist")
+
+
 @app.command()
 def demo(
     model: Annotated[str, typer.Argument(help="Path or name as vLLM takes it, or smollm2.")] = "smollm2",
@@ -37,8 +44,7 @@ def demo(
     from vllm_int8kv.evaluation.demo import DemoPlan, run_demo
     from vllm_int8kv.evaluation.engines.process import EngineError
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise fail(f"--json: the folder {json_file.absolute().parent} does not exist")
+    check_folders({"--json": json_file})
     try:
         report = run_demo(DemoPlan(resolve(model)), error_console, name=model, verbose=verbose)
     except (EngineError, ImportError, ValueError) as error:
@@ -135,11 +141,9 @@ def evaluate(
     from vllm_int8kv.evaluation.evaluate import CacheSpec, evaluate, make_plan
     from vllm_int8kv.evaluation.sensitivity import draw_layers, measure_layers, print_layers, write_policy
 
-    for option, path in (("--json", json_file), ("--plot", plot), ("--policy", policy)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise fail(f"{option}: the folder {path.absolute().parent} does not exist")
-        if path is not None and option != "--json" and not sensitivity:
-            raise fail(f"{option} needs --sensitivity")
+    check_folders({"--json": json_file, "--plot": plot, "--policy": policy})
+    if not sensitivity and (plot or policy):
+        raise fail(f"{'--policy' if plot is None else '--plot'} needs --sensitivity")
     try:
         plan = make_plan(
             text or [],
