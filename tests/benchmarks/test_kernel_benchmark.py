@@ -106,7 +106,7 @@ def test_a_failed_check_does_not_stop_the_others_and_shows_in_the_exit_status(tm
     commands = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "pass"}
     fakes = [gpu_check.Stage(name, [sys.executable, "-c", code], 5) for name, code in commands.items()]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(gpu_check.ops, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(gpu_check.library, "has_cuda_kernels", lambda: True)
     monkeypatch.setattr(gpu_check, "stages", lambda out: fakes)
     with pytest.raises(SystemExit) as exit_:
         gpu_check.main(tmp_path)

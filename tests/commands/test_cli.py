@@ -50,7 +50,7 @@ def test_doctor_finds_wrong_kernels(monkeypatch):
 
 
 def test_doctor_finds_a_wrong_cache(monkeypatch):
-    monkeypatch.setattr(ops, "reshape_and_cache", lambda *args: None)
+    monkeypatch.setattr(ops, "reshape_and_cache", lambda *args, **kwargs: None)
     (first, *_) = doctor.check_kernels()
     assert "bytes of the cache differ from the reference" in first.found and first.remedy
 

@@ -29,7 +29,8 @@ def models(tmp_path_factory):
 
 def run(model, **options):
     with engines.tiny_engine(model, **options) as llm:
-        equalizers = [layer.impl.key_transform.equalizer for layer in engines.layers(llm).values()]
+        impls = [layer.impl for layer in engines.layers(llm).values()]
+        equalizers = [impl.key_transform.equalizer for impl in impls if hasattr(impl, "key_transform")]
         return engines.prompt_logprobs(llm), equalizers
 
 

@@ -66,7 +66,7 @@ class LayerHooks:
         is_quantized = index in self.quantized
         if is_quantized and not self.is_measuring:
             return None
-        exact = exact_attention(layer, query, *self._kv[owner or layer.layer_name]).view_as(output)
+        exact = exact_attention(layer, query, *self._kv[owner or layer.layer_name]).reshape(output.shape)
         if self.is_measuring and owner is None:
             self.errors[index].append(((output - exact).norm() / exact.norm()).item())
         return None if is_quantized else exact.to(output.dtype)
