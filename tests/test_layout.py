@@ -83,6 +83,28 @@ def test_python_arrows_point_one_way(room):
             assert not [target for target in imports(path) if target.startswith("benchmarks")], name
 
 
+def names_of(path: Path) -> set[str]:
+    """What a module defines or imports at module level."""
+    found = set()
+    for node in ast.parse((ROOT / path).read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(name.asname or name.name).split(".")[0] for name in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        else:
+            found |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_what_is_imported_exists(path):
+    """Imports inside of functions too, which nothing else may run without a GPU or a cluster."""
+    for target in imports(path):
+        module, _, name = target.rpartition(".")
+        if module in NAMES and target not in NAMES:
+            assert name in names_of(NAMES[module]), target
+
+
 def test_measuring_code_imports_no_reporting_code():
     for name, path in NAMES.items():
         if path.parts[0] == "benchmarks" and path.parts[1] != "report":

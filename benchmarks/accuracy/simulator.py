@@ -14,7 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.accuracy.schemes import Calibration, Scheme
 from benchmarks.accuracy.stress_model import LAYERS, PAIRS
-from vllm_int8kv.cache.key_transform import calibration_positions
+from vllm_int8kv.cache.equalization import calibration_positions, calibration_token_ids
+from vllm_int8kv.cache.reference import relative_error
 
 QUERY_STRIDE = 16
 """Attention weights are compared for every n-th query, whose rows are [num_heads, num_tokens]."""
@@ -59,10 +60,9 @@ class Simulator:
             seen[layer] += [q, k, v]
             return attend(q, k, v, scale)
 
-        generator = torch.Generator().manual_seed(0)
         config = self.model.config
         positions = calibration_positions(config.max_position_embeddings, config.max_position_embeddings)[None]
-        self._run(torch.randint(config.vocab_size, positions.shape, generator=generator), capture, positions)
+        self._run(calibration_token_ids(positions.numel(), config.vocab_size)[None], capture, positions)
         self._run(self.token_ids[-1], capture)
         return [Calibration.from_tensors(q, k, key, value) for q, k, _, _, key, value in seen]
 
@@ -86,7 +86,7 @@ class Simulator:
             exact, cached = attend(q, k, v, scale), attend(q, k_cached, v_cached, scale)
             weights, cached_weights = (attention_weights(q, keys, scale) for keys in (k, k_cached))
             weight_errors.append((weights - cached_weights).abs().mean().item())
-            output_errors.append(((exact - cached).norm() / exact.norm()).item())
+            output_errors.append(relative_error(cached, exact))
             return exact
 
         self._run(self.token_ids[0], compare)

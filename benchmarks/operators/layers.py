@@ -107,7 +107,7 @@ class Layers:
         expected = self.expected[peer.name]
         want = torch.cat(list(expected.values()))
         got = torch.cat([self._rows(out, seq) for seq in expected]).float()
-        rel_error = ((got - want).norm() / want.norm()).item()
+        rel_error = reference.relative_error(got, want)
         if not rel_error <= peer.tolerance:
             raise CheckError(f"{peer.name} differs from its reference by {rel_error:.1e}, allowed {peer.tolerance:.0e}")
         return rel_error

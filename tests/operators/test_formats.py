@@ -1,12 +1,13 @@
 """Every byte of the cache is where csrc/format/cache_format.h says, computed here a second time, byte by byte."""
 
 import struct
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from vllm_int8kv.cache import formats
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache import formats, library, ops
+from vllm_int8kv.cache.formats import FORMATS, K8V8, SUPPORTED_HEAD_SIZES
 
 SIZES = [(block_size, head_size) for block_size in (16, 32, 48, 128) for head_size in (32, 80, 128, 512)]
 each_size = pytest.mark.parametrize("block_size, head_size", SIZES)
@@ -98,3 +99,26 @@ def test_refuses_block_size(block_size):
 def test_head_size_of_refuses_what_is_no_cache(shape, dtype, came):
     with pytest.raises(ValueError, match=f"kv_cache must be int8 .* got {came}"):
         K8V8.head_size_of(torch.zeros(shape, dtype=dtype))
+
+
+def test_the_kernels_have_the_same_formats():
+    assert library.cache_formats() == list(FORMATS)
+
+
+@pytest.mark.parametrize("cache_format", FORMATS.values(), ids=FORMATS)
+def test_the_kernels_take_the_same_head_sizes_and_bytes(cache_format):
+    for head_size in range(8, 641, 8):
+        content_bytes = cache_format.content_bytes(head_size)
+        empty, slots = torch.zeros(0, 1, head_size), torch.zeros(0, dtype=torch.int64)
+        for num_bytes in (content_bytes, content_bytes + 1):
+            kv_cache = torch.zeros(1, 1, 16, num_bytes, dtype=torch.int8)
+            if head_size not in SUPPORTED_HEAD_SIZES:
+                expected = pytest.raises(
+                    RuntimeError, match=f"head_size {head_size}, which is not supported; supported: "
+                )
+            elif num_bytes != content_bytes:
+                expected = pytest.raises(RuntimeError, match=f"head_size {head_size} takes {content_bytes}")
+            else:
+                expected = nullcontext()
+            with expected:
+                ops.reshape_and_cache(empty, empty, kv_cache, slots, cache_format=cache_format)

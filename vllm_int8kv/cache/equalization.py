@@ -46,6 +46,12 @@ def calibration_positions(max_model_len: int, max_num_tokens: int) -> torch.Tens
     return squares.maximum(index)
 
 
+def calibration_token_ids(num_tokens: int, vocab_size: int) -> torch.Tensor:
+    """The random tokens themselves, `[num_tokens]` int64: always the same, so engines of one model agree."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randint(vocab_size, (num_tokens,), generator=generator, device="cpu")
+
+
 def key_equalizer(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The factors that balance keys and queries, as powers of two.
 

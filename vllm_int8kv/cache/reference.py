@@ -81,6 +81,11 @@ def gather_cache(
         key[rows], value[rows] = key_transform.undo_keys(keys).to(key.dtype), values.to(value.dtype)
 
 
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want|, L2: of an attention output, e_o of KVTuner with norms in place of elementwise ratios."""
+    return ((got - want).norm() / want.norm()).item()
+
+
 def visible_keys(
     query_positions: torch.Tensor, num_keys: int, causal: bool, sliding_window: int | None
 ) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 
-from vllm_int8kv.cache.equalization import calibration_positions
+from vllm_int8kv.cache.equalization import calibration_positions, calibration_token_ids
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.serving.layers import is_ours, registry
 
@@ -118,9 +118,7 @@ def _run(model: nn.Module, vllm_config: Any) -> None:
     max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     positions = calibration_positions(vllm_config.model_config.max_model_len, max_num_tokens).to(device)
     num_tokens = len(positions)
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    vocab_size = vllm_config.model_config.get_vocab_size()
-    input_ids = torch.randint(vocab_size, (num_tokens,), generator=generator, device="cpu").to(device)
+    input_ids = calibration_token_ids(num_tokens, vllm_config.model_config.get_vocab_size()).to(device)
     if vllm_config.model_config.uses_mrope:
         positions = positions.expand(3, -1)
     options = {"num_tokens": num_tokens, "slot_mapping": {}, "skip_compiled": True}
