@@ -275,7 +275,9 @@ def test_kernels_measure_and_record(tmp_path):
         wanted["fp8"] = "CPU_ATTN"
     else:
         assert "not here: fp8 (FP8 KV cache on CPU requires x86 with AVX-512" in result.stdout
-    assert backends == wanted
+    # With AMX vLLM 0.32 computes a bf16 model on an fp8 cache so inexactly that it is left out.
+    with_amx = wanted.keys() - ({"fp8"} if torch.cpu._is_amx_tile_supported() else set())
+    assert backends == {impl: wanted[impl] for impl in with_amx}
     assert all(line.rel_error < 0.005 for line in record.read("write", tmp_path))
     wide = {line.impl: line for line in record.read("fp32", tmp_path)}
     assert wide.keys() == wanted.keys()
