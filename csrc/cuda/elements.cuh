@@ -1,9 +1,9 @@
 // Elements of fp32, fp16 and bf16 tensors, one or two at a time.
 #pragma once
 
-#include "format/quantizer.h"
+#include "cuda/ptx.cuh"
 #include "format/params.h"
-#include "cuda/primitives.cuh"
+#include "format/quantizer.h"
 
 namespace int8kv {
 
@@ -39,7 +39,7 @@ INT8KV_DEVICE uint16_t to_16_bits(float x, DType dtype) {
   return dtype == DType::kBFloat16 ? float_to_bf16_bits(x) : float_to_half_bits(x);
 }
 
-// The way back; finite values.
+// The inverse of load_pair(); the values are finite.
 INT8KV_DEVICE void store_pair(void* base, int64_t index, DType dtype, float first, float second) {
   if (dtype == DType::kFloat32) {
     float* x = static_cast<float*>(base) + index;

@@ -1,17 +1,15 @@
-// The instructions that have no C++ spelling, one thin function each, and the launch call.
+// The instructions that have no C++ spelling, one thin function each.
 //
-// Everything else in this folder is plain C++, so that a host program can define this guard, bring
-// its own versions and run the kernels thread by thread.
-#ifndef INT8KV_CUDA_PRIMITIVES_CUH
-#define INT8KV_CUDA_PRIMITIVES_CUH
+// All other code of the kernels is plain C++. A host program can therefore define the guards of
+// this file and of device.cuh, bring functions of its own with the same names, and run the kernels
+// thread by thread: tests/builds/cuda_emulation.h does.
+#ifndef INT8KV_CUDA_PTX_CUH
+#define INT8KV_CUDA_PTX_CUH
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
-#include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #define INT8KV_DEVICE __device__ __forceinline__
 
@@ -136,63 +134,6 @@ INT8KV_DEVICE float load_from_l2(const float* from) { return __ldcg(from); }
 // A value that nobody will read again: the first to leave the L2 cache.
 INT8KV_DEVICE uint4 load_last_use(const uint4* from) { return __ldcs(from); }
 
-template <typename... Params>
-cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
-                          cudaStream_t stream, std::common_type_t<Params>... args) {
-  void* pointers[] = {&args...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,
-                          shared_bytes, stream);
-}
-
-inline cudaError_t zero_async(void* to, size_t bytes, cudaStream_t stream) {
-  return cudaMemsetAsync(to, 0, bytes, stream);
-}
-
-// Size of the L2 cache of the current device.
-inline cudaError_t l2_bytes(int64_t* bytes) {
-  int device = 0, size = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&size, cudaDevAttrL2CacheSize, device);
-  *bytes = size;
-  return error;
-}
-
-// Shared memory that a thread block of the current device may have.
-inline cudaError_t max_shared_bytes(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
-// Thread blocks of kKernel that the current device holds at once. Asked for once per device, since
-// the answer takes longer than a launch.
-template <auto kKernel>
-cudaError_t resident_blocks(int threads, size_t shared_bytes, int* blocks) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];
-  int device = 0, multiprocessors = 0, per_multiprocessor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  *blocks = device < kMaxDevices ? known[device].load() : 0;
-  if (*blocks > 0) return cudaSuccess;
-  const auto* kernel = reinterpret_cast<const void*>(kKernel);
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
-                                                          shared_bytes);
-  }
-  if (error != cudaSuccess) return error;
-  *blocks = multiprocessors * per_multiprocessor;
-  if (*blocks == 0) return cudaErrorInvalidConfiguration;
-  if (device < kMaxDevices) known[device].store(*blocks);
-  return cudaSuccess;
-}
-
 }  // namespace int8kv
 
-#endif  // INT8KV_CUDA_PRIMITIVES_CUH
+#endif  // INT8KV_CUDA_PTX_CUH
