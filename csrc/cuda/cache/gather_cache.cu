@@ -4,61 +4,52 @@
 //
 // The lines of a slot group hold 16 slots: the warps of a block read other parts of the same lines,
 // mostly from the L1 cache. Rows are written 4 bytes per lane, coalesced.
-#include "format/quantizer.h"
-#include "cuda/index_maps.h"
+#include "cuda/alignment.h"
+#include "cuda/device.cuh"
+#include "cuda/key_transform.cuh"
 #include "cuda/launch.h"
-#include "cuda/primitives.cuh"
-#include "cuda/row.cuh"
+#include "cuda/plane_codes.cuh"
 
 namespace int8kv {
 namespace {
 
 constexpr int kGatherWarps = 16;
 
-INT8KV_DEVICE float scale_at(const int8_t* chunk, int64_t plane, int slot) {
-  return bf16_bits_to_float(reinterpret_cast<const uint16_t*>(chunk + plane)[slot]);
-}
-
-template <int kPairs>
+template <typename F, int kPairs>
 __device__ void gather_key(const GatherCacheParams& p, const int8_t* chunk, int slot, int64_t row,
                            int kv_head, int lane) {
+  using Plane = PlaneCodes<typename F::K>;
   const KVCache& cache = p.cache;
-  const float scale = scale_at(chunk, cache.k_scales(), slot);
-  Row<kPairs> x = {};
-  for_each_pair(x, cache.head_size, lane, [&](int pair, float (&two)[2]) {
-    const auto codes = *reinterpret_cast<const uint16_t*>(chunk + cache.k_code(slot, 2 * pair));
-    two[0] = low_code(codes) * scale;
-    two[1] = high_code(codes) * scale;
+  const float scale = Plane::scale(chunk + cache.k_scale<F>(slot));
+  HeadVector<kPairs> key = {};
+  for_each_pair(key, cache.head_size, lane, [&](int pair, float (&x)[2]) {
+    const float2 codes = Plane::k_dims(chunk + cache.k_code<F>(slot, 2 * pair));
+    x[0] = codes.x * scale;
+    x[1] = codes.y * scale;
   });
-  if (p.rotate_keys) warp_hadamard_rotate(x, cache.head_size, lane);  // is its own inverse
-  const float* equalizer =
-      p.key_equalizer == nullptr ? nullptr : p.key_equalizer + int64_t{kv_head} * cache.head_size;
+  restore_key(key, p.key_transform, kv_head, cache.head_size, lane);
   const int64_t offset = row * p.key_token_stride + kv_head * p.key_head_stride;
-  for_each_pair(x, cache.head_size, lane, [&](int pair, float (&two)[2]) {
-    const float first = equalizer == nullptr ? 1.0f : equalizer[2 * pair];
-    const float second = equalizer == nullptr ? 1.0f : equalizer[2 * pair + 1];
-    store_pair(p.key, offset + 2 * pair, p.dtype, two[0] * first, two[1] * second);
+  for_each_pair(key, cache.head_size, lane, [&](int pair, float (&x)[2]) {
+    store_pair(p.key, offset + 2 * pair, p.dtype, x[0], x[1]);
   });
 }
 
-template <int kPairs>
+template <typename F, int kPairs>
 __device__ void gather_value(const GatherCacheParams& p, const int8_t* chunk, int slot, int64_t row,
                              int kv_head, int lane) {
+  using Plane = PlaneCodes<typename F::V>;
   const KVCache& cache = p.cache;
-  const float scale = scale_at(chunk, cache.v_scales(), slot);
+  const float scale = Plane::scale(chunk + cache.v_scale<F>(slot));
   const int64_t offset = row * p.value_token_stride + kv_head * p.value_head_stride;
-  Row<kPairs> unused;
+  HeadVector<kPairs> unused;
   for_each_pair(unused, cache.head_size, lane, [&](int pair, float (&)[2]) {
-    // Two dims of two slots: {dim 0 slot 0, dim 0 slot 1, dim 1 slot 0, dim 1 slot 1}.
-    const int8_t* four = chunk + cache.v_code(slot / 2 * 2, 2 * pair);
-    const uint32_t codes = *reinterpret_cast<const uint32_t*>(four) >> (slot % 2 * 8);
-    const float first = static_cast<int8_t>(codes & 0xffu);
-    const float second = static_cast<int8_t>(codes >> 16 & 0xffu);
-    store_pair(p.value, offset + 2 * pair, p.dtype, first * scale, second * scale);
+    const int even_slot = slot / 2 * 2;
+    const float2 codes = Plane::v_dims(chunk + cache.v_code<F>(even_slot, 2 * pair), slot);
+    store_pair(p.value, offset + 2 * pair, p.dtype, codes.x * scale, codes.y * scale);
   });
 }
 
-template <int kPairs>
+template <typename F, int kPairs>
 __global__ void __launch_bounds__(kGatherWarps * 32)
     gather_cache_kernel(const __grid_constant__ GatherCacheParams p) {
   const KVCache& cache = p.cache;
@@ -72,18 +63,18 @@ __global__ void __launch_bounds__(kGatherWarps * 32)
     const int64_t block = p.block_table[seq * p.block_table_stride + position / cache.block_size];
     const auto slot = static_cast<int>(position % cache.block_size);
     const int8_t* chunk = cache.chunk(block, kv_head);
-    gather_key<kPairs>(p, chunk, slot, row, kv_head, lane);
-    gather_value<kPairs>(p, chunk, slot, row, kv_head, lane);
+    gather_key<F, kPairs>(p, chunk, slot, row, kv_head, lane);
+    gather_value<F, kPairs>(p, chunk, slot, row, kv_head, lane);
   }
 }
 
-template <int kPairs>
+template <typename F, int kPairs>
 cudaError_t launch(const GatherCacheParams& params, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 65535;
   const int64_t blocks = (params.num_rows + kGatherWarps - 1) / kGatherWarps;
   const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
                   static_cast<unsigned>(params.cache.num_kv_heads));
-  return launch_kernel(gather_cache_kernel<kPairs>, grid, kGatherWarps * 32, 0, stream, params);
+  return launch_kernel(gather_cache_kernel<F, kPairs>, grid, kGatherWarps * 32, 0, stream, params);
 }
 
 }  // namespace
@@ -93,12 +84,10 @@ cudaError_t launch_gather_cache(const GatherCacheParams& params, cudaStream_t st
     return cudaSuccess;
   }
   if (!is_vector_aligned(params.cache)) return cudaErrorMisalignedAddress;
-  const int head_size = params.cache.head_size;
-  if (head_size <= 64) return launch<1>(params, stream);
-  if (head_size <= 128) return launch<2>(params, stream);
-  if (head_size <= 256) return launch<4>(params, stream);
-  if (head_size <= kMaxHeadSize) return launch<8>(params, stream);
-  return cudaErrorInvalidValue;
+  return with_format(params.cache.format, [&]<typename F>() {
+    return with_head_pairs(params.cache.head_size,
+                           [&]<int kPairs>() { return launch<F, kPairs>(params, stream); });
+  });
 }
 
 }  // namespace int8kv
