@@ -1,56 +1,31 @@
-// Attention on tensor cores for fp16 and bf16 queries, made for decode and verification.
-//
-//   block  4 warps; a tile of 8 * kRowTiles query rows of one KV head against a stretch of its keys
-//   warp   every fourth tile of 64 keys, with a softmax state of its own; merged at the end
-//
-// Each warp copies its codes into a ring of its own in shared memory (code_stream.cuh), laid out so
-// that a 16-byte vector holds what one lane multiplies: nothing is shuffled, and the loop has no
-// barrier. A code becomes fp16 by byte permutes: 0x6400 | (code + 128) is 1152 + code. All operands
-// are fp16 for bf16 queries too, each made to fit by a power of two: one per query row, one running
-// one for the probabilities times the V scales. A query element is the sum of two fp16 terms, so
-// that scores are as exact as in fp32 after the rotation too. K scales meet the scores, V scales
-// the probabilities; no code is scaled.
+// One work item on tensor cores, as the four warps of a block compute it: products of queries and
+// codes, softmax, products of weights and codes. paged_attention_mma.cuh says how.
 #pragma once
 
-#include "cuda/attention/mma_rows.cuh"
+#include "cuda/attention/mma/query_tile.cuh"
 
 namespace int8kv {
 
-// Blocks per multiprocessor that the registers are to allow: as many as the shared memory holds, or
-// as do without spilling.
-template <int kSpans, int kRowTiles, bool kPlain>
-constexpr int kResidentBlocks =
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    1;
-#elif defined(__CUDA_ARCH__) && \
-    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-    2;
-#else
-    kSpans > 2 || kRowTiles > 1 ? 2
-    : kPlain                    ? 4
-                                : 3;
-#endif
+// The largest weight, a probability times a V scale, becomes 2^14 to 2^15 in fp16, so that 2^-28 of
+// it is normal.
+constexpr int kLargestWeightExponent = 14;
+constexpr int kMinWeightExponent = 20;  // biased; below the smallest scale that is ever stored
 
-// The largest probability times V scale becomes 2^14 to 2^15 in fp16, so that 2^-28 of it is
-// normal.
-constexpr int kWeightExponent = 14;
-constexpr int kMinUnitExponent = 20;  // biased; below the smallest scale that is ever stored
-
-// With kPlain the head size is kSpans * 64 and scores are neither capped nor biased, as in most
-// models.
-template <int kSpans, int kRowTiles, bool kPlain>
+// One work item. With kSimple the head size is kSpans * 64 and scores are neither capped nor
+// biased, as in most models.
+template <typename F, int kSpans, int kRowTiles, bool kSimple>
 class MmaItem {
  public:
-  using Layout = MmaLayout<kSpans, kRowTiles>;
+  using Layout = MmaLayout<F, kSpans, kRowTiles>;
   static constexpr int kRows = Layout::kRows;
   static constexpr int kRing = Layout::kRing;
   static constexpr int kParts = Layout::kParts;
   static constexpr int kPartTiles = Layout::kPartTiles;
-  static constexpr int kColumns = 2 * kRowTiles;       // query rows that a lane has a column of
-  static constexpr int kPartColumns = 2 * kPartTiles;  // and their scores at once
+  static constexpr int kColumns = 2 * kRowTiles;       // query rows that a lane has scores of
+  static constexpr int kPartColumns = 2 * kPartTiles;  // those of one part
   using Scores = float[4][kPartTiles][4];
   using Weights = uint32_t[4][kRowTiles][2];
-  using Tiles = Stream<kSpans, kPlain, kRing>;
+  using Stream = CodeStream<F, kSpans, kSimple, kRing>;
 
   // Starts the first copies.
   __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
@@ -58,11 +33,11 @@ class MmaItem {
         stream{params,
                params.block_table + work_item.seq * params.block_table_stride,
                work_item.kv_head,
-               piece_keys(params, work_item, kRows),
+               split_keys(params, work_item, kRows),
                lane,
-               dynamic_shared() + warp * (kRing * kUnitBytes),
-               dynamic_shared() + Layout::kScales + warp * (kScaleSlots * kScaleBytes)} {
-    // A tile belongs to the warp of its number, wherever the piece begins.
+               dynamic_shared() + warp * Layout::kRingBytes,
+               dynamic_shared() + Layout::kScales + warp * Layout::kScaleBytes} {
+    // Tile n belongs to warp n % 4, wherever the split begins.
     const int32_t tile_begin = stream.keys.begin / kTileSlots;
     first_tile = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
     stream.begin(first_tile);
@@ -83,38 +58,37 @@ class MmaItem {
   }
 
   __device__ void attend() {
-    int scale_slot = 0;
+    int scale_buffer = 0;
     for (int32_t tile = first_tile; tile < stream.tile_end(); tile += kAttentionWarps) {
       Weights weights;
-      Unit unit;
-      if (kParts > 1) stream.template wait_units<kSpans>();
+      WeightScale weight_scale;
+      if (kParts > 1) stream.template wait<kSpans>();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         Scores scores = {};
 #pragma unroll
         for (int span = 0; span < kSpans; ++span) {
-          if (kParts == 1) stream.template wait_units<1>();
+          if (kParts == 1) stream.template wait<1>();
           multiply_keys(span, part, scores);
-          if (kParts == 1) stream.next_unit(span);
+          if (kParts == 1) stream.release(span);
         }
         const int32_t tile_key = tile * kTileSlots;
-        const unsigned char* scale_bytes = stream.scales + scale_slot * kScaleBytes + lane / 4 * 16;
         if (tile_key >= rows->seen_by_all.begin && tile_key + kTileSlots <= rows->seen_by_all.end) {
-          softmax<false>(tile_key, part, scale_bytes, unit, scores, weights);
+          softmax<false>(tile_key, part, scale_buffer, weight_scale, scores, weights);
         } else {
-          softmax<true>(tile_key, part, scale_bytes, unit, scores, weights);
+          softmax<true>(tile_key, part, scale_buffer, weight_scale, scores, weights);
         }
       }
-      scale_slot = (scale_slot + 1) % kScaleSlots;
+      scale_buffer = (scale_buffer + 1) % kScaleBuffers;
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
-        if (kParts > 1) stream.next_unit(span);
+        if (kParts > 1) stream.release(span);
       }
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
-        stream.template wait_units<1>();
+        stream.template wait<1>();
         multiply_values(span, weights);
-        stream.next_unit(kSpans + span);
+        stream.release(kSpans + span);
       }
     }
     copy_async_wait<0>();
@@ -145,7 +119,7 @@ class MmaItem {
         }
       }
     }
-    if (lane == 0) states->unit[warp] = power_of_two(unit_exponent - kWeightExponent);
+    if (lane == 0) states->out_scale[warp] = power_of_two(weight_exponent - kLargestWeightExponent);
   }
 
   // Merges the warps and writes the rows of `item`, which need not stay in registers until then.
@@ -171,9 +145,8 @@ class MmaItem {
     const int ahead = kParts > 1 ? span : 0;
 #pragma unroll
     for (int step = 0; step < kSpanDims / 16; ++step) {
-      if (!kPlain && span * kSpanDims + step * 16 >= p.cache.head_size) break;
-      const uint4 first = stream.k_vector(2 * step, ahead);
-      const uint4 second = stream.k_vector(2 * step + 1, ahead);
+      if (!kSimple && span * kSpanDims + step * 16 >= p.cache.head_size) break;
+      const auto codes = stream.k_codes(step, ahead);
       uint4 q[kPartTiles];
 #pragma unroll
       for (int n = 0; n < kPartTiles; ++n) {
@@ -184,8 +157,7 @@ class MmaItem {
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         uint32_t a[4];
-        codes_to_half2(word_of(first, w), a[0], a[1]);
-        codes_to_half2(word_of(second, w), a[2], a[3]);
+        codes.to_half2(w, a);
 #pragma unroll
         for (int n = 0; n < kPartTiles; ++n) {
           mma_m16n8k16(scores[w][n], a, q[n].x, q[n].y);
@@ -196,16 +168,14 @@ class MmaItem {
   }
 
   __device__ void multiply_values(int span, const Weights& weights) {
-    if (!kPlain && span * kSpanDims >= p.cache.head_size) return;
+    if (!kSimple && span * kSpanDims >= p.cache.head_size) return;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const uint4 first = stream.v_vector(2 * w);
-      const uint4 second = stream.v_vector(2 * w + 1);
+      const auto codes = stream.v_codes(w);
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         uint32_t a[4];
-        codes_to_half2(word_of(first, v), a[0], a[1]);
-        codes_to_half2(word_of(second, v), a[2], a[3]);
+        codes.to_half2(v, a);
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
           mma_m16n8k16(out[span][v][n], a, weights[w][n][0], weights[w][n][1]);
@@ -228,14 +198,14 @@ class MmaItem {
         float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
         score *= scale_of(k_scales, i) * factor;
       }
-      if (!kPlain && p.softcap > 0.0f) {
+      if (!kSimple && p.softcap > 0.0f) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
           score = p.softcap * kLog2e * tanh_fast(score);
         }
       }
-      if (!kPlain && p.alibi_slopes != nullptr) {
+      if (!kSimple && p.alibi_slopes != nullptr) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           scores[i / 2][c / 2][i % 2 * 2 + c % 2] +=
@@ -260,10 +230,11 @@ class MmaItem {
     return 1.0f - 2.0f / (exp2_fast(2.0f * kLog2e * x) + 1.0f);
   }
 
-  // The unit of a tile's weights: by what those of the tile before are multiplied, and V scales.
-  struct Unit {
-    float change;
-    float from_scale;
+  // The scale of a tile's weights: what the output so far is multiplied by, since the scale has
+  // grown from the tile before, and what V scales are multiplied by.
+  struct WeightScale {
+    float out_factor;
+    float v_factor;
   };
 
   // V scale of key i of this lane's 8. Those that no row sees may be anything, NaN included.
@@ -274,9 +245,9 @@ class MmaItem {
     return is_seen ? scale_of(v_scales, i) : 0.0f;
   }
 
-  // Raises the unit where a tile's V scales ask for it.
+  // Raises the scale of the weights where a tile's V scales ask for it.
   template <bool kMasked>
-  __device__ Unit raise_unit(int32_t tile_key, const uint4& v_scales) {
+  __device__ WeightScale raise_weight_scale(int32_t tile_key, const uint4& v_scales) {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -284,75 +255,87 @@ class MmaItem {
     }
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-    const int exponent = max(unit_exponent, static_cast<int>(float_bits(largest) >> 23));
-    const Unit unit{power_of_two(127 + unit_exponent - exponent),
-                    power_of_two(254 - exponent + kWeightExponent)};
-    unit_exponent = exponent;
-    return unit;
+    const int exponent = max(weight_exponent, static_cast<int>(float_bits(largest) >> 23));
+    const WeightScale scale{power_of_two(127 + weight_exponent - exponent),
+                            power_of_two(254 - exponent + kLargestWeightExponent)};
+    weight_exponent = exponent;
+    return scale;
   }
 
   // Updates the running state of a part's rows by one tile and turns its scores into the second
-  // operand of the output: fp16 probabilities times V scales in units of
-  // 2^(unit_exponent - kWeightExponent), which the first part finds.
+  // operand of the output: fp16 weights, which are probabilities times V scales, as multiples of
+  // 2^(weight_exponent - kLargestWeightExponent). The first part finds the exponent.
   template <bool kMasked>
-  __device__ void softmax(int32_t tile_key, int part, const unsigned char* scale_bytes, Unit& unit,
+  __device__ void softmax(int32_t tile_key, int part, int scale_buffer, WeightScale& weight_scale,
                           Scores& scores, Weights& weights) {
-    finish_scores<kMasked>(tile_key, part, *reinterpret_cast<const uint4*>(scale_bytes), scores);
-    const uint4 v_scales = *reinterpret_cast<const uint4*>(scale_bytes + kScaleBytes / 2);
-    if (part == 0) unit = raise_unit<kMasked>(tile_key, v_scales);
+    finish_scores<kMasked>(tile_key, part, stream.k_scales(scale_buffer), scores);
+    const uint4 v_scales = stream.v_scales(scale_buffer);
+    if (part == 0) weight_scale = raise_weight_scale<kMasked>(tile_key, v_scales);
     float v_factors[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      v_factors[i] = value_scale<kMasked>(tile_key, v_scales, i) * unit.from_scale;
+      v_factors[i] = value_scale<kMasked>(tile_key, v_scales, i) * weight_scale.v_factor;
     }
-
     float rescale[kPartColumns];
     bool is_rescaled = false;
 #pragma unroll
     for (int c = 0; c < kPartColumns; ++c) {
-      float& old_max = row_max(part * kPartColumns + c);
-      float tile_max = kMinusInfinity;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        tile_max = fmaxf(tile_max, scores[i / 2][c / 2][i % 2 * 2 + c % 2]);
-      }
-#pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) {
-        tile_max = fmaxf(tile_max, shuffle_xor(tile_max, mask));
-      }
-      const float new_max = fmaxf(old_max, tile_max);
-      const float origin = new_max == kMinusInfinity ? 0.0f : new_max;
-      const float decay = exp2_fast(old_max - origin);
-      old_max = new_max;
-      float tile_sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
-        const float probability = exp2_fast(score - origin);
-        tile_sum += probability;
-        score = probability * v_factors[i];
-      }
-      float& total = row_sum(part * kPartColumns + c);
-      total = total * decay + tile_sum;
-      rescale[c] = decay * unit.change;
+      rescale[c] = weigh_column(part, c, v_factors, scores) * weight_scale.out_factor;
       is_rescaled |= rescale[c] != 1.0f;
     }
     if (ballot(is_rescaled) != 0) {  // rarely, once the largest score has been seen
+      rescale_out(part, rescale);
+    }
+    transpose_weights(part, scores, weights);
+  }
+
+  // Turns the scores of column c of a part into weights in place and adds them to the row's state;
+  // returns by what the row's output so far is to be multiplied.
+  INT8KV_DEVICE float weigh_column(int part, int c, const float (&v_factors)[8], Scores& scores) {
+    float& old_max = row_max(part * kPartColumns + c);
+    float tile_max = kMinusInfinity;
 #pragma unroll
-      for (int span = 0; span < kSpans; ++span) {
+    for (int i = 0; i < 8; ++i) {
+      tile_max = fmaxf(tile_max, scores[i / 2][c / 2][i % 2 * 2 + c % 2]);
+    }
 #pragma unroll
-        for (int v = 0; v < 4; ++v) {
+    for (int mask = 4; mask < 32; mask *= 2) {
+      tile_max = fmaxf(tile_max, shuffle_xor(tile_max, mask));
+    }
+    const float new_max = fmaxf(old_max, tile_max);
+    const float origin = new_max == kMinusInfinity ? 0.0f : new_max;
+    const float decay = exp2_fast(old_max - origin);
+    old_max = new_max;
+    float tile_sum = 0.0f;
 #pragma unroll
-          for (int c = 0; c < kPartColumns; ++c) {
-            float (&x)[4] = out[span][v][part * kPartTiles + c / 2];
-            x[c % 2] *= rescale[c];
-            x[c % 2 + 2] *= rescale[c];
-          }
+    for (int i = 0; i < 8; ++i) {
+      float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
+      const float probability = exp2_fast(score - origin);
+      tile_sum += probability;
+      score = probability * v_factors[i];
+    }
+    float& total = row_sum(part * kPartColumns + c);
+    total = total * decay + tile_sum;
+    return decay;
+  }
+
+  INT8KV_DEVICE void rescale_out(int part, const float (&rescale)[kPartColumns]) {
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+#pragma unroll
+        for (int c = 0; c < kPartColumns; ++c) {
+          float (&x)[4] = out[span][v][part * kPartTiles + c / 2];
+          x[c % 2] *= rescale[c];
+          x[c % 2 + 2] *= rescale[c];
         }
       }
     }
+  }
 
-    // Lane (g, t) has keys by g and rows by t; the operand wants keys by t and rows by g.
+  // Lane (g, t) has keys by g and rows by t; the operand wants keys by t and rows by g.
+  INT8KV_DEVICE void transpose_weights(int part, const Scores& scores, Weights& weights) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
 #pragma unroll
@@ -368,34 +351,15 @@ class MmaItem {
   const PagedAttentionParams& p;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  Tiles stream;
+  Stream stream;
   int32_t first_tile;  // of this warp
   uint32_t* query;
   TileRows<kRows>* rows;
   WarpStates<kRows>* states;
 
-  int unit_exponent = kMinUnitExponent;
+  int weight_exponent = kMinWeightExponent;
   float state[kParts == 1 ? 2 * kColumns : 1];
   float out[kSpans][4][kRowTiles][4] = {};
 };
-
-template <int kSpans, int kRowTiles, bool kPlain>
-__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kSpans, kRowTiles, kPlain>)
-    paged_attention_decode_kernel(const __grid_constant__ PagedAttentionParams p,
-                                  const __grid_constant__ Workspace workspace) {
-  using Item = MmaItem<kSpans, kRowTiles, kPlain>;
-  __shared__ WorkItem stored_item;
-  for_each_work_item(p, Item::kRows, workspace, [&](const WorkItem& work_item) {
-    Item item(p, work_item);
-    item.load_queries(work_item);
-    if (threadIdx.x == 0) stored_item = work_item;
-    __syncthreads();
-    item.attend();
-    item.publish();
-    __syncthreads();
-    item.store(stored_item, workspace);
-    __syncthreads();
-  });
-}
 
 }  // namespace int8kv

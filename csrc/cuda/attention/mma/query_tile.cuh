@@ -1,8 +1,8 @@
-// What goes into a tile of query rows before the keys, and what comes out of it after them. All of
-// a block's threads call both.
+// The query rows of an item on tensor cores: into shared memory before the keys, and out of it
+// after them. All of a block's threads call both.
 #pragma once
 
-#include "cuda/attention/mma_layout.cuh"
+#include "cuda/attention/mma/shared_memory.cuh"
 
 namespace int8kv {
 
@@ -16,7 +16,7 @@ __device__ void load_queries(const PagedAttentionParams& p, const WorkItem& item
   if (threadIdx.x == 0) rows.seen_by_all = keys_all_see(p, item, kRows);
   for (int r = warp; r < kRows; r += kAttentionWarps) {
     const QueryRow row = query_row(p, item, kRows, r);
-    Row<kSpans> values = {};
+    HeadVector<kSpans> values = {};
     float to_half = 1.0f;
     if (row.exists) {
       values = load_query<kSpans>(p, int64_t{item.query_begin} + row.query, row.head, item.kv_head,
@@ -65,13 +65,13 @@ __device__ void store_rows(const PagedAttentionParams& p, const WorkItem& item,
       const float weight =
           states.max[w][r] == kMinusInfinity ? 0.0f : exp2_fast(states.max[w][r] - max2);
       state.sum += weight * states.sum[w][r];
-      factors[w] = weight * states.unit[w];
+      factors[w] = weight * states.out_scale[w];
     }
     if (max2 != kMinusInfinity) state.max = max2 * kLn2;
 
     const int64_t token = int64_t{item.query_begin} + row.query;
     const bool is_whole = item.is_whole();
-    const int64_t partial = item.partial(Layout::kRows) + r;
+    const int64_t partial = item.first_row(Layout::kRows) + r;
     const float final_factor = is_whole ? finish_row(p, state, token, row.head, lane == 0) : 1.0f;
     if (!is_whole && lane == 0) workspace.states[partial] = state;
     const float* outs = reinterpret_cast<const float*>(dynamic_shared()) + r * Layout::kDims;
@@ -79,7 +79,7 @@ __device__ void store_rows(const PagedAttentionParams& p, const WorkItem& item,
       float x = 0.0f;
 #pragma unroll
       for (int w = 0; w < kAttentionWarps; ++w) {
-        x += factors[w] * outs[w * (Layout::kRing * kUnitBytes / 4) + dim];
+        x += factors[w] * outs[w * (Layout::kRingBytes / 4) + dim];
       }
       if (is_whole) {
         store_out(p, token, row.head, dim, x * final_factor);
