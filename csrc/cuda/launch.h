@@ -1,8 +1,8 @@
-// What the CUDA kernels offer to ops.cpp. No Torch.
+// What the CUDA kernels on the cache offer to csrc/ops. No Torch.
 //
 // Every launcher only enqueues kernels on `stream`: it neither allocates nor synchronizes, its
 // launch shapes come from sizes that the host knows, and it is safe inside a CUDA graph capture.
-// The returned error is that of the launches; arguments are checked by ops.cpp before.
+// The returned error is that of the launches; arguments are checked by csrc/ops before.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -31,29 +31,13 @@ cudaError_t launch_gather_cache(const GatherCacheParams& params, cudaStream_t st
 cudaError_t paged_attention_workspace_bytes(const PagedAttentionParams& params, size_t* bytes);
 
 // Attention of every row over its sequence's keys. The thread blocks that the device holds at once
-// share the work equally; what is split between them is combined by a second kernel. The bits of a
-// row depend on the lengths of all sequences of the batch. fp16 and bf16 up to head_size 256 run on
-// tensor cores with fp16 operands and fp32 sums; fp32 and head_size 512 run in fp32.
+// share the work equally; the splits of what they share are combined by a second kernel. The bits
+// of a row depend on the lengths of all sequences of the batch. fp16 and bf16 up to head_size 256
+// run on tensor cores with fp16 operands and fp32 sums; fp32 and head_size 512 run in fp32.
 //
 // Requires: the alignment of launch_reshape_and_cache(); num_heads a multiple of num_kv_heads;
 // workspace aligned to 16 bytes, contents arbitrary. Anything else returns cudaErrorInvalidValue.
 cudaError_t launch_paged_attention(const PagedAttentionParams& params, void* workspace,
                                    size_t workspace_bytes, cudaStream_t stream);
-
-// Bytes of device memory that launch_quantize_per_channel() needs: 4 per channel and a little more.
-size_t quantize_per_channel_workspace_bytes(const QuantizePerChannelParams& params);
-
-// Quantizes a matrix, every variant to the same bytes. With compute_scales the scales come from x,
-// for kFused in the same kernel, else in one before it; kFused takes no scales.
-//
-// Requires: workspace aligned to 4 bytes, contents arbitrary. Anything else returns
-// cudaErrorInvalidValue.
-cudaError_t launch_quantize_per_channel(const QuantizePerChannelParams& params, CudaVariant variant,
-                                        void* workspace, size_t workspace_bytes,
-                                        cudaStream_t stream);
-
-// The way back; there is no kFused.
-cudaError_t launch_dequantize_per_channel(const DequantizePerChannelParams& params,
-                                          CudaVariant variant, cudaStream_t stream);
 
 }  // namespace int8kv

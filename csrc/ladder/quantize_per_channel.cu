@@ -16,11 +16,10 @@
 //   fused       finds the scales, too, in one launch: strips of channels that fit into the L2 cache
 //               are read twice, and from memory once (quantize_queue.h)
 //
-// What a rung gains is not stated: these kernels have never run on a GPU. To compare with: 5 bytes
-// must move per element of fp32, 3 per element of 16 bits.
-#include "format/quantizer.h"
-#include "cuda/launch.h"
-#include "cuda/primitives.cuh"
+// What a rung gains is for the records of benchmarks/ladder to say. To compare with: 5 bytes must
+// move per element of fp32, 3 per element of 16 bits.
+#include "cuda/device.cuh"
+#include "ladder/launch.h"
 #include "ladder/quantize_per_channel.cuh"
 #include "ladder/quantize_queue.h"
 

@@ -5,9 +5,8 @@
 // splits.
 #pragma once
 
-#include "format/quantizer.h"
 #include "cuda/elements.cuh"
-#include "cuda/primitives.cuh"
+#include "ladder/params.h"
 
 namespace int8kv {
 
