@@ -8,9 +8,9 @@ import emulated_cuda
 import pytest
 import torch
 from hostile import same_bits
-from test_quantize_per_channel import each_dtype, each_shape, matrix
+from ladder_matrices import each_dtype, each_shape, matrix
 
-from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache import ladder, reference
 
 
 @each_dtype
@@ -22,7 +22,7 @@ def test_emulated_kernels_equal_the_reference(kernels, shape, dtype):
         kernels.set_mode(*mode)
         want, want_scales = reference.quantize_per_channel(x)
         back = reference.dequantize_per_channel(want, want_scales, dtype=dtype)
-        for variant in ops.CUDA_VARIANTS:
+        for variant in ladder.CUDA_VARIANTS:
             codes, scales = emulated_cuda.quantize_per_channel(kernels, x, variant=variant)
             assert same_bits(codes, want) and same_bits(scales, want_scales), variant
             if variant == "fused":
