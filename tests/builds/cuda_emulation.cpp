@@ -1,10 +1,10 @@
 // The CUDA operators on the host: the kernel files and a C interface for test_cuda_emulation.py.
 #include "cuda_emulation.h"
 
-#include "cuda/cache/gather_cache.cu"
 #include "cuda/attention/paged_attention.cu"
-#include "ladder/quantize_per_channel.cu"
+#include "cuda/cache/gather_cache.cu"
 #include "cuda/cache/reshape_and_cache.cu"
+#include "ladder/quantize_per_channel.cu"
 
 using namespace int8kv;
 
@@ -21,6 +21,14 @@ void set_shared_bytes(int bytes) {
 }
 
 void set_l2_bytes(int64_t bytes) { emulation::l2_cache_bytes = bytes; }
+
+// The CacheFormat of that name, or -1.
+int cache_format(const char* name) {
+  for (const auto& [known, format] : kCacheFormats) {
+    if (std::strcmp(known, name) == 0) return static_cast<int>(format);
+  }
+  return -1;
+}
 
 int reshape_and_cache(const ReshapeAndCacheParams* params) {
   return launch_reshape_and_cache(*params, nullptr);

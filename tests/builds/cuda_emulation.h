@@ -1,12 +1,13 @@
 // Runs the CUDA kernels on the host, thread by thread, so that their logic is tested where no GPU
 // is.
 //
-// Replaces csrc/cuda/primitives.cuh (it defines its guard) and the CUDA runtime. Each thread of a
-// block is a fiber; blocks run one after another. A warp-wide primitive parks its lane until all 32
-// have called the same primitive, so a divergent call fails instead of hanging a GPU. Asynchronous
-// copies land either at once or as late as their wait allows, and fibers run in rising or falling
-// order: a missing wait or barrier shows as a wrong result in one of these modes. Memory-model
-// subtleties, performance and the instructions themselves are not modelled.
+// Replaces csrc/cuda/ptx.cuh and csrc/cuda/device.cuh (it defines their guards) and the CUDA
+// runtime. Each thread of a block is a fiber; blocks run one after another. A warp-wide primitive
+// parks its lane until all 32 have called the same primitive, so a divergent call fails instead of
+// hanging a GPU. Asynchronous copies land either at once or as late as their wait allows, and
+// fibers run in rising or falling order: a missing wait or barrier shows as a wrong result in one
+// of these modes. Memory-model subtleties, performance and the instructions themselves are not
+// modelled.
 #pragma once
 
 #include <setjmp.h>
@@ -24,7 +25,8 @@
 #include <type_traits>
 #include <vector>
 
-#define INT8KV_CUDA_PRIMITIVES_CUH
+#define INT8KV_CUDA_PTX_CUH
+#define INT8KV_CUDA_DEVICE_CUH
 #define INT8KV_DEVICE inline
 #define __global__
 #define __device__

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from hostile import Batch
 
-from vllm_int8kv.cache import formats, ops
+from vllm_int8kv.cache import ladder
+from vllm_int8kv.cache.formats import CacheFormat
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "builds" / "cuda_emulation.cpp"
@@ -28,7 +30,12 @@ class KVCache(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
         ("head_size", ctypes.c_int32),
+        ("format", ctypes.c_int32),
     ]
+
+
+class KeyTransformParams(ctypes.Structure):
+    _fields_: ClassVar = [("equalizer", ctypes.c_void_p), ("rotate", ctypes.c_bool)]
 
 
 class ReshapeAndCacheParams(ctypes.Structure):
@@ -38,10 +45,9 @@ class ReshapeAndCacheParams(ctypes.Structure):
         ("value", ctypes.c_void_p),
         *[(f"{x}_{d}_stride", ctypes.c_int64) for x in ("key", "value") for d in ("token", "head")],
         ("slot_mapping", ctypes.c_void_p),
-        ("key_equalizer", ctypes.c_void_p),
+        ("key_transform", KeyTransformParams),
         ("num_tokens", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
-        ("rotate_keys", ctypes.c_bool),
     ]
 
 
@@ -55,11 +61,10 @@ class GatherCacheParams(ctypes.Structure):
         ("block_table_stride", ctypes.c_int64),
         ("cu_seq_lens", ctypes.c_void_p),
         ("seq_starts", ctypes.c_void_p),
-        ("key_equalizer", ctypes.c_void_p),
+        ("key_transform", KeyTransformParams),
         ("num_rows", ctypes.c_int64),
         ("num_seqs", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
-        ("rotate_keys", ctypes.c_bool),
     ]
 
 
@@ -76,7 +81,7 @@ class PagedAttentionParams(ctypes.Structure):
         ("query_start_loc", ctypes.c_void_p),
         ("alibi_slopes", ctypes.c_void_p),
         ("sinks", ctypes.c_void_p),
-        ("key_equalizer", ctypes.c_void_p),
+        ("key_transform", KeyTransformParams),
         ("num_tokens", ctypes.c_int64),
         ("num_seqs", ctypes.c_int32),
         ("num_heads", ctypes.c_int32),
@@ -85,7 +90,6 @@ class PagedAttentionParams(ctypes.Structure):
         ("sliding_window", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("causal", ctypes.c_bool),
-        ("rotate_keys", ctypes.c_bool),
     ]
 
 
@@ -120,6 +124,7 @@ def build(compiler: str, folder: Path) -> ctypes.CDLL:
     command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}", f"-I{folder}", SOURCE, "-o", library]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
+    loaded.cache_format.argtypes = [ctypes.c_char_p]
     for name in ("workspace_bytes", "quantize_workspace_bytes", "queue_ticket"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
@@ -129,10 +134,16 @@ def pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def cache_of(kv_cache: torch.Tensor) -> KVCache:
+def cache_of(kernels: ctypes.CDLL, kv_cache: torch.Tensor, cache_format: CacheFormat) -> KVCache:
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    head_size = formats.head_size_of(kv_cache)
-    return KVCache(kv_cache.data_ptr(), *kv_cache.stride()[:2], num_blocks, num_kv_heads, block_size, head_size)
+    sizes = num_blocks, num_kv_heads, block_size, cache_format.head_size_of(kv_cache)
+    number = kernels.cache_format(cache_format.name.encode())
+    assert number >= 0, f"the kernels have no format {cache_format.name}"
+    return KVCache(kv_cache.data_ptr(), *kv_cache.stride()[:2], *sizes, number)
+
+
+def transform_of(key_transform: KeyTransform) -> KeyTransformParams:
+    return KeyTransformParams(pointer(key_transform.equalizer), key_transform.rotate)
 
 
 def reshape_and_cache(
@@ -142,21 +153,20 @@ def reshape_and_cache(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
 ) -> None:
     """`ops.reshape_and_cache` by the CUDA kernel."""
     params = ReshapeAndCacheParams(
-        cache_of(kv_cache),
+        cache_of(kernels, kv_cache, cache_format),
         pointer(key),
         pointer(value),
         *key.stride()[:2],
         *value.stride()[:2],
         pointer(slot_mapping),
-        pointer(key_equalizer),
+        transform_of(key_transform),
         key.shape[0],
         DTYPES[key.dtype],
-        rotate_keys,
     )
     assert kernels.reshape_and_cache(ctypes.byref(params)) == 0
 
@@ -170,12 +180,12 @@ def gather_cache(
     cu_seq_lens: torch.Tensor,
     seq_starts: torch.Tensor,
     *,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
 ) -> None:
     """`ops.gather_cache` by the CUDA kernel."""
     params = GatherCacheParams(
-        cache_of(kv_cache),
+        cache_of(kernels, kv_cache, cache_format),
         pointer(key),
         pointer(value),
         *key.stride()[:2],
@@ -184,20 +194,19 @@ def gather_cache(
         block_table.stride(0),
         pointer(cu_seq_lens),
         pointer(seq_starts),
-        pointer(key_equalizer),
+        transform_of(key_transform),
         key.shape[0],
         len(seq_starts),
         DTYPES[key.dtype],
-        rotate_keys,
     )
     assert kernels.gather_cache(ctypes.byref(params)) == 0
 
 
-def workspace_bytes(kernels: ctypes.CDLL, batch: Batch) -> int:
+def workspace_bytes(kernels: ctypes.CDLL, batch: Batch, *, cache_format: CacheFormat) -> int:
     """What attention of a batch asks for: it grows with the rows per tile of the kernel that is chosen."""
     num_tokens, num_heads, _ = batch.query.shape
     params = PagedAttentionParams(
-        cache=cache_of(batch.kv_cache),
+        cache=cache_of(kernels, batch.kv_cache, cache_format),
         num_tokens=num_tokens,
         num_seqs=len(batch.seq_lens),
         num_heads=num_heads,
@@ -211,13 +220,13 @@ def paged_attention(
     batch: Batch,
     *,
     softmax_scale: float,
+    cache_format: CacheFormat,
+    key_transform: KeyTransform = KeyTransform(),
     causal: bool = True,
     sliding_window: int | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    rotate_keys: bool = True,
-    key_equalizer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `ops.paged_attention` by the CUDA kernels, from a poisoned workspace and output."""
     query = batch.query
@@ -225,7 +234,7 @@ def paged_attention(
     out = torch.full(query.shape, torch.nan, dtype=query.dtype)
     lse = torch.full((num_heads, num_tokens), -torch.inf)
     params = PagedAttentionParams(
-        cache_of(batch.kv_cache),
+        cache_of(kernels, batch.kv_cache, cache_format),
         pointer(query),
         pointer(out),
         *query.stride()[:2],
@@ -237,7 +246,7 @@ def paged_attention(
         pointer(batch.query_start_loc),
         pointer(alibi_slopes),
         pointer(sinks),
-        pointer(key_equalizer),
+        transform_of(key_transform),
         num_tokens,
         len(batch.seq_lens),
         num_heads,
@@ -246,7 +255,6 @@ def paged_attention(
         sliding_window or 0,
         DTYPES[query.dtype],
         causal,
-        rotate_keys,
     )
     size = kernels.workspace_bytes(ctypes.byref(params))
     workspace = torch.full((size + 16,), -1, dtype=torch.int8)
@@ -259,24 +267,24 @@ def paged_attention(
 def quantize_per_channel(
     kernels: ctypes.CDLL, x: torch.Tensor, *, variant: str, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.quantize_per_channel` by a CUDA kernel, from a poisoned workspace and poisoned results."""
+    """`ladder.quantize_per_channel` by a CUDA kernel, from a poisoned workspace and poisoned results."""
     codes = torch.full(x.shape, -128, dtype=torch.int8)
     found = torch.full((x.shape[1],), torch.nan) if scales is None else scales
     sizes = (codes.data_ptr(), found.data_ptr(), *x.shape, DTYPES[x.dtype])
     params = QuantizePerChannelParams(x.data_ptr(), x.stride(0), *sizes, scales is None)
     workspace = torch.full((kernels.quantize_workspace_bytes(ctypes.byref(params)),), -1, dtype=torch.int8)
     place = ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(len(workspace))
-    assert kernels.quantize_per_channel(ctypes.byref(params), ops.CUDA_VARIANTS.index(variant), *place) == 0
+    assert kernels.quantize_per_channel(ctypes.byref(params), ladder.CUDA_VARIANTS.index(variant), *place) == 0
     return codes, found
 
 
 def dequantize_per_channel(
     kernels: ctypes.CDLL, codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype, variant: str
 ) -> torch.Tensor:
-    """`ops.dequantize_per_channel` by a CUDA kernel."""
+    """`ladder.dequantize_per_channel` by a CUDA kernel."""
     x = torch.full(codes.shape, torch.nan, dtype=dtype)
     params = DequantizePerChannelParams(codes.data_ptr(), scales.data_ptr(), x.data_ptr(), *codes.shape, DTYPES[dtype])
-    assert kernels.dequantize_per_channel(ctypes.byref(params), ops.CUDA_VARIANTS.index(variant)) == 0
+    assert kernels.dequantize_per_channel(ctypes.byref(params), ladder.CUDA_VARIANTS.index(variant)) == 0
     return x
 
 

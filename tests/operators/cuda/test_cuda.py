@@ -4,9 +4,10 @@ import pytest
 import torch
 from hostile import make_batch, same_bits
 
-from vllm_int8kv.cache import formats, ops
+from vllm_int8kv.cache import ops
+from vllm_int8kv.cache.formats import K8V8
 
-OPTIONS = {"softmax_scale": 0.125}
+OPTIONS = {"softmax_scale": 0.125, "cache_format": K8V8}
 LENS = [(1, 700), (1, 333), (1, 40)]
 
 
@@ -14,17 +15,17 @@ def test_operators_run_on_the_current_stream(cuda):
     """The stream sleeps first: on any other, the operators would read what is not there yet."""
     key, value = torch.randn(2, 64, 2, 64, device=cuda)
     slots = torch.arange(64, device=cuda)
-    expected = formats.allocate(4, 2, 16, 64, cuda)
-    ops.reshape_and_cache(key, value, expected, slots)
+    expected = K8V8.allocate(4, 2, 16, 64, cuda)
+    ops.reshape_and_cache(key, value, expected, slots, cache_format=K8V8)
     late_key, late_value = torch.zeros_like(key), torch.zeros_like(value)
-    cache = formats.allocate(4, 2, 16, 64, cuda)
+    cache = K8V8.allocate(4, 2, 16, 64, cuda)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late_key.copy_(key)
         late_value.copy_(value)
-        ops.reshape_and_cache(late_key, late_value, cache, slots)
+        ops.reshape_and_cache(late_key, late_value, cache, slots, cache_format=K8V8)
     stream.synchronize()
     assert same_bits(cache, expected)
 
@@ -64,34 +65,34 @@ def test_a_graph_replays_with_other_lengths_and_blocks(query_len, cuda):
 def test_a_graph_writes_other_slots(cuda):
     key, value = torch.randn(2, 8, 2, 64, device=cuda)
     slots = torch.arange(8, device=cuda)
-    cache = formats.allocate(4, 2, 16, 64, cuda)
-    ops.reshape_and_cache(key, value, cache, slots)
+    cache = K8V8.allocate(4, 2, 16, 64, cuda)
+    ops.reshape_and_cache(key, value, cache, slots, cache_format=K8V8)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.reshape_and_cache(key, value, cache, slots)
+        ops.reshape_and_cache(key, value, cache, slots, cache_format=K8V8)
     key.normal_()
     slots.copy_(torch.tensor([60, 1, -1, 33, 17, -1, 5, 6], device=cuda))
     cache.zero_()
     graph.replay()
     want = torch.zeros_like(cache)
-    ops.reshape_and_cache(key, value, want, slots)
+    ops.reshape_and_cache(key, value, want, slots, cache_format=K8V8)
     assert same_bits(cache, want)
 
 
 def test_blocks_beyond_two_gigabytes(cuda):
     """A layer's cache of 2.2 GB; the sequence lies at its end."""
-    num_blocks = 2**31 // (8 * 16 * formats.content_bytes(128)) + 64
+    num_blocks = 2**31 // (8 * 16 * K8V8.content_bytes(128)) + 64
     if torch.cuda.mem_get_info()[0] < 3 << 30:
         pytest.skip("needs 3 GB of free GPU memory")
-    cache = formats.allocate(num_blocks, 8, 16, 128, cuda)
+    cache = K8V8.allocate(num_blocks, 8, 16, 128, cuda)
     assert cache.numel() > 2**31
-    small = formats.allocate(4, 8, 16, 128, cuda)
+    small = K8V8.allocate(4, 8, 16, 128, cuda)
     key, value = torch.randn(2, 64, 8, 128, device=cuda, dtype=torch.bfloat16)
     query = torch.randn(1, 32, 128, device=cuda, dtype=torch.bfloat16)
     seq_lens, starts = (torch.tensor(values, dtype=torch.int32, device=cuda) for values in ([64], [0, 1]))
     results = []
     for kv_cache, first in ((small, 0), (cache, num_blocks - 4)):
-        ops.reshape_and_cache(key, value, kv_cache, torch.arange(64, device=cuda) + 16 * first)
+        ops.reshape_and_cache(key, value, kv_cache, torch.arange(64, device=cuda) + 16 * first, cache_format=K8V8)
         table = torch.arange(first, first + 4, dtype=torch.int32, device=cuda)[None]
         results.append(ops.paged_attention(query, kv_cache, table, seq_lens, starts, **OPTIONS))
     assert same_bits(cache[-4:], small)

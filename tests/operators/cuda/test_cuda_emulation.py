@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from vllm_int8kv.cache import reference
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 MODES = [(0, 0), (1, 1)]
 """copies land late, threads run in falling order"""
@@ -28,7 +30,7 @@ def results(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for mode in MODES:
         kernels.set_mode(*mode, num_blocks)
-        yield emulated_cuda.paged_attention(kernels, batch, **options)
+        yield emulated_cuda.paged_attention(kernels, batch, **options, cache_format=K8V8)
 
 
 def check(
@@ -65,9 +67,9 @@ def test_cache_write_is_bit_equal(kernels, head_size, dtype):
     qkv[6, 1, 1, 2:4] = torch.inf
     key, value = qkv[:, 1], qkv[:, 2]
     equalizer = torch.rand(num_kv_heads, head_size) + 0.5
-    for mode, options in zip(
-        MODES, [{"rotate_keys": False}, {"rotate_keys": True, "key_equalizer": equalizer}], strict=True
-    ):
+    transforms = KeyTransform(rotate=False), KeyTransform(equalizer=equalizer)
+    for mode, key_transform in zip(MODES, transforms, strict=True):
+        options = {"cache_format": K8V8, "key_transform": key_transform}
         kernels.set_mode(*mode, BLOCKS[0])
         got = hostile.garbage_cache(6, num_kv_heads, block_size, head_size)
         want = got.clone()
@@ -86,7 +88,9 @@ def test_gather_is_bit_equal(kernels, head_size, dtype):
     ints = ([0, 60, 60, 190], [9, 2, 0])
     place = batch.block_table, *(torch.tensor(x, dtype=torch.int32) for x in ints)
     equalizer = torch.rand(2, head_size) + 0.5
-    for mode, options in zip(MODES, [{"rotate_keys": False}, {"key_equalizer": equalizer}], strict=True):
+    transforms = KeyTransform(rotate=False), KeyTransform(equalizer=equalizer)
+    for mode, key_transform in zip(MODES, transforms, strict=True):
+        options = {"cache_format": K8V8, "key_transform": key_transform}
         kernels.set_mode(*mode, BLOCKS[0])
         # One of the two starts on an odd element and has gaps between its rows.
         got = torch.full((200, 2, head_size), -7.0, dtype=dtype), torch.full((200, 2, head_size + 1), -7.0, dtype=dtype)
@@ -143,8 +147,8 @@ def test_a_batch_of_nothing(kernels):
         replace(batch, query=batch.query[:0]),
         replace(batch, query=batch.query[:0], seq_lens=empty, query_start_loc=torch.zeros(1, dtype=torch.int32)),
     ):
-        assert emulated_cuda.workspace_bytes(kernels, nothing) == 0
-        out, lse = emulated_cuda.paged_attention(kernels, nothing, softmax_scale=0.125)
+        assert emulated_cuda.workspace_bytes(kernels, nothing, cache_format=K8V8) == 0
+        out, lse = emulated_cuda.paged_attention(kernels, nothing, softmax_scale=0.125, cache_format=K8V8)
         assert len(out) == lse.shape[1] == 0
 
 
@@ -162,8 +166,8 @@ OPTIONS = {
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi_slopes": torch.linspace(0.01, 0.5, 6)},
     "sinks": {"sinks": torch.linspace(-3.0, 6.0, 6)},
-    "no-rotation": {"rotate_keys": False},
-    "equalizer": {"key_equalizer": torch.linspace(0.2, 9.0, 128).view(2, 64)},
+    "no-rotation": {"key_transform": KeyTransform(rotate=False)},
+    "equalizer": {"key_transform": KeyTransform(equalizer=torch.linspace(0.2, 9.0, 128).view(2, 64))},
     "one-block": {"num_blocks": 1},
     "many-blocks": {"num_blocks": 13},
 }
@@ -173,13 +177,9 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(kernels, name, dtype):
     options = OPTIONS[name]
-    batch = hostile.make_batch(
-        [(1, 400), (4, 530), (20, 70)],
-        num_heads=6,
-        dtype=dtype,
-        rotate_keys=options.get("rotate_keys", True),
-        key_equalizer=options.get("key_equalizer"),
-    )
+    key_transform = options.get("key_transform", KeyTransform())
+    lens = [(1, 400), (4, 530), (20, 70)]
+    batch = hostile.make_batch(lens, num_heads=6, dtype=dtype, key_transform=key_transform)
     check(kernels, batch, softmax_scale=0.125, **options)
 
 
@@ -193,7 +193,9 @@ def test_v_scales_of_every_magnitude(kernels):
     batch = hostile.make_batch([(1, 200)], dtype=torch.float16)
     batch.values[0].mul_(10.0 ** torch.linspace(-6, 3, 200)[:, None, None])
     slots = batch.block_table[0, :13].long()[:, None] * 16 + torch.arange(16)
-    reference.reshape_and_cache(batch.keys[0], batch.values[0], batch.kv_cache, slots.flatten()[:200])
+    reference.reshape_and_cache(
+        batch.keys[0], batch.values[0], batch.kv_cache, slots.flatten()[:200], cache_format=K8V8
+    )
     check(kernels, batch, softmax_scale=0.125)
 
 
@@ -204,15 +206,17 @@ def test_many_rows_in_one_pass(kernels, head_size, name):
     options = {"softmax_scale": 0.1} | OPTIONS.get(name, {})
     lens = [(9, 500), (1, 70), (14, 14), (12, 330)]
     batch = hostile.make_batch(lens, num_heads=6, head_size=head_size, dtype=torch.bfloat16)
-    batch.values[0].mul_(10.0 ** torch.linspace(-6, 3, 500)[:, None, None])  # the unit of the weights grows
+    batch.values[0].mul_(10.0 ** torch.linspace(-6, 3, 500)[:, None, None])  # the scale of the weights grows
     slots = batch.block_table[0, :32].long()[:, None] * 16 + torch.arange(16)
-    reference.reshape_and_cache(batch.keys[0], batch.values[0], batch.kv_cache, slots.flatten()[:500])
+    reference.reshape_and_cache(
+        batch.keys[0], batch.values[0], batch.kv_cache, slots.flatten()[:500], cache_format=K8V8
+    )
     sizes = []
     for shared_bytes in (48 << 10, 99 << 10):  # Turing has 64 KiB, which holds four of head_size 64
         kernels.set_shared_bytes(shared_bytes)
         for num_blocks in BLOCKS:
             check(kernels, batch, num_blocks, **options)
-        sizes.append(emulated_cuda.workspace_bytes(kernels, batch))
+        sizes.append(emulated_cuda.workspace_bytes(kernels, batch, cache_format=K8V8))
     kernels.set_shared_bytes(64 << 10)
     assert sizes[1] > 1.9 * sizes[0], "four row tiles were not taken"
 
@@ -228,11 +232,12 @@ def test_shared_memory_fits_every_gpu(kernels):
 def test_a_query_that_is_not_finite_spoils_no_other(kernels, dtype, sinks):
     batch = hostile.make_batch([(1, 500), (3, 130)], num_heads=6, dtype=dtype)
     kernels.set_mode(*MODES[0], BLOCKS[2])
-    out, lse = emulated_cuda.paged_attention(kernels, batch, softmax_scale=0.125, sinks=sinks)
+    options = {"softmax_scale": 0.125, "sinks": sinks, "cache_format": K8V8}
+    out, lse = emulated_cuda.paged_attention(kernels, batch, **options)
     query = batch.query.clone()
     query[0, 2, 5], query[2, 0, 0] = torch.nan, torch.inf
     spoiled = replace(batch, query=query)
-    spoiled_out, spoiled_lse = emulated_cuda.paged_attention(kernels, spoiled, softmax_scale=0.125, sinks=sinks)
+    spoiled_out, spoiled_lse = emulated_cuda.paged_attention(kernels, spoiled, **options)
     for token, head in ((0, 2), (2, 0)):
         assert spoiled_out[token, head].isnan().all() and spoiled_lse[head, token].isnan()
         spoiled_out[token, head], spoiled_lse[head, token] = out[token, head], lse[head, token]
