@@ -3,7 +3,7 @@
     python .ci/cuda_compile.py                 # all architectures of a release wheel
     python .ci/cuda_compile.py --arch 80 90    # a quick check
 
-Needs nvcc and no GPU. Warnings are errors. Exits with 1 if a file does not compile or a hot kernel spills
+Needs nvcc, c++filt and no GPU. Warnings are errors. Exits with 1 if a file does not compile or a hot kernel spills
 registers to memory.
 """
 
@@ -49,36 +49,40 @@ class Kernel:
         return self.spills > 0 and any(word in self.name for word in HOT)
 
 
-def readable(symbol: str) -> str:
-    """`name<1, 2>` from a mangled name in a namespace, with the types and integers it is a template of."""
-    name, rest = "", symbol.removeprefix("_ZN")
-    while match := re.match(r"\d+", rest):
-        begin, length = match.end(), int(match[0])
-        name, rest = rest[begin : begin + length], rest[begin + length :]
-    arguments = re.findall(r"\d([A-Z]\w*?)(?=ILi)|Li(\d+)E", rest) if rest.startswith("I") else []
-    return (name or symbol) + (f"<{', '.join(a or b for a, b in arguments)}>" if arguments else "")
+def readable(symbols: list[str]) -> list[str]:
+    """`name<K8V8, 1, true>` from each mangled name: without namespaces and parameters, formats by their short names."""
+    demangled = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    names = []
+    for name in demangled.splitlines():
+        name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("int8kv::", "")
+        name = re.sub(r"Format<Codes<(\d)>, Codes<(\d)> ?>", r"K\1V\2", name)
+        name = name.replace("(bool)1", "true").replace("(bool)0", "false").replace(" >", ">")
+        names.append(name.partition("(")[0])
+    return names
 
 
 def parse(report: str) -> list[Kernel]:
     """The kernels in the output of `ptxas -v`."""
-    kernels = []
+    found = []
     for part in re.split(r"(?=Compiling entry function)", report):
         entry, spills, used = ENTRY.search(part), SPILLS.search(part), USED.search(part)
         if entry is None:
             continue
         if spills is None or used is None:
             raise ValueError(f"no resource report for {entry['symbol']} in the output of ptxas:\n{part}")
-        kernels.append(
-            Kernel(
-                name=readable(entry["symbol"]),
-                arch=entry["arch"],
-                registers=int(used[1]),
-                static_shared=int(used[2] or 0),
-                stack=int(spills[1]),
-                spills=int(spills[2]) + int(spills[3]),
-            )
+        found.append((entry, spills, used))
+    names = readable([entry["symbol"] for entry, _, _ in found])
+    return [
+        Kernel(
+            name=name,
+            arch=entry["arch"],
+            registers=int(used[1]),
+            static_shared=int(used[2] or 0),
+            stack=int(spills[1]),
+            spills=int(spills[2]) + int(spills[3]),
         )
-    return kernels
+        for name, (entry, spills, used) in zip(names, found, strict=True)
+    ]
 
 
 def compile_one(nvcc: str, source: Path, arch: str, folder: str) -> tuple[list[Kernel], str]:
@@ -91,10 +95,10 @@ def compile_one(nvcc: str, source: Path, arch: str, folder: str) -> tuple[list[K
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    print(f"{'kernel':44} {'sm':>4} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>7}")
+    print(f"{'kernel':50} {'sm':>4} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>7}")
     for k in sorted(kernels, key=lambda k: (k.name, int(re.sub(r"\D", "", k.arch)))):
         mark = "  SPILLS" if k.is_bad else ""
-        print(f"{k.name:44} {k.arch:>4} {k.registers:9} {k.static_shared:7} {k.stack:6} {k.spills:7}{mark}")
+        print(f"{k.name:50} {k.arch:>4} {k.registers:9} {k.static_shared:7} {k.stack:6} {k.spills:7}{mark}")
 
 
 def main() -> int:
