@@ -85,9 +85,22 @@ def parse(report: str) -> list[Kernel]:
     ]
 
 
+def extra_flags(source: Path) -> list[str]:
+    """As `csrc/CMakeLists.txt` has it: no contraction where the arithmetic is the cache format, or the ladder's."""
+    return ["-fmad=false"] if source.parent.name in ("cache", "ladder") else []
+
+
 def compile_one(nvcc: str, source: Path, arch: str, folder: str) -> tuple[list[Kernel], str]:
     """Compile one file for one architecture; returns its kernels and, if it failed, the compiler's output."""
-    command = [nvcc, *FLAGS, f"-I{SOURCES}", "-gencode", f"arch=compute_{arch},code=sm_{arch}", str(source)]
+    command = [
+        nvcc,
+        *FLAGS,
+        *extra_flags(source),
+        f"-I{SOURCES}",
+        "-gencode",
+        f"arch=compute_{arch},code=sm_{arch}",
+        str(source),
+    ]
     command += ["-o", str(Path(folder, f"{source.stem}.{arch}.o"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
