@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_int8kv.cache import key_transform, quantizer
 from vllm_int8kv.cache.equalization import key_equalizer
+from vllm_int8kv.cache.formats import K8V8, native_content_bytes
+from vllm_int8kv.cache.key_transform import KeyTransform
 
 FP8_MAX = 448.0
 GROUP = 32
@@ -33,12 +34,12 @@ class Calibration:
         return cls(key_equalizer(random_query, random_key), key.abs().amax(dim=0), value.abs().amax(dim=0))
 
 
-Round = Callable[[torch.Tensor], torch.Tensor]
+Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
 def per_vector(x: torch.Tensor) -> torch.Tensor:
-    """Symmetric, one bf16 scale per vector: the quantizer of int8_custom."""
-    codes, scales = quantizer.quantize(x)
+    """Symmetric, one bf16 scale per vector: the quantizer of int8_custom, of K and V alike."""
+    codes, scales = K8V8.quantize_v(x)
     return codes.float() * scales.float()[..., None]
 
 
@@ -74,14 +75,9 @@ def fp8(x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
     return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
-def transformed(x: torch.Tensor, factors: torch.Tensor | None, rotate: bool, quantize: Round) -> torch.Tensor:
-    """Keys that were equalized and rotated before quantization, back in their own coordinates."""
-    y = x if factors is None else x / factors
-    y = key_transform.hadamard_rotate(quantize(key_transform.hadamard_rotate(y))) if rotate else quantize(y)
-    return y if factors is None else y * factors
-
-
-Tensors = tuple[torch.Tensor, torch.Tensor]
+def int8_custom(key: torch.Tensor, value: torch.Tensor, transform: KeyTransform) -> Tensors:
+    """Keys and values through the cache of this project, keys back in their own coordinates."""
+    return transform.undo_keys(per_vector(transform.keys(key))), per_vector(value)
 
 
 @dataclass(frozen=True)
@@ -97,24 +93,29 @@ class Scheme:
 
 
 SCHEMES = [
-    Scheme("bf16", "bf16", lambda d: 4 * d, lambda k, v, c: (k.bfloat16().float(), v.bfloat16().float())),
+    Scheme(
+        "bf16",
+        "bf16",
+        lambda d: native_content_bytes(d, 2),
+        lambda k, v, c: (k.bfloat16().float(), v.bfloat16().float()),
+    ),
     Scheme(
         "int8_custom",
         "int8_custom: rotated, equalized",
-        lambda d: 2 * d + 4,
-        lambda k, v, c: (transformed(k, c.equalizer, True, per_vector), per_vector(v)),
+        K8V8.content_bytes,
+        lambda k, v, c: int8_custom(k, v, KeyTransform(equalizer=c.equalizer)),
     ),
     Scheme(
         "rotated",
         "rotated keys only",
-        lambda d: 2 * d + 4,
-        lambda k, v, c: (transformed(k, None, True, per_vector), per_vector(v)),
+        K8V8.content_bytes,
+        lambda k, v, c: int8_custom(k, v, KeyTransform()),
     ),
     Scheme(
         "equalized",
         "equalized keys only",
-        lambda d: 2 * d + 4,
-        lambda k, v, c: (transformed(k, c.equalizer, False, per_vector), per_vector(v)),
+        K8V8.content_bytes,
+        lambda k, v, c: int8_custom(k, v, KeyTransform(rotate=False, equalizer=c.equalizer)),
     ),
     Scheme(
         "per_token_head",

@@ -15,7 +15,9 @@ from benchmarks.accuracy import capture
 from benchmarks.accuracy.capture import Captured
 from benchmarks.ladder import metrics
 from benchmarks.ladder.operands import CheckError, LadderShape, require_memory
-from vllm_int8kv.cache import key_transform, ladder, library, quantizer
+from vllm_int8kv.cache import ladder, library
+from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.evaluation import record
 
 NUM_QUERIES = 16
@@ -94,7 +96,7 @@ def layer_errors(seen: Captured) -> dict[str, dict[str, float]]:
         "per_channel": [_matrix_round_trip(x) for x in (seen.key, seen.value)],
         "per_channel_static": [_matrix_round_trip(x, x[:half]) for x in (seen.key, seen.value)],
         "int8_custom": [
-            key_transform.hadamard_rotate(_row_round_trip(key_transform.hadamard_rotate(seen.key.float()))),
+            KeyTransform().undo_keys(_row_round_trip(KeyTransform().keys(seen.key))),
             _row_round_trip(seen.value),
         ],
     }
@@ -126,7 +128,7 @@ def _matrix_round_trip(x: torch.Tensor, calibration: torch.Tensor | None = None)
 
 def _row_round_trip(x: torch.Tensor) -> torch.Tensor:
     """The same with one scale per token and KV head."""
-    codes, scales = quantizer.quantize(x)
+    codes, scales = K8V8.quantize_v(x)
     return codes.float() * scales.float()[..., None]
 
 

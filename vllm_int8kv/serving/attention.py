@@ -134,12 +134,9 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         if attn_metadata is None:
             if self.prefill_attention is not None:  # so that the profile counts it; decode needs a few megabytes
                 self.prefill_workspace(max_prefill_rows(self.vllm_config, self.sliding_window), query)
-            calibrating = calibration.running()
-            return (
-                output.fill_(0)
-                if calibrating is None
-                else self.calibrate(calibrating, layer, query, key, value, output)
-            )
+            if (calibrating := calibration.running()) is not None:
+                return self.calibrate(calibrating, layer, query, key, value, output)
+            return output.fill_(0)
         key_transform = self.key_transform
         if layer.kv_sharing_target_layer_name is not None:  # the cache was written by another layer
             owner = get_forward_context().no_compile_layers[layer.kv_sharing_target_layer_name]
