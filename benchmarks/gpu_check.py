@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_check --out /data/records
 
-Needs PyTorch for CUDA, this package with its CUDA kernels, hypothesis, numpy, psutil, pytest, pytest-timeout, PyYAML,
-rich and typer; vLLM and FlashInfer only to compare with them. Where pytest-xdist is installed the tests run in several
-processes, which is four times as fast: most of their time goes to references on the CPU. Every stage has a time limit
-and runs whatever became of the one before.
+Needs PyTorch for CUDA, this checkout installed with `pip install -e .` and CUDA kernels, hypothesis, numpy, psutil,
+pytest, pytest-timeout, PyYAML, rich and typer; vLLM and FlashInfer only to compare with them. Where pytest-xdist is
+installed the tests run in several processes, which is four times as fast: most of their time goes to references on the
+CPU. Every stage has a time limit and runs whatever became of the one before.
 """
 
 import os

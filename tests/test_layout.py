@@ -39,11 +39,19 @@ PYTHON = tracked("vllm_int8kv/*.py", "benchmarks/*.py")
 NAMES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PYTHON}
 
 
+def run_when_imported(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below one, but for the bodies of functions and what is for type checkers only."""
+    for child in ast.iter_child_nodes(node):
+        is_for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not is_for_types:
+            yield child
+            yield from run_when_imported(child)
+
+
 def imports(path: Path, at_module_level: bool = False) -> Iterator[str]:
     """Every module or `module.name` that a file imports."""
     tree = ast.parse((ROOT / path).read_text())
-    nodes = tree.body if at_module_level else ast.walk(tree)
-    for node in nodes:
+    for node in run_when_imported(tree) if at_module_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -29,9 +29,9 @@ class Int8KVConfig:
     """Balance the channels of K against those of Q before quantization, by factors found when the model is loaded;
     exact for the scores. See `cache/equalization.py`."""
 
-    layer_policy: str | None = None
-    """Path of a YAML or JSON file `{layer index: int8, auto or a format's name}`; layers it does not name are int8.
-    `vllm-int8kv eval --sensitivity --policy FILE` writes one."""
+    layer_policy: str | dict | None = None
+    """`{layer index: int8, auto or a format's name}`, or the path of a YAML or JSON file with it; layers it does not
+    name are int8. `vllm-int8kv eval --sensitivity --policy FILE` writes one."""
 
     cpu_isa: str | None = None
     """CPU kernel path, one of `library.cpu_isas()`; None for the fastest this machine has."""
@@ -58,6 +58,15 @@ class Int8KVConfig:
                 )
         return cls(**options)
 
+    @staticmethod
+    def set_layer_policy(additional_config: object, policy: Mapping[int, str]) -> None:
+        """Put the policy itself in the place of its path, so that no worker has to find the file."""
+        if isinstance(additional_config, dict):
+            additional_config[KEY] = {**additional_config[KEY], "layer_policy": dict(policy)}
+        else:
+            options = getattr(additional_config, KEY)
+            setattr(additional_config, KEY, {**options, "layer_policy": dict(policy)})
+
     @classmethod
     def from_additional_config(cls, additional_config: object) -> Self:
         """Take the options out of `VllmConfig.additional_config`: a mapping, or an object with attributes."""
@@ -68,8 +77,10 @@ class Int8KVConfig:
         return cls() if options is None else cls.from_mapping(options)
 
 
-def read_layer_policy(path: str | Path, num_layers: int, formats: Collection[str] = ()) -> dict[int, str]:
-    """Read the file of the option `layer_policy`.
+def read_layer_policy(
+    given: str | Path | Mapping[Any, Any], num_layers: int, formats: Collection[str] = ()
+) -> dict[int, str]:
+    """Check the value of the option `layer_policy`, and read its file if it is a path.
 
     Args:
         formats: names of cache formats that layers may have, beside `LAYER_FORMATS`.
@@ -77,13 +88,15 @@ def read_layer_policy(path: str | Path, num_layers: int, formats: Collection[str
     Raises:
         ValueError: it cannot be read, or names a layer or a format that does not exist.
     """
-    what = f'additional_config["{KEY}"]["layer_policy"]: {path}'
+    what, policy = f'additional_config["{KEY}"]["layer_policy"]', given
     allowed = " or ".join((*LAYER_FORMATS, *formats))
-    try:
-        policy = yaml.safe_load(Path(path).read_text())  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{what} cannot be read: {error}") from None
-    if not isinstance(policy, dict):
+    if isinstance(given, str | Path):
+        what = f"{what}: {given}"
+        try:
+            policy = yaml.safe_load(Path(given).read_text())  # JSON is YAML
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{what} cannot be read: {error}") from None
+    if not isinstance(policy, Mapping):
         raise ValueError(f"{what} must hold a mapping of layers to {allowed}, got {policy!r}")
     found = {}
     for layer, layer_format in policy.items():

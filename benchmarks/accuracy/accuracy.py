@@ -5,7 +5,7 @@
     python -m benchmarks.accuracy layers                     # what each layer loses (vllm-int8kv eval --sensitivity)
     python -m benchmarks.accuracy schemes                    # quantization schemes, simulated in PyTorch
 
-Four texts (`accuracy_texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
+Four texts (`texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""Quantization schemes for K and V as plain PyTorch: what a cache would give back. Used by `accuracy.py schemes`.
+"""Quantization schemes for K and V as plain PyTorch: what a cache would give back.
+
+Used by `python -m benchmarks.accuracy schemes`.
 
 Tensors are [num_tokens, num_kv_heads, head_size] fp32, keys after RoPE. `bytes_per_token` counts K and V of one KV
 head with scales; static scales, shared by all tokens, count nothing.
@@ -37,12 +39,6 @@ class Calibration:
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
-def per_vector(x: torch.Tensor) -> torch.Tensor:
-    """Symmetric, one bf16 scale per vector: the quantizer of int8_custom, of K and V alike."""
-    codes, scales = K8V8.quantize_v(x)
-    return codes.float() * scales.float()[..., None]
-
-
 def per_vector_fp32(x: torch.Tensor) -> torch.Tensor:
     """Symmetric, one fp32 scale per vector: vLLM's int8_per_token_head."""
     scales = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
@@ -77,7 +73,7 @@ def fp8(x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
 
 def int8_custom(key: torch.Tensor, value: torch.Tensor, transform: KeyTransform) -> Tensors:
     """Keys and values through the cache of this project, keys back in their own coordinates."""
-    return transform.undo_keys(per_vector(transform.keys(key))), per_vector(value)
+    return transform.undo_keys(K8V8.round_trip_k(transform.keys(key))), K8V8.round_trip_v(value)
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,6 @@ SCHEMES = [
         "int8_custom_values_only",
         "int8_custom, values only",
         lambda d: 3 * d + 2,
-        lambda k, v, c: (k, per_vector(v)),
+        lambda k, v, c: (k, K8V8.round_trip_v(v)),
     ),
 ]

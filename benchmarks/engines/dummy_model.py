@@ -1,7 +1,7 @@
 """A folder that vLLM takes for a large model: its configuration, the tokenizer of SmolLM2, and no weights.
 
     python -m benchmarks.engines.dummy_model llama-3.1-8b build/dummy-llama-3.1-8b
-    vllm-int8kv bench configs/bench/gpu_dummy_8b.yaml
+    vllm-int8kv bench gpu_dummy_8b
 
 With `load_format: dummy` vLLM draws random weights, which take the same time as real ones. Nothing is downloaded.
 """

@@ -64,7 +64,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """What one engine runs: all workloads, `steps` timed decode steps of each."""
 
     model: str
@@ -79,7 +79,7 @@ class Plan:
         return self.engine_args.get("load_format") == RANDOM_WEIGHTS
 
 
-def run_engine(plan: Plan, num_threads: int | None) -> dict:
+def run_engine(plan: EnginePlan, num_threads: int | None) -> dict:
     """Run one engine to its end.
 
     Args:
@@ -116,7 +116,7 @@ def agreement(answer: dict, baseline: dict) -> float:
 
 
 def to_record(
-    plan: Plan, workload: Workload, rounds: list[dict], backends: list[str], share: float, num_threads: int | None
+    plan: EnginePlan, workload: Workload, rounds: list[dict], backends: list[str], share: float, num_threads: int | None
 ) -> record.Record:
     """The line of one format and workload; step times of all rounds so far together."""
     times_us = [time_us for answer in rounds for time_us in answer["times_us"]]
@@ -184,7 +184,7 @@ def main(
     console, failed, missing = Console(), False, missing_impls(device)
     name_missing(missing)
     chosen = ("auto", *(impl for impl in impls.split(",") if impl != "auto")) if impls else IMPLS[device]
-    plans = {impl: Plan(model, dtype, impl, workloads, steps, args) for impl in chosen if impl not in missing}
+    plans = {impl: EnginePlan(model, dtype, impl, workloads, steps, args) for impl in chosen if impl not in missing}
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(counts) * rounds * len(plans))
         for count in counts:
@@ -200,7 +200,7 @@ def main(
 
 
 def keep(
-    plan: Plan, answers: list[dict], of_auto: list[dict], num_threads: int | None, out: Path, console: Console
+    plan: EnginePlan, answers: list[dict], of_auto: list[dict], num_threads: int | None, out: Path, console: Console
 ) -> bool:
     """Record each workload of a format whose answers agree with those of `auto`. Returns whether all do."""
     all_agree = True

@@ -18,7 +18,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from benchmarks.engines.end_to_end import Plan, Workload
+from benchmarks.engines.end_to_end import EnginePlan, Workload
 from vllm_int8kv.evaluation.engines import worker_extension
 from vllm_int8kv.evaluation.engines.forced_decoding import kv_cache_memory_bytes
 
@@ -29,7 +29,7 @@ SPARE_TOKENS = 512
 TEXTS = (ast, collections, inspect, pydoc, tarfile, typing)
 
 
-def prompts(llm: LLM, plan: Plan, workload: Workload) -> list[list[int]]:
+def prompts(llm: LLM, plan: EnginePlan, workload: Workload) -> list[list[int]]:
     """Different token ids for every sequence: of real text, sources of Python's standard library, or random ones."""
     if plan.has_random_weights:
         vocab = llm.llm_engine.model_config.get_vocab_size()
@@ -41,7 +41,7 @@ def prompts(llm: LLM, plan: Plan, workload: Workload) -> list[list[int]]:
     return [(tokens[start:] + tokens[:start])[: workload.seq_len] for start in starts]
 
 
-def decode(llm: LLM, plan: Plan, workload: Workload) -> dict:
+def decode(llm: LLM, plan: EnginePlan, workload: Workload) -> dict:
     """Times in us of the steps in which every sequence decodes one token, each sequence's first token, and how long
     it took until all had it."""
     engine = llm.llm_engine
@@ -77,7 +77,7 @@ def decode(llm: LLM, plan: Plan, workload: Workload) -> dict:
 
 def main() -> None:
     fields, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
-    plan = Plan(**fields | {"workloads": [Workload(**sizes) for sizes in fields["workloads"]]})
+    plan = EnginePlan(**fields | {"workloads": [Workload(**sizes) for sizes in fields["workloads"]]})
     config = EngineArgs(model=plan.model, dtype=plan.dtype).create_model_config()
     room = max(workload.seq_len for workload in plan.workloads) + SPARE_TOKENS
     # Blocks are as large as the layout asks, so each sequence may leave most of one empty.

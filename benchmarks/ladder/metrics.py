@@ -89,13 +89,13 @@ def kv_errors(
         query: [num_tokens, num_heads, head_size].
         key, value, approximate_key, approximate_value: [num_tokens, num_kv_heads, head_size].
     """
-    group = query.shape[1] // key.shape[1]
+    num_queries_per_kv = query.shape[1] // key.shape[1]
     hidden = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).triu(1)
 
     def attend(head: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = query[:, head].double() @ keys[:, head // group].double().T * softmax_scale
+        scores = query[:, head].double() @ keys[:, head // num_queries_per_kv].double().T * softmax_scale
         probabilities = torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1)
-        return probabilities, probabilities @ values[:, head // group].double()
+        return probabilities, probabilities @ values[:, head // num_queries_per_kv].double()
 
     error, norm = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for head in range(query.shape[1]):

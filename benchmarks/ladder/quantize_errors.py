@@ -96,15 +96,17 @@ def layer_errors(seen: Captured) -> dict[str, dict[str, float]]:
         "per_channel": [_matrix_round_trip(x) for x in (seen.key, seen.value)],
         "per_channel_static": [_matrix_round_trip(x, x[:half]) for x in (seen.key, seen.value)],
         "int8_custom": [
-            KeyTransform().undo_keys(_row_round_trip(KeyTransform().keys(seen.key))),
-            _row_round_trip(seen.value),
+            KeyTransform().undo_keys(K8V8.round_trip_k(KeyTransform().keys(seen.key))),
+            K8V8.round_trip_v(seen.value),
         ],
     }
     found = {}
-    group = seen.query.shape[1] // seen.key.shape[1]
+    num_queries_per_kv = seen.query.shape[1] // seen.key.shape[1]
     for impl, (key, value) in approximations.items():
         scores = [
-            metrics.score_errors(seen.query[:, head], seen.key[:, head // group], key[:, head // group])
+            metrics.score_errors(
+                seen.query[:, head], seen.key[:, head // num_queries_per_kv], key[:, head // num_queries_per_kv]
+            )
             for head in range(seen.query.shape[1])
         ]
         errors = metrics.kv_errors(seen.query, seen.key, seen.value, key, value, softmax_scale=seen.softmax_scale)
@@ -124,12 +126,6 @@ def _matrix_round_trip(x: torch.Tensor, calibration: torch.Tensor | None = None)
     """[num_tokens, num_kv_heads, head_size] with one scale per (KV head, dim), from `calibration` if it is given."""
     scales = None if calibration is None else ladder.quantize_per_channel(calibration.flatten(1))[1]
     return round_trip(x.flatten(1), scales)[0].view(x.shape)
-
-
-def _row_round_trip(x: torch.Tensor) -> torch.Tensor:
-    """The same with one scale per token and KV head."""
-    codes, scales = K8V8.quantize_v(x)
-    return codes.float() * scales.float()[..., None]
 
 
 def _record(

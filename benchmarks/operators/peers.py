@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from vllm_int8kv.cache import library, ops, quantizer
+from vllm_int8kv.cache import library, ops
 from vllm_int8kv.cache.formats import K8V8
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.serving import prefill, varlen_attention
@@ -151,13 +151,8 @@ class Int8Custom(Peer):
         return K8V8.allocate(*sizes, self.device)
 
     def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        def round_trip(x: torch.Tensor, quantize: Callable) -> torch.Tensor:
-            codes, scales = quantize(x)
-            return codes.float() * scales.float()[..., None]
-
         transform = self._key_transform(*key.shape[1:], key.device)
-        keys = transform.undo_keys(round_trip(transform.keys(key), K8V8.quantize_k))
-        return keys, round_trip(quantizer.sanitize(value), K8V8.quantize_v)
+        return transform.undo_keys(K8V8.round_trip_k(transform.keys(key))), K8V8.round_trip_v(value)
 
     def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
         key_transform = self._key_transform(shape.num_kv_heads, shape.head_size, key.device)

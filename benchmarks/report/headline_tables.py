@@ -85,7 +85,7 @@ def _accuracy(results: Path) -> str:
     if None in lines:
         return ""
     ours, fp8 = (f"{line.metrics['paths']['decode']['kl_per_token']['value']:.0e}" for line in lines)
-    return f"It costs a KL divergence of {ours} per token, FP8 one of {fp8} ([results](#results))."
+    return f"It costs a KL divergence of {ours} per token, FP8 one of {fp8}."
 
 
 def gains(found: Iterable[Group], impl: str) -> list[float]:

@@ -59,7 +59,7 @@ def throughput_table(results: Path) -> str:
     """Whole runs, prefill included, by configuration."""
     found = groups("throughput", results)
     if not any(found.values()):
-        return "_Not measured yet: `vllm-int8kv bench configs/bench/cpu_long_context.yaml`._"
+        return "_Not measured yet: `vllm-int8kv bench cpu_long_context`._"
     head = ["requests", "cache", "output tokens/s", "least to largest round", "vs bf16", "TTFT p50, ms", "ITL p50, ms"]
     head += ["ITL vs bf16", "sequences at a time", "KV memory, tokens"]
     parts = []
@@ -88,7 +88,7 @@ def online_table(results: Path) -> str:
     """The server under load."""
     found = groups("online", results)
     if not any(found.values()):
-        return "_Not measured yet: `vllm-int8kv bench configs/bench/cpu_online.yaml`._"
+        return "_Not measured yet: `vllm-int8kv bench cpu_online`._"
     head = ["load", "cache", "goodput, requests/s", "output tokens/s", "TTFT p50, ms", "TTFT p99, ms", "ITL p50, ms"]
     head += ["ITL p99, ms"]
     parts = []

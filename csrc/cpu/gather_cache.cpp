@@ -73,6 +73,8 @@ void gather_value(const GatherCacheParams& p, const int8_t* chunk, int32_t slot,
 
 template <typename F>
 void gather_row(const GatherCacheParams& p, int64_t row) {
+  static_assert(F::K::kBits == 8 && F::V::kBits == 8,
+                "gather_key and gather_value read whole bytes");
   const KVCache& cache = p.cache;
   const int32_t seq = p.seq_of(row);
   const int64_t position = p.seq_starts[seq] + row - p.cu_seq_lens[seq];

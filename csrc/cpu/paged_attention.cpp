@@ -103,7 +103,7 @@ AttentionPlan make_plan(const PagedAttentionParams& p, int32_t num_threads) {
       }
     }
   }
-  // Cut what would keep one thread busy for over a quarter of everyone's share.
+  // Cut units that cost more than a quarter of one thread's equal share.
   const int64_t target = total_cost / (4 * num_threads) + 1;
   for (size_t i = 0; i < plan.units.size(); ++i) {
     PlannedUnit& unit = plan.units[i];

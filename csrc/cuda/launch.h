@@ -36,7 +36,8 @@ cudaError_t paged_attention_workspace_bytes(const PagedAttentionParams& params, 
 // run on tensor cores with fp16 operands and fp32 sums; fp32 and head_size 512 run in fp32.
 //
 // Requires: the alignment of launch_reshape_and_cache(); num_heads a multiple of num_kv_heads;
-// workspace aligned to 16 bytes, contents arbitrary. Anything else returns cudaErrorInvalidValue.
+// workspace aligned to 16 bytes, contents arbitrary. Anything else returns
+// cudaErrorInvalidValue, or cudaErrorMisalignedAddress for addresses.
 cudaError_t launch_paged_attention(const PagedAttentionParams& params, void* workspace,
                                    size_t workspace_bytes, cudaStream_t stream);
 

@@ -68,14 +68,17 @@ INT8KV_HD float bf16_bits_to_float(uint16_t bits) {
   return bits_to_float(static_cast<uint32_t>(bits) << 16);
 }
 
-// The scale of values whose largest magnitude is `amax`; quantize_per_channel keeps it in fp32.
+// The scale of values whose largest magnitude is `amax`, for codes of the trait C;
+// quantize_per_channel keeps it in fp32.
+template <typename C>
 INT8KV_HD float scale_from_amax(float amax) {
-  return amax >= kMinMagnitude ? amax / Codes<8>::kMax : 1.0f;
+  return amax >= kMinMagnitude ? amax / C::kMax : 1.0f;
 }
 
 // The stored scale of a vector whose largest magnitude is `amax`.
+template <typename C>
 INT8KV_HD uint16_t scale_bits_from_amax(float amax) {
-  return float_to_bf16_bits(scale_from_amax(amax));
+  return float_to_bf16_bits(scale_from_amax<C>(amax));
 }
 
 INT8KV_HD float divide(float x, float scale) {

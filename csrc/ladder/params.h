@@ -1,5 +1,5 @@
 // What the per-channel quantization of arXiv 2601.04719 is called with, and its rungs from plain to
-// fast: quantize_per_channel.cpp and quantize_per_channel.cu. Serving never calls it.
+// fast: simd/quantize_per_channel.cpp and quantize_per_channel.cu. Serving never calls it.
 #pragma once
 
 #include <cstdint>

@@ -69,7 +69,7 @@ void quantize_per_channel(const QuantizePerChannelParams& p, CpuVariant variant,
       for (int64_t task = 0; task < tasks; ++task) {
         largest = std::max(largest, amax[task * p.num_channels + c]);
       }
-      p.scales[c] = scale_from_amax(largest);
+      p.scales[c] = scale_from_amax<Codes<8>>(largest);
     }
   }
   for_each_share(tasks, p.num_tokens, pool, [&](int64_t, int64_t begin, int64_t end) {

@@ -194,7 +194,7 @@ __device__ void amax_item(const QuantizePerChannelParams& p, const QuantizeQueue
   for (int i = threadIdx.x; i < queue.strip_channels; i += kQueueThreads) {
     if (strip_channel + i >= p.num_channels) break;
     const float amax = bits_to_float(load_acquire(state.amax + strip_channel + i));
-    p.scales[strip_channel + i] = scale_from_amax(fminf(amax, kMaxMagnitude));
+    p.scales[strip_channel + i] = scale_from_amax<Codes<8>>(fminf(amax, kMaxMagnitude));
   }
   fence();
   __syncthreads();

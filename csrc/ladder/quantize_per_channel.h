@@ -1,5 +1,5 @@
 // The ladder of per-channel quantization on CPU: what quantize_per_channel.cpp offers to the
-// operators, and the loops of quantize_per_channel_rows.cpp, compiled once per instruction set.
+// operators, and the loops of simd/quantize_per_channel.cpp, compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -1,6 +1,7 @@
-// AVX-512 without AVX-512: included before the sources of csrc/cpu that are compiled for it
-// (INT8KV_EMULATED_ISAS), it replaces the intrinsics they use by loops over lanes, each after the
-// operation in Intel's Intrinsics Guide. A further one does not compile until it has its loop here
+// AVX-512 without AVX-512: included before the sources of csrc/cpu/simd and csrc/ladder/simd that
+// are compiled for it (INT8KV_EMULATED_ISAS), it replaces the intrinsics they use by loops over
+// lanes, each after the operation in Intel's Intrinsics Guide. A further one does not compile until
+// it has its loop here
 // ("target specific option mismatch").
 #pragma once
 

@@ -18,7 +18,7 @@ from typing import Annotated
 import sanitize
 import typer
 from emulate_isas import is_needed
-from kernel_build import OPERATOR_TESTS, ROOT
+from kernel_build import OPERATOR_TESTS
 
 COUNTS = "FUZZ_COUNTS"
 """Environment variable with the file for the counts."""
@@ -29,7 +29,7 @@ def pytest_sessionfinish() -> None:
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for (operator, outcome), count in sorted(sys.modules["test_fuzz"].OUTCOMES.items()):
         found[operator][outcome] = count
-    isas = sys.modules["test_fuzz"].ops.cpu_isas()
+    isas = sys.modules["test_fuzz"].library.cpu_isas()
     Path(os.environ[COUNTS]).write_text(json.dumps({"isas": isas, "operators": found}))
 
 
@@ -53,7 +53,6 @@ def main(
 
 def write(isas: list[str], found: dict[str, dict[str, int]], examples: int, seconds: float, results: Path) -> None:
     """Append the record of a run that found nothing."""
-    sys.path.insert(0, str(ROOT))
     from vllm_int8kv.evaluation import record
     from vllm_int8kv.evaluation.record import summarize
 

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FULL_DISK = """
 import resource, signal, sys
-sys.path.insert(0, {root!r})
 from dataclasses import replace
 from pathlib import Path
 from vllm_int8kv.evaluation import record
@@ -43,7 +42,7 @@ print(len(record.read("decode", folder)))
 
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path):
-    code = FULL_DISK.format(root=str(ROOT), folder=str(tmp_path))
+    code = FULL_DISK.format(folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["refused: [Errno 27] File too large", "2"]

@@ -35,7 +35,7 @@ def test_pack_inverts_unpack(block_size, head_size):
 
 
 @each_size
-def test_bytes_are_where_params_h_says(block_size, head_size):
+def test_bytes_are_where_cache_format_h_says(block_size, head_size):
     planes = random_planes(2, 3, block_size, head_size)
     chunk = K8V8.pack(planes)[1, 2].flatten()
     raw = bytes(chunk.view(torch.uint8).tolist())

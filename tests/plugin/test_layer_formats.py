@@ -94,6 +94,17 @@ def test_a_layer_that_reads_another_ones_cache_has_its_format():
     assert layer.attn_backend.cache_format == DUMMY
 
 
+def test_a_backend_that_vllm_has_wrapped_stays_what_it_is():
+    """As vLLM does for chunked attention: its subclass brings a metadata builder of its own."""
+    from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
+
+    wrapped = create_chunked_local_attention_backend(Int8KVBackend, 8192)
+    for cache_format in (K8V8, DUMMY):
+        backend = wrapped.of_format(cache_format)
+        assert backend.get_builder_cls() is wrapped.get_builder_cls() is not Int8KVBackend.get_builder_cls()
+        assert backend.cache_format == cache_format
+
+
 def test_backends_of_formats_differ_in_their_pages_and_in_nothing_else():
     backend = Int8KVBackend.of_format(DUMMY)
     assert backend is Int8KVBackend.of_format(DUMMY) and Int8KVBackend.of_format(K8V8) is Int8KVBackend

@@ -125,7 +125,10 @@ def imported_symbols(path: Path) -> set[str]:
     return {f"{symbol.replace(':', '.')}:__name__" if symbol in MODULES else symbol for symbol in found}
 
 
-PACKAGE = Path(vllm_int8kv.__file__).parent
+SOURCES = [
+    *Path(vllm_int8kv.__file__).parent.rglob("*.py"),
+    *(path for path in (ROOT / "benchmarks").rglob("*.py") if path.name != "cuda_peers.py"),  # for GPUs alone
+]
 GPU_IMPORTS = {
     f"vllm.v1.attention.backends.fa_utils:{name}" for name in ("flash_attn_varlen_func", "get_flash_attn_version")
 }
@@ -148,7 +151,7 @@ USED_ATTRIBUTES = {
 } | {f"vllm.v1.attention.backend:{cls}.{name}" for cls, names in OVERRIDDEN.items() for name in names}
 CONTRACT = sorted(
     {*plugin.COMMON_SYMBOLS, *plugin.PATCHED_SYMBOLS, *USED_ATTRIBUTES}
-    | {symbol for path in PACKAGE.rglob("*.py") for symbol in imported_symbols(path)} - OFFICIAL_IMPORTS - GPU_IMPORTS
+    | {symbol for path in SOURCES for symbol in imported_symbols(path)} - OFFICIAL_IMPORTS - GPU_IMPORTS
 )
 
 
@@ -226,6 +229,11 @@ def test_layer_policy_becomes_skipped_layers(registered, llama, tmp_path):
     options = {"int8_kv": {"layer_policy": str(policy)}}
     config = create_config(llama, additional_config=options, kv_cache_dtype_skip_layers=["0"])
     assert config.cache_config.kv_cache_dtype_skip_layers == ["0", "1"]
+    # Workers get the policy itself: on another machine there may be no such file, or another one.
+    policy.unlink()
+    assert Int8KVConfig.from_additional_config(config.additional_config).layer_policy == {0: "int8", 1: "auto"}
+    again = create_config(llama, additional_config={"int8_kv": {"layer_policy": {0: "int8", "1": "auto"}}})
+    assert again.cache_config.kv_cache_dtype_skip_layers == ["1"]
 
 
 def test_options_are_not_looked_at_for_other_dtypes(registered, llama):

@@ -1,12 +1,11 @@
 """What a soak leaves behind: its summary, and a line in `benchmarks/results/soak.jsonl`."""
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 from server import BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_BLOCKS
-from soak import ROOT, Result
+from soak import Result
 
 from vllm_int8kv.cache import library
 
@@ -36,7 +35,6 @@ def summary(result: Result) -> dict[str, Any]:
 
 def write(result: Result, minutes: float, connections: int, results: Path) -> None:
     """Append the record of a soak that had no problems."""
-    sys.path.insert(0, str(ROOT))
     from vllm_int8kv.evaluation import record
 
     deciles = statistics.quantiles(result.latencies, n=10)

@@ -11,8 +11,8 @@ The bound does not change when a channel of K is scaled by c and the same channe
 bit of the cache: the factor takes up c.
 
 The root mean squares come from one forward pass over random tokens when the model has been loaded
-(`calibration.py`). It needs no data and knows nothing of the model's structure: it sees Q and K as they reach the
-cache, after biases, norms, RoPE and tensor parallel sharding. Any factors leave q . k as it is, so a poor estimate
+(`serving/calibration.py`). It needs no data and knows nothing of the model's structure: it sees Q and K as they reach
+the cache, after biases, norms, RoPE and tensor parallel sharding. Any factors leave q . k as it is, so a poor estimate
 costs accuracy, never correctness.
 """
 

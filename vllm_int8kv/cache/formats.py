@@ -184,6 +184,16 @@ class CacheFormat:
         """Codes and scales of finite values `[..., head_size]`."""
         return quantizer.quantize(value, self.v_bits)
 
+    def round_trip_k(self, key: torch.Tensor) -> torch.Tensor:
+        """What the cache gives back of finite, transformed keys, fp32."""
+        codes, scales = self.quantize_k(key)
+        return codes.float() * scales.float()[..., None]
+
+    def round_trip_v(self, value: torch.Tensor) -> torch.Tensor:
+        """What the cache gives back of finite values, fp32."""
+        codes, scales = self.quantize_v(value)
+        return codes.float() * scales.float()[..., None]
+
 
 K8V8 = CacheFormat("k8v8", k_bits=8, v_bits=8)
 

@@ -137,5 +137,5 @@ def paged_attention(
 
 
 def _common(cache_format: CacheFormat, key_transform: KeyTransform) -> tuple[str, bool, torch.Tensor | None]:
-    """The arguments that all schemes share, in their order."""
+    """The arguments that the schemas of all operators share, in their order."""
     return cache_format.name, key_transform.rotate, key_transform.equalizer

@@ -10,6 +10,7 @@ import argparse
 import os
 from typing import Any
 
+from vllm_int8kv.commands import configs
 from vllm_int8kv.config import KV_CACHE_DTYPE
 
 PLUGIN_NAME = "int8kv"
@@ -63,4 +64,15 @@ def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
     serve_parser.usage = "vllm-int8kv serve MODEL [options]"
     serve_parser.set_defaults(kv_cache_dtype=KV_CACHE_DTYPE)
-    return command, parser.parse_args([command.name, *args])
+    return command, parser.parse_args([command.name, *_find_config(args)])
+
+
+def _find_config(args: list[str]) -> list[str]:
+    """The arguments with `--config NAME`, if it is one of the package's files, as the path of that file."""
+    found = list(args)
+    for index, arg in enumerate(args):
+        if arg == "--config" and index + 1 < len(args):
+            found[index + 1] = str(configs.find("serve", args[index + 1]))
+        elif arg.startswith("--config="):
+            found[index] = f"--config={configs.find('serve', arg.removeprefix('--config='))}"
+    return found

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_int8kv.cache.formats import FORMATS, K8V8, native_content_bytes
-from vllm_int8kv.config import LAYER_FORMATS
+from vllm_int8kv.config import KV_CACHE_DTYPE, LAYER_FORMATS
 from vllm_int8kv.evaluation.engines.process import run_engine
 from vllm_int8kv.evaluation.evaluate import EvalPlan
 
@@ -70,7 +70,7 @@ def measure_layers(plan: EvalPlan, console: Console, *, name: str, verbose: bool
         task_id = progress.add_task("layers", total=sum(stages.values()))
         result = run_engine(
             "vllm_int8kv.evaluation.engines.sensitivity_engine",
-            asdict(replace(plan, folder=folder)),
+            asdict(replace(plan, folder=folder, kv_cache_dtype=KV_CACHE_DTYPE)),
             stages,
             lambda completed: progress.update(task_id, completed=completed),
             verbose,

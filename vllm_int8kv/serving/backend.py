@@ -31,8 +31,12 @@ class Int8KVBackend(AttentionBackend):
 
     @classmethod
     def of_format(cls, cache_format: CacheFormat) -> type["Int8KVBackend"]:
-        """The backend of layers with this format; the same class for the same format, as vLLM groups layers by it."""
-        return _backend_of(cache_format)
+        """This backend with another format; the same class for the same format, as vLLM groups layers by it.
+
+        vLLM subclasses backends too, for layers with chunked attention for example; their subclasses stay what they
+        are.
+        """
+        return cls if cls.cache_format == cache_format else _subclass(cls, cache_format)
 
     @staticmethod
     def get_name() -> str:
@@ -111,8 +115,6 @@ class Int8KVBackend(AttentionBackend):
 
 
 @cache
-def _backend_of(cache_format: CacheFormat) -> type[Int8KVBackend]:
-    if cache_format == Int8KVBackend.cache_format:
-        return Int8KVBackend
-    name = f"{Int8KVBackend.__name__}_{cache_format.name}"
-    return type(name, (Int8KVBackend,), {"cache_format": cache_format, "__module__": __name__, "__qualname__": name})
+def _subclass(backend: type[Int8KVBackend], cache_format: CacheFormat) -> type[Int8KVBackend]:
+    name = f"{backend.__name__}_{cache_format.name}"
+    return type(name, (backend,), {"cache_format": cache_format, "__module__": __name__, "__qualname__": name})

@@ -228,6 +228,7 @@ def check_engine(vllm_config: Any) -> None:
         return
     if options.layer_policy is not None:
         policy = read_layer_policy(options.layer_policy, model_config.get_total_num_hidden_layers(), FORMATS)
+        Int8KVConfig.set_layer_policy(vllm_config.additional_config, policy)
         skipped = {str(layer) for layer, layer_format in policy.items() if layer_format == "auto"}
         cache_config = vllm_config.cache_config
         cache_config.kv_cache_dtype_skip_layers = sorted({*cache_config.kv_cache_dtype_skip_layers, *skipped})

@@ -238,8 +238,8 @@ def attend(
                 softcap=softcap,
                 alibi_slopes=alibi_slopes,
             )
-            piece_lse = attention(call)
-            lse = piece_lse if lse is None else _merge(out[rows], lse, call.out, piece_lse)
+            split_lse = attention(call)
+            lse = split_lse if lse is None else _merge(out[rows], lse, call.out, split_lse)
         if sinks is not None:  # a score more in the sum, which attends to nothing
             out[rows] *= torch.sigmoid(lse - sinks[:, None]).t()[..., None].to(out.dtype)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_COMPUTE_CAPABILITY = (8, 0)
+FLASH_MIN_COMPUTE_CAPABILITY = (8, 0)
 MAX_HEAD_SIZE = 256
 
 
@@ -44,7 +44,7 @@ def find(
     """The fastest kernel for a layer, or None: not on a GPU, an older one than Ampere, fp32, a large head size."""
     if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_size > MAX_HEAD_SIZE:
         return None
-    if torch.cuda.get_device_capability() < MIN_COMPUTE_CAPABILITY:
+    if torch.cuda.get_device_capability() < FLASH_MIN_COMPUTE_CAPABILITY:
         return None
     found = _from_vllm(head_size, alibi, softcap)
     if found is not None or alibi or softcap:

@@ -251,6 +251,8 @@ void write_values(const Write& w, LaneBlock& block) {
 template <typename F>
 void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_t token_end,
                      int32_t head_begin, int32_t head_end) {
+  static_assert(F::K::kBits == 8 && F::V::kBits == 8,
+                "write_keys and write_values store whole bytes");
   const int32_t head_size = p.cache.head_size;
   const float* factors = p.key_transform.factors(head_begin, head_size);
   const bool powers_of_two =

@@ -77,7 +77,9 @@ struct TokenWriter {
       x[1] = sanitize(x[1]);
     });
     if (is_key) transform_key(vector, p.key_transform, kv_head, cache.head_size, lane);
-    const uint16_t scale_bits = scale_bits_from_amax(warp_amax(vector));
+    const float amax = warp_amax(vector);
+    const uint16_t scale_bits = is_key ? scale_bits_from_amax<typename F::K>(amax)
+                                       : scale_bits_from_amax<typename F::V>(amax);
     const float scale = bf16_bits_to_float(scale_bits);
     const float reciprocal = divide(1.0f, scale);
     for_each_pair(vector, cache.head_size, lane, [&](int pair, float (&x)[2]) {

@@ -1,7 +1,7 @@
 """`vllm-int8kv bench`: tokens per second with every KV cache, over whatever Ray cluster there is.
 
-    vllm-int8kv bench configs/bench/cpu_smoke.yaml
-    RAY_ADDRESS=10.0.0.1:6379 vllm-int8kv bench configs/bench/gpu_kvtuner.yaml
+    vllm-int8kv bench cpu_smoke
+    RAY_ADDRESS=10.0.0.1:6379 vllm-int8kv bench gpu_kvtuner
 
 Each replica is one vLLM engine in a Ray actor. All caches answer the same requests, in turn (A B A B); engines start
 once per round and run all cases. Timed, at the client: from the first request sent to the last answer, prefill

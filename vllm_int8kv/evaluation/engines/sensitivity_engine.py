@@ -73,26 +73,35 @@ class LayerHooks:
 
 
 def exact_attention(layer: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of a whole prompt without a cache, in fp32: `[num_tokens, num_heads, head_size]`."""
+    """Attention of a whole prompt without a cache, in fp32: `[num_tokens, num_heads, head_size]`.
+
+    One KV head at a time, which bounds the memory of the scores, `[num_queries_per_kv, num_tokens, num_tokens]`.
+    """
+    impl = layer.impl
     positions = torch.arange(len(query), device=query.device)
-    mask = reference.visible_keys(positions, len(query), causal=True, sliding_window=layer.impl.sliding_window)
-    out, _ = reference.attention(
-        query.float(),
-        key.float(),
-        value.float(),
-        mask,
-        softmax_scale=layer.impl.scale,
-        softcap=layer.impl.logits_soft_cap,
-        alibi_slopes=layer.impl.alibi_slopes,
-        sinks=layer.impl.sinks,
-    )
-    return out
+    mask = reference.visible_keys(positions, len(query), causal=True, sliding_window=impl.sliding_window)
+    num_queries_per_kv = query.shape[1] // key.shape[1]
+    out = []
+    for kv_head in range(key.shape[1]):
+        heads = slice(kv_head * num_queries_per_kv, (kv_head + 1) * num_queries_per_kv)
+        part, _ = reference.attention(
+            query[:, heads].float(),
+            key[:, kv_head, None].float(),
+            value[:, kv_head, None].float(),
+            mask,
+            softmax_scale=impl.scale,
+            softcap=impl.logits_soft_cap,
+            alibi_slopes=None if impl.alibi_slopes is None else impl.alibi_slopes[heads],
+            sinks=None if impl.sinks is None else impl.sinks[heads],
+        )
+        out.append(part)
+    return torch.cat(out, dim=1)
 
 
 def main() -> None:
     plan = EvalPlan(**json.load(sys.stdin))
     emit(stage="load", done=0.0)
-    plan = replace(plan, kv_cache_dtype=KV_CACHE_DTYPE, paths=("prefill",), generate_tokens=0, needle_lengths=())
+    plan = replace(plan, paths=("prefill",), generate_tokens=0, needle_lengths=())
     llm = start(plan)
     hooks = LayerHooks(llm)
     emit(stage="load", done=1.0)
