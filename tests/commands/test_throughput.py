@@ -216,6 +216,7 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
         deadline = time.monotonic() + DEADLINE_S
         while not list(tmp_path.glob("requests/*")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
         children = psutil.Process(process.pid).children(recursive=True)
         shared = cluster.shared_memory()
         process.send_signal(signal.SIGINT)
