@@ -131,9 +131,10 @@ def draw_layers(found: list[dict[str, AccuracyRecord]], path: Path) -> None:
     for axes, (title, line) in zip(row, panels.items(), strict=True):
         draw_bars(line.metrics["layers"], [int(layer) for layer in line.metrics["policy"]], axes)
         axes.set_title(f"{title}: all layers {line.metrics['kl_all_layers']:.1e}", fontsize=10)
-    newest = panels[PANELS[OURS, 1]]
-    tokens = sum(newest.case["texts"].values())
-    caption = f"{newest.case['model']}, {tokens:,} tokens, one layer in INT8 at a time, {newest.utc[:10]}"
+    case = next(iter(panels.values())).case
+    tokens = sum(case["texts"].values())
+    dates = " and ".join(dict.fromkeys(line.utc[:10] for line in panels.values()))
+    caption = f"{case['model']}, {tokens:,} tokens, one layer in INT8 at a time, {dates}"
     save(figure, found, path, caption)
 
 
