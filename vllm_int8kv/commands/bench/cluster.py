@@ -37,6 +37,8 @@ def connect(address: str | None) -> Iterator[None]:
     options["runtime_env"] = {"env_vars": variables}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's default of 15 leaves replicas, which are what is measured, 3% of a core that another process wants.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         local = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
         ray.init(address="local", **local, **options)
     else:
