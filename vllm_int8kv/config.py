@@ -1,6 +1,7 @@
 """The options of the plugin: `LLM(..., additional_config={"int8_kv": {...}})`. Imports neither vLLM nor the kernels."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +32,7 @@ class Int8KVConfig:
 
     layer_policy: str | dict | None = None
     """`{layer index: int8, auto or a format's name}`, or the path of a YAML or JSON file with it; layers it does not
-    name are int8. `vllm-int8kv eval --sensitivity --policy FILE` writes one."""
+    name are int8, and so are all layers of a draft model. `vllm-int8kv eval --sensitivity --policy FILE` writes one."""
 
     cpu_isa: str | None = None
     """CPU kernel path, one of `library.cpu_isas()`; None for the fastest this machine has."""
@@ -77,32 +78,66 @@ class Int8KVConfig:
         return cls() if options is None else cls.from_mapping(options)
 
 
+def check_placement(additional_config: object) -> None:
+    """Refuse options of this plugin that stand where nothing reads them.
+
+    vLLM hands `additional_config` to whoever looks, and nobody complains about a key that nobody knows.
+
+    Raises:
+        ValueError: a key is an option of this plugin outside of `KEY`, or resembles `KEY`.
+    """
+    names = {field.name for field in fields(Int8KVConfig)}
+    for key in additional_config if isinstance(additional_config, Mapping) else ():
+        if key in names:
+            raise ValueError(
+                f'additional_config[{key!r}] has no effect: options of the INT8 KV cache belong into "{KEY}", as in '
+                f"additional_config={{'{KEY}': {{'{key}': {additional_config[key]!r}}}}}"
+            )
+        if key != KEY and re.fullmatch(r"int8kv(cache)?|int8custom", re.sub(r"\W|_", "", str(key).lower())):
+            raise ValueError(f'additional_config[{key!r}] is unknown; did you mean additional_config["{KEY}"]?')
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which no key may be given twice; PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_layer_policy(
-    given: str | Path | Mapping[Any, Any], num_layers: int, formats: Collection[str] = ()
+    given: str | Path | Mapping[Any, Any], num_layers: int | None = None, formats: Collection[str] = ()
 ) -> dict[int, str]:
     """Check the value of the option `layer_policy`, and read its file if it is a path.
 
     Args:
+        num_layers: of the model; None where it is not known yet, and any layer is accepted.
         formats: names of cache formats that layers may have, beside `LAYER_FORMATS`.
 
     Raises:
-        ValueError: it cannot be read, or names a layer or a format that does not exist.
+        ValueError: it cannot be read, names a layer twice, or names a layer or a format that does not exist.
     """
     what, policy = f'additional_config["{KEY}"]["layer_policy"]', given
     allowed = " or ".join((*LAYER_FORMATS, *formats))
     if isinstance(given, str | Path):
         what = f"{what}: {given}"
         try:
-            policy = yaml.safe_load(Path(given).read_text())  # JSON is YAML
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            policy = _UniqueKeyLoader(Path(given).expanduser().read_text()).get_single_data()  # JSON is YAML
+        except (OSError, RuntimeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"{what} cannot be read: {error}") from None
     if not isinstance(policy, Mapping):
         raise ValueError(f"{what} must hold a mapping of layers to {allowed}, got {policy!r}")
-    found = {}
+    found: dict[int, str] = {}
     for layer, layer_format in policy.items():
-        index = int(layer) if isinstance(layer, str) and layer.isdigit() else layer
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_layers:
+        index = int(layer) if isinstance(layer, str) and re.fullmatch("[0-9]+", layer) else layer
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"{what} names layer {layer!r}; layers are numbers from 0 on")
+        if num_layers is not None and index >= num_layers:
             raise ValueError(f"{what} names layer {layer!r}; the model has layers 0 to {num_layers - 1}")
+        if index in found:
+            raise ValueError(f"{what} names layer {index} twice")
         if layer_format not in (*LAYER_FORMATS, *formats):
             raise ValueError(f"{what} gives layer {index} the format {layer_format!r}; use {allowed}")
         found[index] = layer_format

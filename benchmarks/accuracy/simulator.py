@@ -61,7 +61,7 @@ class Simulator:
             return attend(q, k, v, scale)
 
         config = self.model.config
-        positions = calibration_positions(config.max_position_embeddings, config.max_position_embeddings)[None]
+        positions = calibration_positions(config.max_position_embeddings)[None]
         self._run(calibration_token_ids(positions.numel(), config.vocab_size)[None], capture, positions)
         self._run(self.token_ids[-1], capture)
         return [Calibration.from_tensors(q, k, key, value) for q, k, _, _, key, value in seen]

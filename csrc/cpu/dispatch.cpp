@@ -52,6 +52,14 @@ const Path* fastest() {
   return best;
 }
 
+// Null if this CPU has no such path, or there is none of that name.
+const Path* find(const char* name) {
+  for (const Path* path = paths(); path->name; ++path) {
+    if (path->available && std::strcmp(path->name, name) == 0) return path;
+  }
+  return nullptr;
+}
+
 std::atomic<const Path*>& chosen() {
   static std::atomic<const Path*> path{fastest()};
   return path;
@@ -59,8 +67,12 @@ std::atomic<const Path*>& chosen() {
 
 }  // namespace
 
-const Kernels& kernels_for(CacheFormat format) {
-  return chosen().load(std::memory_order_relaxed)->kernels_for(format);
+bool has_isa(const char* name) { return find(name) != nullptr; }
+
+const Kernels& kernels_for(CacheFormat format, const char* isa) {
+  const Path* path = isa == nullptr ? nullptr : find(isa);
+  if (path == nullptr) path = chosen().load(std::memory_order_relaxed);
+  return path->kernels_for(format);
 }
 
 const char* current_isa() { return chosen().load(std::memory_order_relaxed)->name; }
@@ -77,13 +89,9 @@ const char* available_isas() {
 }
 
 bool set_isa(const char* name) {
-  for (const Path* path = paths(); path->name; ++path) {
-    if (path->available && std::strcmp(path->name, name) == 0) {
-      chosen().store(path, std::memory_order_relaxed);
-      return true;
-    }
-  }
-  return false;
+  const Path* path = find(name);
+  if (path != nullptr) chosen().store(path, std::memory_order_relaxed);
+  return path != nullptr;
 }
 
 }  // namespace int8kv::cpu

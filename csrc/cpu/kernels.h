@@ -24,9 +24,11 @@ void parallel_for(const ParallelFor& pool, int64_t size, const F& f) {
   });
 }
 
-void reshape_and_cache(const ReshapeAndCacheParams& params, const ParallelFor& pool);
+// `isa` names the instruction set of one call; null means that of the process.
+void reshape_and_cache(const ReshapeAndCacheParams& params, const ParallelFor& pool,
+                       const char* isa);
 void gather_cache(const GatherCacheParams& params, const ParallelFor& pool);
-void paged_attention(const PagedAttentionParams& params, const ParallelFor& pool);
+void paged_attention(const PagedAttentionParams& params, const ParallelFor& pool, const char* isa);
 
 // Query rows of one sequence that are attended together: the same rows of one or several KV heads,
 // which lie side by side in a block. Row r of a KV head is query token r / num_queries_per_kv and
@@ -77,11 +79,12 @@ struct Kernels {
 #define INT8KV_FOR_EACH_ISA(CALL) \
   CALL(scalar) CALL(avx2) CALL(avx2_vnni) CALL(avx512) CALL(avx512_vnni)
 
-// Those of the instruction set in use.
-const Kernels& kernels_for(CacheFormat format);
+// Those of an instruction set that `has_isa`, or with null of the one that the process has chosen.
+const Kernels& kernels_for(CacheFormat format, const char* isa);
 
 const char* available_isas();  // comma-separated, slowest first
-const char* current_isa();
+bool has_isa(const char* name);
+const char* current_isa();      // what the process has chosen, the fastest unless `set_isa` did
 bool set_isa(const char* name);  // false: this CPU has no such path, or there is none of that name
 
 }  // namespace int8kv::cpu

@@ -142,8 +142,8 @@ char* thread_scratch(size_t size) {
 
 }  // namespace
 
-void paged_attention(const PagedAttentionParams& p, const ParallelFor& pool) {
-  const Kernels& kernels = kernels_for(p.cache.format);
+void paged_attention(const PagedAttentionParams& p, const ParallelFor& pool, const char* isa) {
+  const Kernels& kernels = kernels_for(p.cache.format, isa);
   const AttentionPlan plan = make_plan(p, pool.num_threads);
   const std::unique_ptr<float[]> workspace(new float[plan.workspace_floats]);
   const size_t scratch_bytes = kernels.scratch_bytes();

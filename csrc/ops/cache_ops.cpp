@@ -23,9 +23,17 @@ void check_launch(cudaError_t error, const char* name, const KVCache& cache, int
 }
 #endif
 
+// The instruction set of one call by its name, "" being that of the process.
+const char* check_isa(const std::string& cpu_isa) {
+  if (cpu_isa.empty()) return nullptr;
+  INT8KV_CHECK(cpu::has_isa(cpu_isa.c_str()), "cpu_isa '", cpu_isa,
+               "' is not available on this CPU; available: ", cpu::available_isas());
+  return cpu_isa.c_str();
+}
+
 void reshape_and_cache(Tensor key, Tensor value, Tensor kv_cache, Tensor slot_mapping,
                        std::string cache_format, bool rotate_keys,
-                       std::optional<Tensor> key_equalizer) {
+                       std::optional<Tensor> key_equalizer, std::string cpu_isa) {
   ReshapeAndCacheParams p{};
   check_heads(key, "key");
   p.cache = view_cache(kv_cache, cache_format, key.size(2), "key");
@@ -51,7 +59,7 @@ void reshape_and_cache(Tensor key, Tensor value, Tensor kv_cache, Tensor slot_ma
   }
 #endif
   check_slots(p);
-  cpu::reshape_and_cache(p, torch_threads());
+  cpu::reshape_and_cache(p, torch_threads(), check_isa(cpu_isa));
 }
 
 void gather_cache(Tensor key, Tensor value, Tensor kv_cache, Tensor block_table, Tensor cu_seq_lens,
@@ -140,7 +148,7 @@ void paged_attention(Tensor out, Tensor query, Tensor kv_cache, Tensor block_tab
                      std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                      std::string cache_format, bool rotate_keys,
                      std::optional<Tensor> key_equalizer, double softmax_scale, bool causal,
-                     int64_t sliding_window, double softcap) {
+                     int64_t sliding_window, double softcap, std::string cpu_isa) {
   PagedAttentionParams p{};
   check_heads(query, "query");
   p.cache = view_cache(kv_cache, cache_format, query.size(2), "query");
@@ -172,7 +180,7 @@ void paged_attention(Tensor out, Tensor query, Tensor kv_cache, Tensor block_tab
   }
 #endif
   check_batch(p, block_table.size(1));
-  cpu::paged_attention(p, torch_threads());
+  cpu::paged_attention(p, torch_threads(), check_isa(cpu_isa));
 }
 
 std::string cache_formats() {
@@ -187,7 +195,7 @@ std::string cache_formats() {
 STABLE_TORCH_LIBRARY_FRAGMENT(int8kv, m) {
   m.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "str cache_format, bool rotate_keys, Tensor? key_equalizer) -> ()");
+      "str cache_format, bool rotate_keys, Tensor? key_equalizer, str cpu_isa=\"\") -> ()");
   m.def(
       "gather_cache(Tensor(a!) key, Tensor(b!) value, Tensor kv_cache, Tensor block_table, "
       "Tensor cu_seq_lens, Tensor seq_starts, str cache_format, bool rotate_keys, "
@@ -196,7 +204,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(int8kv, m) {
       "paged_attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor block_table, "
       "Tensor seq_lens, Tensor query_start_loc, Tensor(b!)? lse, Tensor? alibi_slopes, "
       "Tensor? sinks, str cache_format, bool rotate_keys, Tensor? key_equalizer, "
-      "float softmax_scale, bool causal, int sliding_window, float softcap) -> ()");
+      "float softmax_scale, bool causal, int sliding_window, float softcap, str cpu_isa=\"\") -> ()");
   m.def("cache_formats() -> str");
 }
 

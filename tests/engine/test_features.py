@@ -25,7 +25,7 @@ from engines import (
     tiny_engine,
     tiny_exact_engine,
 )
-from safetensors.torch import save_file
+from lora_adapter import LORA_RANK, write_adapter
 from servers import Server
 from support import refuses, supports
 
@@ -106,32 +106,6 @@ def test_one_engine_loads_what_another_saved(llama, expected_tokens, tmp_path, m
         assert greedy_tokens(llm) == expected_tokens
     # The connector looks for one block too few where a prompt ends one token into a block.
     assert len(loaded) == 3 * sum(n > 16 and n % 16 != 1 for n in PROMPT_LENS)
-
-
-@supports("weight reload (`reload_weights`)", "the same tokens afterwards")
-def test_reloaded_weights(llama, expected_tokens):
-    with tiny_exact_engine(llama) as llm:
-        llm.collective_rpc("reload_weights")
-        assert greedy_tokens(llm) == expected_tokens
-
-
-LORA_RANK = 8
-
-
-def write_adapter(folder: Path) -> Path:
-    """A LoRA of the tiny Llama's Q, K and V, as PEFT writes them."""
-    torch.manual_seed(3)
-    weights = {}
-    for layer in range(3):
-        for name, width in (("q_proj", 6 * 64), ("k_proj", 2 * 64), ("v_proj", 2 * 64)):
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{prefix}.lora_A.weight"] = torch.randn(LORA_RANK, 192) / 14
-            weights[f"{prefix}.lora_B.weight"] = torch.randn(width, LORA_RANK) / 3
-    save_file(weights, folder / "adapter_model.safetensors")
-    config = dict(peft_type="LORA", r=LORA_RANK, lora_alpha=LORA_RANK, bias="none", task_type="CAUSAL_LM")
-    config["target_modules"] = ["q_proj", "k_proj", "v_proj"]
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @supports("LoRA on Q, K and V", "KL to vLLM's own cache")

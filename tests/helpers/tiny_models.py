@@ -139,7 +139,7 @@ def paligemma(folder: Path) -> Path:
     return folder
 
 
-def gpt_oss(folder: Path) -> Path:
+def gpt_oss(folder: Path, seed: int = 0) -> Path:
     """Attention sinks, sliding and full layers in turn, a mixture of experts."""
     config = GptOssConfig(
         **_COMMON,
@@ -160,7 +160,7 @@ def gpt_oss(folder: Path) -> Path:
         num_local_experts=2,
         num_experts_per_tok=1,
     )
-    return _write(GptOssForCausalLM, config, folder)
+    return _write(GptOssForCausalLM, config, folder, seed=seed)
 
 
 def deepseek_v2(folder: Path) -> Path:
@@ -276,8 +276,9 @@ def _write(
     config: PreTrainedConfig,
     folder: Path,
     k_bias: float = 0.0,
+    seed: int = 0,
 ) -> Path:
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -9,12 +9,12 @@ import engines
 import pytest
 import tiny_models
 import torch
+from support import supports
 
 from benchmarks.accuracy import stress_model
 from vllm_int8kv.cache.formats import K8V8
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.serving import attention, calibration
-from vllm_int8kv.serving.calibration import State
 
 pytestmark = pytest.mark.engine
 
@@ -55,17 +55,29 @@ def test_outliers_in_keys_change_no_bit(models):
     assert engines.kl_per_token(expected, without) > 5 * kl
 
 
-def test_the_log_names_layers_and_factors(models, monkeypatch):
-    log = []
-    monkeypatch.setattr(calibration.logger, "info_once", lambda message, *args: log.append(message % args))
+def test_the_log_has_the_count_and_the_extremes(models, monkeypatch):
+    log, details = [], []
+    monkeypatch.setattr(calibration.logger, "info", lambda message, *args: log.append(message % args))
+    monkeypatch.setattr(calibration.logger, "debug", lambda message, *args: details.append(message % args))
     run(models[1])
-    assert "channels of keys equalized in 3 layer(s) of LlamaForCausalLM" in log[0]
-    assert "model.layers.0.self_attn" in log[0]
+    (line,) = log
+    assert "channels of keys equalized in 3 layer(s) of LlamaForCausalLM" in line
+    assert line.count("model.layers.") == 1  # the layer with the largest factor
+    assert [f"model.layers.{layer}.self_attn" in text for layer, text in enumerate(details)] == [True] * 3
+
+
+def test_factors_depend_on_the_model_alone(models):
+    """Not on how long its requests may be, nor on how many tokens fit into a step."""
+    _, expected = run(models[1])
+    for lengths in ({"max_model_len": 64, "max_num_batched_tokens": 64}, {"max_model_len": 512}):
+        with engines.engine(models[1], skip_tokenizer_init=True, dtype="bfloat16", **lengths) as llm:
+            for index, layer in engines.layers(llm).items():
+                assert torch.equal(layer.impl.key_transform.equalizer, expected[index])
 
 
 def test_a_model_that_cannot_run_is_served_without(models, monkeypatch):
     log = []
-    monkeypatch.setattr(calibration.logger, "warning_once", lambda message, *args: log.append(message % args))
+    monkeypatch.setattr(calibration.logger, "warning", lambda message, *args: log.append(message % args))
 
     def fail(query, key):
         raise RuntimeError("no such layer")
@@ -79,6 +91,16 @@ def test_a_model_that_cannot_run_is_served_without(models, monkeypatch):
         "INT8 KV cache: keys of LlamaForCausalLM are not equalized: its pass over random tokens failed "
         "(RuntimeError: no such layer)"
     ]
+
+
+@supports("models of the Transformers backend", "equalized: KL to vLLM's own cache, with outliers in the keys")
+def test_the_transformers_backend_is_equalized(models):
+    """Its attention layers are registered in a tree of modules that is built already."""
+    clean, stressed = models
+    expected, _ = run(clean, kv_cache_dtype="auto")
+    # In a process of its own, because it changes the classes of Transformers.
+    with engines.tiny_engine(stressed, own_process=True, model_impl="transformers") as llm:
+        assert engines.kl_per_token(expected, engines.prompt_logprobs(llm)) < engines.MAX_KL
 
 
 class Draft(torch.nn.Module):
@@ -115,16 +137,10 @@ def test_a_layer_that_reads_another_ones_cache_uses_its_factors(monkeypatch):
     monkeypatch.setattr(attention.ops, "paged_attention", lambda *args, key_transform, **_: used.append(key_transform))
     impl = object.__new__(attention.Int8KVImpl)
     vars(impl).update(scale=1.0, sliding_window=None, logits_soft_cap=0.0, alibi_slopes=None, sinks=None)
-    vars(impl).update(cache_format=K8V8, key_transform=KeyTransform(equalizer=torch.ones(1, 32)))
+    vars(impl).update(cpu_isa=None, cache_format=K8V8, key_transform=KeyTransform(equalizer=torch.ones(1, 32)))
     metadata = impl.metadata_of_one_sequence(1, 1, torch.device("cpu"))
     x = torch.zeros(1, 1, 32)
     for target, expected in ((None, impl.key_transform), ("owner", owner.impl.key_transform)):
         layer = SimpleNamespace(kv_sharing_target_layer_name=target)
         impl.forward(layer, x, x, x, None, metadata, x)
         assert used.pop() is expected
-
-
-def test_weights_loaded_again_keep_the_factors():
-    impl = SimpleNamespace(calibration_state=State.DONE)
-    calibration.layer_is_loaded(impl)  # would fail on the missing vllm_config
-    assert impl.calibration_state is State.DONE

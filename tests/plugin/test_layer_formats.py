@@ -13,8 +13,8 @@ import yaml
 
 from vllm_int8kv.cache import formats
 from vllm_int8kv.cache.formats import K8V8, CacheFormat
+from vllm_int8kv.serving import layers
 from vllm_int8kv.serving.backend import Int8KVBackend
-from vllm_int8kv.serving.layers import assign_format
 
 DUMMY = CacheFormat("dummy", k_bits=8, v_bits=4)
 
@@ -72,26 +72,74 @@ def test_an_operator_refuses_a_format_that_no_kernel_has(dummy_format, policy, t
         engines.prompt_logprobs(llm)
 
 
-def test_a_policy_may_name_formats(dummy_format, policy, tmp_path):
-    from vllm_int8kv.serving.layers import formats_of_policy
+@pytest.fixture
+def config(policy):
+    """The configuration of an engine with a policy for four layers."""
+    return SimpleNamespace(additional_config=policy({0: "int8", 1: "dummy", 2: "auto"}))
 
-    config = SimpleNamespace(
-        additional_config=policy({0: "int8", 1: "dummy", 2: "auto"}),
-        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 4),
+
+def model_config(runner: str = "generate") -> SimpleNamespace:
+    return SimpleNamespace(runner=runner, get_total_num_hidden_layers=lambda: 4)
+
+
+def built_layer(index: int, owner: int | None = None) -> SimpleNamespace:
+    """A layer that was just built, which may read the cache of another one."""
+    target = None if owner is None else f"model.layers.{owner}.attn"
+    layer = SimpleNamespace(layer_name=f"model.layers.{index}.attn", kv_sharing_target_layer_name=target)
+    layer.attn_backend, layer.impl = Int8KVBackend, SimpleNamespace()
+    layers.assign_format(layer)
+    return layer
+
+
+def test_a_policy_names_formats_and_a_reader_has_that_of_its_owner(dummy_format, config):
+    with layers.building(config, model_config()):
+        for layer, expected in ((built_layer(0), K8V8), (built_layer(1), DUMMY), (built_layer(3, owner=1), DUMMY)):
+            assert layer.impl.cache_format == layer.attn_backend.cache_format == expected
+    assert built_layer(1).impl.cache_format == K8V8  # of another model, built later
+
+
+def test_a_policy_is_about_the_target(dummy_format, config):
+    """A draft has layers of its own, with the same indices."""
+    cache_config = SimpleNamespace(
+        cache_dtype="int8_custom", kv_cache_dtype_skip_layers=["0", "2"], sliding_window=None
     )
-    assert formats_of_policy(config) == {0: K8V8, 1: DUMMY}
+
+    def settled(index: int) -> tuple[str, list[str]]:
+        cache = layers.settle_cache_config(cache_config, f"model.layers.{index}.attn", None, None)
+        return cache.cache_dtype, cache.kv_cache_dtype_skip_layers
+
+    with layers.building(config, model_config("draft")):
+        assert built_layer(1).impl.cache_format == K8V8
+        assert settled(2) == ("int8_custom", [])
+        assert settled(0) == ("auto", ["0"])  # an option of vLLM, which means drafts too
+    with layers.building(config, model_config()):
+        assert settled(2) == ("auto", ["2"])
+        assert settled(1) == ("int8_custom", [])
 
 
-def test_a_layer_that_reads_another_ones_cache_has_its_format():
-    layer = SimpleNamespace(
-        layer_name="model.layers.2.attn",
-        kv_sharing_target_layer_name="model.layers.1.attn",
-        attn_backend=Int8KVBackend,
-        impl=SimpleNamespace(),
-    )
-    assign_format(layer, {1: DUMMY})
-    assert layer.impl.cache_format == DUMMY
-    assert layer.attn_backend.cache_format == DUMMY
+def quantized(name: str, reads: str | None = None) -> SimpleNamespace:
+    layer = SimpleNamespace(layer_name=name, kv_sharing_target_layer_name=reads, kv_cache_dtype="int8_custom")
+    layer.impl = SimpleNamespace(cache_format=K8V8)
+    return layer
+
+
+def native(name: str, reads: str | None = None) -> SimpleNamespace:
+    layer = SimpleNamespace(layer_name=name, kv_sharing_target_layer_name=reads, kv_cache_dtype="auto")
+    layer.impl = SimpleNamespace()
+    return layer
+
+
+def test_a_draft_that_is_told_late_whose_cache_it_reads():
+    """As the drafts of Gemma-4: nothing may read bytes that it does not understand."""
+    owner, reader = quantized("owner"), quantized("reader", reads="owner")
+    owner.impl.cache_format = DUMMY
+    layers.check_shared_caches({"owner": owner, "reader": reader})
+    assert reader.impl.cache_format == DUMMY
+    layers.check_shared_caches({"owner": native("owner"), "reader": native("reader", reads="owner")})
+    for owner, reader in ((quantized, native), (native, quantized)):
+        pair = {"owner": owner("owner"), "reader": reader("reader", reads="owner")}
+        with pytest.raises(ValueError, match="reader reads the KV cache of owner, but its KV cache dtype is"):
+            layers.check_shared_caches(pair)
 
 
 def test_a_backend_that_vllm_has_wrapped_stays_what_it_is():

@@ -20,10 +20,11 @@ import torch
 
 MAX_EXPONENT = 30
 NUM_TOKENS = 256
+"""Of the calibration pass."""
 MAX_POSITION = 4096
 
 
-def calibration_positions(max_model_len: int, max_num_tokens: int) -> torch.Tensor:
+def calibration_positions(num_positions: int) -> torch.Tensor:
     """Where the random tokens of the calibration pass stand: ever farther apart, up to position 4095.
 
     RoPE turns slow pairs of channels so little over the first few hundred positions that their root mean squares
@@ -32,14 +33,13 @@ def calibration_positions(max_model_len: int, max_num_tokens: int) -> torch.Tens
     up to 8191, and no better with twice the tokens.
 
     Args:
-        max_model_len: positions are below it.
-        max_num_tokens: what one pass may have.
+        num_positions: that the model itself has, whatever an engine allows: factors depend on the model alone.
 
     Returns:
-        [min(256, max_num_tokens, max_model_len)] int64, strictly increasing from 0.
+        [min(256, num_positions)] int64, strictly increasing from 0.
     """
-    num_tokens = min(NUM_TOKENS, max_num_tokens, max_model_len)
-    last = min(MAX_POSITION, max_model_len) - 1
+    num_tokens = min(NUM_TOKENS, num_positions)
+    last = min(MAX_POSITION, num_positions) - 1
     index = torch.arange(num_tokens, device="cpu")
     # last * (i / n)^2, but at least i, so that no two tokens share a position.
     squares = torch.div(last * index.square(), max(num_tokens - 1, 1) ** 2, rounding_mode="floor")

@@ -19,6 +19,7 @@ def reshape_and_cache(
     *,
     cache_format: CacheFormat,
     key_transform: KeyTransform = KeyTransform(),
+    cpu_isa: str | None = None,
 ) -> None:
     """Quantize this step's keys and values and write them to their slots.
 
@@ -32,8 +33,12 @@ def reshape_and_cache(
             non-negative entries are the caller's mistake and leave one of the two vectors.
         cache_format: of `kv_cache`, whose bytes are checked against it.
         key_transform: what is done to K first; whoever reads the cache must be told the same.
+        cpu_isa: CPU kernels of this call, one of `library.cpu_isas()`; None for those of the process. Every one writes
+            the same bytes.
     """
-    torch.ops.int8kv.reshape_and_cache(key, value, kv_cache, slot_mapping, *_common(cache_format, key_transform))
+    torch.ops.int8kv.reshape_and_cache(
+        key, value, kv_cache, slot_mapping, *_common(cache_format, key_transform), cpu_isa or ""
+    )
 
 
 def gather_cache(
@@ -83,6 +88,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    cpu_isa: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of this step's queries over the INT8 cache, which already holds this step's K and V.
 
@@ -104,6 +110,7 @@ def paged_attention(
         alibi_slopes: [num_heads] fp32, times (key position - query position) is added to the scores.
         sinks: [num_heads] fp32, one more score per head that attends to nothing.
         return_lse: also return the log-sum-exp of the scores.
+        cpu_isa: as in `reshape_and_cache`.
 
     Returns:
         out, or (out, lse) with lse [num_heads, num_tokens] fp32, natural log. A row that sees no key is 0
@@ -132,6 +139,7 @@ def paged_attention(
         causal,
         0 if sliding_window is None else sliding_window,
         softcap,
+        cpu_isa or "",
     )
     return out if lse is None else (out, lse)
 

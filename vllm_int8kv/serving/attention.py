@@ -19,7 +19,7 @@ from vllm_int8kv.cache.formats import SLOT_GROUP
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
 from vllm_int8kv.serving import calibration, prefill, varlen_attention
-from vllm_int8kv.serving.layers import DEFAULT_FORMAT, registry
+from vllm_int8kv.serving.layers import DEFAULT_FORMAT
 from vllm_int8kv.serving.metadata import Int8KVMetadata, max_prefill_rows
 
 
@@ -54,10 +54,9 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         self.sinks: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
         options = Int8KVConfig.from_additional_config(self.vllm_config.additional_config)
-        self.cache_format = DEFAULT_FORMAT  # until the layer is registered in its model, see `layers`
+        self.cache_format = DEFAULT_FORMAT  # until the layer is built and has a name, see `layers.assign_format`
         self.key_transform = KeyTransform(rotate=options.rotate_keys)
-        self.calibration_state = calibration.new_state(options.equalize_keys)
-        registry.watch()
+        self.cpu_isa = options.cpu_isa
         self.prefill_attention = varlen_attention.find(
             current_platform.device_type,
             self.vllm_config.model_config.dtype,
@@ -67,10 +66,16 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        # Only now does the parameter hold the checkpoint's values, in the model dtype.
-        if self.sinks_parameter is not None:
+        self.update_sinks()
+
+    def update_sinks(self) -> None:
+        """Take over the values of the parameter, which has them once weights have been loaded, in the model dtype."""
+        if self.sinks_parameter is None:
+            return
+        if self.sinks is None:
             self.sinks = self.sinks_parameter.detach().float()
-        calibration.layer_is_loaded(self)
+        else:  # in place, as CUDA graphs keep its address
+            self.sinks.copy_(self.sinks_parameter.detach())
 
     @staticmethod
     def metadata_of_one_sequence(num_tokens: int, num_blocks: int, device: torch.device) -> Int8KVMetadata:
@@ -108,6 +113,7 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
             slot_mapping,
             cache_format=self.cache_format,
             key_transform=self.key_transform,
+            cpu_isa=self.cpu_isa,
         )
 
     def forward(
@@ -166,6 +172,7 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
                 seq_lens[:num_seqs],
                 attn_metadata.query_start_loc[: num_seqs + 1],
                 out=output[:num_tokens],
+                cpu_isa=self.cpu_isa,
                 **options,
             )
         return output

@@ -71,6 +71,10 @@ class Int8KVBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return True  # of a checkpoint, which are not used: every vector is stored with a scale of its own
+
+    @classmethod
     def supports_non_causal(cls) -> bool:
         return True
 

@@ -1,37 +1,118 @@
-"""The attention layers of a model that is being built: which cache format each has, and which model it belongs to.
+"""The attention layers of a model while it is built and loaded: which cache and which format each of them has.
 
-vLLM tells an attention implementation neither its name nor its parents nor when the model is complete, and asks every
-layer for its backend class when it counts the bytes of a page. PyTorch reports every registration of a submodule, from
-the leaves to the root, right after a layer was constructed: there a layer gets the backend class of its format, and the
-parents are noted.
+vLLM decides layer by layer, from the layer's own index, whether its cache is quantized. That is not enough for a layer
+that reads the cache of another one, for a draft model beside a target with a policy, or for a model whose code forgets
+to hand the choice on. `lifecycle` calls `settle_cache_config` before each layer is built, `assign_format` after it, and
+`check_layers` when the model has been loaded.
 """
 
-import weakref
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_int8kv.cache.formats import FORMATS, K8V8, CacheFormat
-from vllm_int8kv.config import Int8KVConfig, read_layer_policy
+from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
+
+logger = init_logger("vllm.int8kv")
 
 DEFAULT_FORMAT = K8V8
 """Of layers that no policy names, and what the word int8 means in a policy."""
+UNQUANTIZED = "auto"
+"""What a layer policy calls a layer that keeps the model's dtype."""
+SLIDING_WINDOW = "sliding_window"
+"""In `kv_cache_dtype_skip_layers`: all layers with a sliding window."""
 
 
-def formats_of_policy(vllm_config: Any) -> dict[int, CacheFormat]:
-    """By layer index: the formats that the option `layer_policy` asks for; not those of layers it leaves to vLLM.
+def is_draft(model_config: Any) -> bool:
+    """Whether a model guesses tokens for another one."""
+    return model_config.runner == "draft"
+
+
+def policy_of(vllm_config: Any, model_config: Any) -> dict[int, str]:
+    """The option `layer_policy` as it holds for a model; it is about the target, so a draft has none.
 
     Raises:
         ValueError: the policy cannot be read or names something that does not exist.
     """
     options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
-    if options.layer_policy is None:
+    if options.layer_policy is None or is_draft(model_config):
         return {}
-    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    policy = read_layer_policy(options.layer_policy, num_layers, FORMATS)
-    return {index: FORMATS.get(name, DEFAULT_FORMAT) for index, name in policy.items() if name != "auto"}
+    return read_layer_policy(options.layer_policy, model_config.get_total_num_hidden_layers(), FORMATS)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What holds for all layers of a model that is being built."""
+
+    formats: Mapping[int, CacheFormat] = field(default_factory=dict)
+    """By layer index; layers that are not there have `DEFAULT_FORMAT`."""
+    skipped_elsewhere: frozenset[str] = frozenset()
+    """Names in `kv_cache_dtype_skip_layers` that are about another model."""
+
+
+_build = Build()
+
+
+@contextmanager
+def building(vllm_config: Any, model_config: Any) -> Iterator[None]:
+    """Meanwhile layers that are built belong to the model of `model_config`."""
+    global _build
+    options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
+    skipped_elsewhere: frozenset[str] = frozenset()
+    if is_draft(model_config) and options.layer_policy is not None:
+        policy = read_layer_policy(options.layer_policy, None, FORMATS)
+        skipped_elsewhere = frozenset(str(layer) for layer, name in policy.items() if name == UNQUANTIZED)
+    policy = policy_of(vllm_config, model_config)
+    formats = {layer: FORMATS.get(name, DEFAULT_FORMAT) for layer, name in policy.items() if name != UNQUANTIZED}
+    before, _build = _build, Build(formats, skipped_elsewhere)
+    try:
+        yield
+    finally:
+        _build = before
+
+
+def settle_cache_config(
+    cache_config: Any, layer_name: str, owner: nn.Module | None, sliding_window: int | None
+) -> Any:
+    """The cache configuration from which vLLM shall build a layer.
+
+    Args:
+        cache_config: what the code of the model passes on, a `CacheConfig` or None.
+        owner: the layer whose cache this one reads, if it reads another one's.
+        sliding_window: of this layer alone, if it has one of its own.
+
+    Returns:
+        `cache_config`, or a copy whose list of skipped layers decides as it must.
+    """
+    if cache_config is None or cache_config.cache_dtype != KV_CACHE_DTYPE:
+        return cache_config
+    if not cache_config.kv_cache_dtype_skip_layers and owner is None:
+        return cache_config
+    skip_layers = [name for name in cache_config.kv_cache_dtype_skip_layers if name not in _build.skipped_elsewhere]
+    index = extract_layer_index(layer_name)
+    window = cache_config.sliding_window if sliding_window is None else sliding_window
+    is_skipped = str(index) in skip_layers or (SLIDING_WINDOW in skip_layers and window is not None)
+    if owner is not None and is_skipped == is_ours(owner):
+        is_skipped = not is_skipped
+        logger.info_once(
+            "INT8 KV cache: %s reads the cache of %s, and is %s as that one is, whatever kv_cache_dtype_skip_layers or "
+            "layer_policy say of it",
+            layer_name,
+            owner.layer_name,
+            "unquantized" if is_skipped else "quantized",
+        )
+    settled = copy.copy(cache_config)
+    settled.kv_cache_dtype_skip_layers = []
+    if is_skipped:
+        # Attention looks at the list, after a checkpoint's own scheme; chunked local attention at the dtype alone.
+        settled.cache_dtype, settled.kv_cache_dtype_skip_layers = UNQUANTIZED, [str(index)]
+    return settled
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -39,46 +120,82 @@ def is_ours(module: nn.Module) -> bool:
     return isinstance(getattr(getattr(module, "impl", None), "cache_format", None), CacheFormat)
 
 
-class LayerRegistry:
-    """What is known of the attention layers of this process; one instance, see `registry`."""
-
-    def __init__(self) -> None:
-        self._parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-        self._ancestors: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._hook: Any = None
-
-    def watch(self) -> None:
-        """Watch registrations in this process from here on."""
-        if self._hook is None:
-            self._hook = nn.modules.module.register_module_module_registration_hook(self._on_registration)
-
-    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if child is None:
-            return
-        if is_ours(child):
-            assign_format(child, formats_of_policy(child.impl.vllm_config))
-        elif child not in self._ancestors:
-            return
-        self._parents[child] = weakref.ref(parent)
-        self._ancestors.add(parent)
-
-    def root(self, module: nn.Module) -> nn.Module:
-        """The outermost module that contains this one."""
-        while (reference := self._parents.get(module)) is not None and (parent := reference()) is not None:
-            module = parent
-        return module
-
-
-registry = LayerRegistry()
-
-
-def assign_format(layer: Any, formats: Mapping[int, CacheFormat]) -> None:
-    """Give a layer the backend class of its format; one that reads the cache of another layer has that one's.
+def assign_format(layer: Any) -> None:
+    """Give a layer that was just built the backend class of its format; a reader of another cache that one's.
 
     Args:
         layer: vLLM's `Attention` with an `Int8KVImpl`.
-        formats: by layer index; layers that are not there have `DEFAULT_FORMAT`.
     """
-    owner = layer.kv_sharing_target_layer_name or layer.layer_name
+    owner, formats = layer.kv_sharing_target_layer_name or layer.layer_name, _build.formats
     layer.impl.cache_format = formats.get(extract_layer_index(owner), DEFAULT_FORMAT) if formats else DEFAULT_FORMAT
     layer.attn_backend = layer.attn_backend.of_format(layer.impl.cache_format)
+
+
+def check_layers(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
+    """Count which attention layers of a loaded model use the cache that was asked for.
+
+    Raises:
+        ValueError: none does, or a name in `kv_cache_dtype_skip_layers` is about no layer.
+    """
+    decoders = [layer for layer in model.modules() if _has_kv_cache(layer)]
+    others: dict[str, list[str]] = {}
+    for layer in decoders:
+        if not is_ours(layer):
+            others.setdefault(_why_not(layer, vllm_config.cache_config), []).append(layer.layer_name)
+    skip_layers = vllm_config.cache_config.kv_cache_dtype_skip_layers
+    if SLIDING_WINDOW in skip_layers and not is_draft(model_config) and all(x.sliding_window is None for x in decoders):
+        raise ValueError(
+            f"kv_cache_dtype_skip_layers names {SLIDING_WINDOW!r}, but no layer of {type(model).__name__} has a sliding "
+            "window"
+        )
+    if not others:
+        return
+    reasons = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in others.items())
+    if sum(map(len, others.values())) == len(decoders):
+        raise ValueError(
+            f"kv_cache_dtype={KV_CACHE_DTYPE!r} would be used by no layer of {type(model).__name__} ({reasons}); use "
+            "kv_cache_dtype='auto'"
+        )
+    logger.info_once("INT8 KV cache: layers of %s without it: %s", type(model).__name__, reasons)
+
+
+def _has_kv_cache(module: nn.Module) -> bool:
+    """Whether a module is an attention layer whose tokens stay in a KV cache."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import AttentionType
+
+    return isinstance(module, Attention) and module.attn_type == AttentionType.DECODER
+
+
+def _why_not(layer: Any, cache_config: Any) -> str:
+    """Why a layer is not quantized."""
+    skip_layers = cache_config.kv_cache_dtype_skip_layers
+    if layer.kv_sharing_target_layer_name is not None:
+        return "they read the cache of a layer that is left unquantized"
+    if str(extract_layer_index(layer.layer_name)) in skip_layers or SLIDING_WINDOW in skip_layers:
+        return "left unquantized by kv_cache_dtype_skip_layers or layer_policy"
+    return "vLLM's code of this model does not hand the KV cache dtype to them"
+
+
+def check_shared_caches(layers: Mapping[str, Any]) -> None:
+    """Make sure that layers which read the cache of another layer understand it, and take its format.
+
+    Most are built to, see `settle_cache_config`; drafts may be told only afterwards whose cache they read.
+
+    Args:
+        layers: vLLM's attention layers of all models of an engine, by name.
+
+    Raises:
+        ValueError: one of a pair is quantized, and the other is not.
+    """
+    for layer in layers.values():
+        owner = layers.get(getattr(layer, "kv_sharing_target_layer_name", None))
+        if owner is None or not (is_ours(layer) or is_ours(owner)):
+            continue
+        if is_ours(layer) != is_ours(owner):
+            raise ValueError(
+                f"{layer.layer_name} reads the KV cache of {owner.layer_name}, but its KV cache dtype is "
+                f"{layer.kv_cache_dtype!r} and that one's {owner.kv_cache_dtype!r}; they must be the same "
+                "(speculative_config has a kv_cache_dtype for drafts)"
+            )
+        layer.impl.cache_format = owner.impl.cache_format

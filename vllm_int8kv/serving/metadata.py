@@ -14,9 +14,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
-from vllm_int8kv.cache import library
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
 from vllm_int8kv.serving import prefill, varlen_attention
+from vllm_int8kv.serving.layers import check_shared_caches
 from vllm_int8kv.serving.startup_log import log_cache_format
 
 
@@ -56,8 +56,7 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
-        if device.type == "cpu" and options.cpu_isa is not None:
-            library.set_cpu_isa(options.cpu_isa)
+        check_shared_caches(vllm_config.compilation_config.static_forward_context)
         log_cache_format(kv_cache_spec, vllm_config, options, device)
         # A full-attention group may say that some of its layers have a window; others then see all keys.
         is_sliding = isinstance(kv_cache_spec, SlidingWindowSpec)

@@ -11,10 +11,10 @@ import importlib
 import sys
 from typing import Any, Literal, get_args
 
-from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
-from vllm_int8kv.serving.limits import refuse_features
+from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.serving import lifecycle
+from vllm_int8kv.serving.limits import BACKEND_NAME, check_engine, check_other_engine, refuse_unsupported
 
-BACKEND_NAME = "INT8_KV"
 BACKEND_PATH = "vllm_int8kv.serving.backend.Int8KVBackend"
 OLDEST_VLLM, NEWEST_VLLM = (0, 32), (0, 33)
 _SUPPORTED_RANGE = "0.32 to 0.33"
@@ -39,7 +39,8 @@ PATCHED_SYMBOLS = (
     "vllm.config:VllmConfig.__pydantic_fields__",
     "vllm.utils.torch_utils:STR_DTYPE_TO_TORCH_DTYPE",
 )
-"""Upstream symbols, `module:attribute`, without which nothing is registered."""
+"""Upstream symbols, `module:attribute`, without which nothing is registered; `lifecycle.SYMBOLS` has those that are
+too slow to import for a look."""
 
 
 class UnsupportedVLLMError(RuntimeError):
@@ -67,6 +68,7 @@ def register() -> None:
         _patch_dtype_into_vllm_032()
     _register_backend()
     _wrap_platform()
+    lifecycle.follow_processes()
 
 
 def resolve(symbol: str) -> Any:
@@ -198,88 +200,12 @@ def _wrap_platform() -> None:
 
     def check_and_update_config(cls, vllm_config):
         update_config(vllm_config)
-        if vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE:
-            check_engine(vllm_config)
+        if lifecycle.uses_int8(vllm_config):
+            check_engine(vllm_config, choose_backend)
+            lifecycle.follow_processes(import_them=True)
+        else:
+            check_other_engine(vllm_config)
 
     get_attn_backend_cls.is_int8kv_wrapper = True
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     platform.check_and_update_config = classmethod(check_and_update_config)
-
-
-def check_engine(vllm_config: Any) -> None:
-    """Refuse in the user's process what would otherwise fail in a worker, and apply the layer policy.
-
-    Raises:
-        ValueError: an option is wrong, or the model or a feature is not supported; says what to do.
-    """
-    from vllm.platforms import current_platform
-
-    from vllm_int8kv.cache import library
-    from vllm_int8kv.cache.formats import FORMATS
-
-    options = Int8KVConfig.from_additional_config(vllm_config.additional_config)
-    if options.cpu_isa is not None and options.cpu_isa not in library.cpu_isas():
-        raise ValueError(
-            f'additional_config["int8_kv"]["cpu_isa"] must be one of {", ".join(library.cpu_isas())} on this machine, '
-            f"got {options.cpu_isa!r}"
-        )
-    model_config = vllm_config.model_config
-    if model_config is None:
-        return
-    if options.layer_policy is not None:
-        policy = read_layer_policy(options.layer_policy, model_config.get_total_num_hidden_layers(), FORMATS)
-        Int8KVConfig.set_layer_policy(vllm_config.additional_config, policy)
-        skipped = {str(layer) for layer, layer_format in policy.items() if layer_format == "auto"}
-        cache_config = vllm_config.cache_config
-        cache_config.kv_cache_dtype_skip_layers = sorted({*cache_config.kv_cache_dtype_skip_layers, *skipped})
-    refuse_features(vllm_config, is_cpu=current_platform.is_cpu())
-    parallel_config = vllm_config.parallel_config
-    refuse_unsupported(
-        dict(
-            head_size=model_config.get_head_size(),
-            dtype=model_config.dtype,
-            kv_cache_dtype=KV_CACHE_DTYPE,
-            block_size=vllm_config.cache_config.block_size,
-            use_mla=model_config.use_mla,
-            has_sink=False,
-            use_sparse=False,
-            use_mm_prefix=model_config.is_mm_prefix_lm,
-            use_per_head_quant_scales=False,
-            attn_type=_attn_type(model_config),
-            use_pcp=parallel_config.prefill_context_parallel_size > 1,
-            use_dcp=parallel_config.decode_context_parallel_size > 1,
-            use_rswa=model_config.rswa_window is not None,
-        )
-    )
-
-
-def _attn_type(model_config: Any) -> str:
-    """The type of the model's attention layers that have a KV cache."""
-    if model_config.is_encoder_decoder:
-        return "encoder_decoder"
-    # A hybrid has decoder layers beside layers with a state (Mamba, convolutions), which are not ours.
-    return "decoder" if model_config.attn_type == "hybrid" else model_config.attn_type
-
-
-def refuse_unsupported(request: dict[str, Any]) -> None:
-    """Raise ValueError unless the backend serves `request`, the fields of vLLM's `AttentionSelectorConfig`."""
-    from vllm.platforms import current_platform
-
-    from vllm_int8kv.cache.formats import HEAD_SIZES_TEXT, SLOT_GROUP
-    from vllm_int8kv.serving.backend import Int8KVBackend
-
-    reasons = Int8KVBackend.validate_configuration(
-        device_capability=current_platform.get_device_capability(), **request
-    )
-    details = {
-        "head_size not supported": f"head_size {request['head_size']} not supported; supported: {HEAD_SIZES_TEXT}",
-        "block_size not supported": f"block_size {request['block_size']} not supported; use a multiple of {SLOT_GROUP}",
-        "MLA not supported": "MLA not supported; its cache holds one latent vector for all heads, which this format "
-        "does not store",
-    }
-    if reasons:
-        raise ValueError(
-            f"kv_cache_dtype={KV_CACHE_DTYPE!r} cannot serve this model or configuration: "
-            f"{', '.join(details.get(reason, reason) for reason in reasons)}. Use kv_cache_dtype='auto', or leave "
-            "single layers unquantized with kv_cache_dtype_skip_layers"
-        )

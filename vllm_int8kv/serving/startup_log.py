@@ -41,7 +41,7 @@ def log_cache_format(spec: AttentionSpec, vllm_config: VllmConfig, options: Int8
         "(%s), %.2fx the tokens in the same memory; %d layer(s) left unquantized",
         ", ".join(f"{name} in {count} layer(s)" for name, count in sorted(formats.items())),
         "rotated" if options.rotate_keys else "not rotated",
-        library.cpu_isa() if device.type == "cpu" else device.type,
+        (options.cpu_isa or library.cpu_isa()) if device.type == "cpu" else device.type,
         int8_bytes,
         native_bytes,
         str(vllm_config.model_config.dtype).removeprefix("torch."),
