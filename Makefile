@@ -102,7 +102,7 @@ TEST_VENV = build/test-torch-$(TEST_TORCH)
 test-torch: wheel  ## Test the wheel's operators under another PyTorch (TEST_TORCH=2.11.0, TEST_PYTHON=python3.12; downloads it)
 	@rm -rf $(TEST_VENV)
 	@$(TEST_PYTHON) -m venv $(TEST_VENV)
-	@$(TEST_VENV)/bin/pip install -q torch==$(TEST_TORCH) $$(grep -E '^(hypothesis|numpy|pytest|pytest-timeout|pyyaml|rich|typer)==' requirements-cpu.lock)
+	@$(TEST_VENV)/bin/pip install -q torch==$(TEST_TORCH) $$(grep -E '^(hypothesis|numpy|psutil|pytest|pytest-timeout|pyyaml|rich|typer)==' requirements-cpu.lock)
 	@$(TEST_VENV)/bin/pip install -q --no-deps dist/*.whl
 	@$(TEST_VENV)/bin/pytest -p no:cacheprovider tests/operators
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import emulated_cuda
 import pytest
+import run_watchdog
 import torch
 from support import Recorder
 
@@ -19,6 +20,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 CPU_ISAS = ["scalar", "avx2", "avx2_vnni", "avx512", "avx512_vnni"]
 NO_CUDA = "GPU case: "
+ENGINE_TIMEOUT = 1800
+"""Seconds for a test that starts engines, in place of `timeout` in pyproject.toml: on a busy machine they start slowly,
+and where they stand still the test sees it (`helpers/processes.py`)."""
+WATCHDOG = pytest.StashKey()
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +100,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     They take longest, and a worker that began one last would leave the others idle.
     """
     for item in items:
+        if item.get_closest_marker("engine") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(ENGINE_TIMEOUT))
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if "cuda" in item.fixturenames or "cuda" in [x for x in parameters if isinstance(x, str)]:
             item.add_marker("cuda")
@@ -108,5 +115,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the workers of xdist are processes of the run themselves
+        config.stash[WATCHDOG] = run_watchdog.start()
     if config.getoption("--write-support"):
         config.pluginmanager.register(Recorder())

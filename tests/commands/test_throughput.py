@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from processes import hear_sigint
+from processes import hear_sigint, wait_for
 from ray.cluster_utils import Cluster
 
 from vllm_int8kv.commands import models
@@ -22,7 +22,6 @@ from vllm_int8kv.evaluation import record
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ROOT / "configs" / "bench" / "cpu_smoke.yaml"
-DEADLINE_S = 480
 
 
 @pytest.fixture(autouse=True)
@@ -210,23 +209,21 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     models.smollm2()
     command = [sys.executable, "-m", "vllm_int8kv.commands.cli", "bench", str(SMOKE), "--out", str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with (tmp_path / "log.txt").open("w") as log:
+    log_file = tmp_path / "log.txt"
+    with log_file.open("w") as log:
         options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
         process = subprocess.Popen(command, preexec_fn=hear_sigint, **options)
-        deadline = time.monotonic() + DEADLINE_S
-        while not list(tmp_path.glob("requests/*")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
+        wait_for(process, log_file, lambda: bool(list(tmp_path.glob("requests/*"))), interval=0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         shared = cluster.shared_memory()
         process.send_signal(signal.SIGINT)
         code = process.wait(60)
-    assert code == 130, (tmp_path / "log.txt").read_text()[-3000:]
+    assert code == 130, log_file.read_text()[-3000:]
     assert len(children) > 3, "raylet, workers"
     assert not psutil.wait_procs(children, timeout=60)[1], "processes left behind"
     assert shared and not [path for path in shared if path.exists()], "shared memory left behind"
     assert not list(tmp_path.glob("*.jsonl")), "no record of half a sweep"
-    assert "interrupted; the same command goes on from here" in (tmp_path / "log.txt").read_text()
+    assert "interrupted; the same command goes on from here" in log_file.read_text()
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import tiny_models
 from engines import greedy_tokens, tiny_exact_engine
-from processes import hear_sigint
+from processes import hear_sigint, wait_for
 
 from vllm_int8kv.commands import models
 
@@ -150,10 +151,7 @@ def test_a_demo_interrupted_at_any_moment_ends_and_starts_again(tmp_path):
             process = subprocess.Popen(DEMO, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options)
         demo = psutil.Process(process.pid)
         try:
-            deadline = time.monotonic() + 200
-            while not has_come(demo):
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.05)
+            wait_for(process, log, partial(has_come, demo), interval=0.05)
             left = engines(demo)
             interrupt(demo)
             assert process.wait(20) == expected, log.read_text()[-3000:]

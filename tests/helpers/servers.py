@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Self
 
 import openai
 import psutil
+from processes import kill_tree, tree, wait_for
 
-START_SECONDS, STOP_SECONDS = 400, 60
+STOP_SECONDS = 60
 
 
 class Server:
@@ -40,20 +40,18 @@ class Server:
                 command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
             )
         try:
-            self._wait_until_healthy()
+            wait_for(self.process, log, self.is_healthy)
         except BaseException:
-            self.process.kill()
+            kill_tree(self.process)
             raise
 
-    def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health"):
-                    return
-            except OSError:
-                time.sleep(0.5)
-        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+    def is_healthy(self) -> bool:
+        """Whether it answers."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=10):
+                return True
+        except OSError:
+            return False
 
     def __enter__(self) -> Self:
         return self
@@ -70,12 +68,11 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """The server, its engine core and its workers."""
-        parent = psutil.Process(self.process.pid)
-        return [parent, *parent.children(recursive=True)]
+        return tree(self.process.pid)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(STOP_SECONDS)
         finally:
-            self.process.kill()
+            kill_tree(self.process)
