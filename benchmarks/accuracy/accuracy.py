@@ -56,7 +56,8 @@ def engine(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score KV cache dtypes through vLLM; one line per cache."""
-    from vllm_int8kv.evaluation.evaluate import CacheSpec, evaluate, make_plan
+    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.evaluate import evaluate
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     options = {"paths": paths, "needle_lengths": needle_lengths, "engine_options": "{}"}
@@ -90,7 +91,7 @@ def layers(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score the model with one layer in INT8 at a time; one line for all layers."""
-    from vllm_int8kv.evaluation.evaluate import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
     from vllm_int8kv.evaluation.sensitivity import measure_layers, print_layers
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -69,12 +70,49 @@ def test_doctor_finds_a_refusing_vllm(monkeypatch):
 
 
 def test_doctor_finds_no_vllm(monkeypatch):
-    def no_version(name: str) -> str:
-        raise doctor.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(doctor.metadata, "version", no_version)
+    monkeypatch.setattr(machine, "VLLM_DISTRIBUTIONS", ("no-such-vllm",))
     check = doctor.check_vllm()
     assert (check.found, check.ok) == ("not installed", False)
+
+
+def test_doctor_names_the_distribution_of_vllm():
+    assert re.fullmatch(r"0\.3\d\.\d+ \(distribution vllm(-cpu)?\)", doctor.check_vllm().found)
+
+
+def test_doctor_shows_what_is_cheap_to_know_before_it_imports_pytorch(tmp_path):
+    """Line by line, into a pipe as well."""
+    fake = "import pathlib, time\npathlib.Path({!r}).touch()\ntime.sleep(600)\n"
+    (tmp_path / "torch.py").write_text(fake.format(str(tmp_path / "imported")))
+    command = [sys.executable, "-m", "vllm_int8kv.commands.cli", "doctor"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            lines = [process.stdout.readline() for _ in range(4)]
+        finally:
+            process.kill()
+        assert process.stdout.read() == ""
+    assert [line.split()[1] for line in lines] == ["python:", "vllm-int8kv:", "torch:", "vllm:"]
+
+
+def test_doctor_says_why_pytorch_cannot_be_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    command = [sys.executable, "-m", "vllm_int8kv.commands.cli", "doctor"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stderr
+    expected = "FAIL import torch: fails: libtorch_cpu.so: cannot open shared object file"
+    assert done.stdout.splitlines()[-2:] == [expected, "     install PyTorch 2.11 to 2.14"]
+
+
+def test_doctor_imports_vllm_in_another_process_only():
+    code = """
+import sys
+from vllm_int8kv.commands import doctor
+doctor.check_plugin = lambda: doctor.Check("plugin", "not asked")
+names = [check.name for check in doctor.diagnose()]
+print(names[-1], {"vllm", "transformers"} & set(sys.modules))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout == "plugin set()\n"
 
 
 def test_doctor_finds_a_broken_torchvision(tmp_path):
@@ -161,6 +199,7 @@ def test_demo_shows_the_error_of_an_engine(tmp_path):
     assert result.exit_code == 1
     dtype = "auto" if machine.has_fast_bf16() else "float32"
     assert f"Error: the engine with kv_cache_dtype='auto' and dtype='{dtype}' ended with exit code 1" in result.stderr
+    assert result.stderr.startswith("auto: load ...\nError: ")
     assert "no-model" in result.stderr.split("Its last lines:")[1]
 
 
@@ -178,8 +217,12 @@ def test_demo_on_a_tiny_scale(capsys, monkeypatch):
         context_len=256,
         decode_steps=4,
     )
-    report = demo.run_demo(plan, Console(file=StringIO()), name="smollm2")
+    log = StringIO()
+    report = demo.run_demo(plan, Console(file=log), name="smollm2")
 
+    begun = re.findall(r"^(.+) \.\.\.$", log.getvalue(), flags=re.MULTILINE)
+    assert begun[0] == "auto: load" and {"auto: decode", "int8_custom: decode"} < set(begun)
+    assert re.findall(r"^(.+), \d+ s$", log.getvalue(), flags=re.MULTILINE) == begun
     assert report["model"] == "smollm2"
     (answers,) = report["prompts"]
     assert answers["prompt"] == demo.PROMPTS[0]

@@ -4,20 +4,28 @@ Bounds leave room around what README's table has for more tokens: KL 1.9e-4 for 
 """
 
 import json
+import os
+import re
 from dataclasses import asdict
+from importlib import metadata
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+import tiny_models
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vllm_int8kv.cache import library
 from vllm_int8kv.commands import cli, models
-from vllm_int8kv.config import read_layer_policy
-from vllm_int8kv.evaluation import evaluate, sensitivity
+from vllm_int8kv.config import KV_CACHE_DTYPE, read_layer_policy
+from vllm_int8kv.evaluation import engine_options, eval_plan, evaluate, sensitivity
 from vllm_int8kv.evaluation.demo import TEXT
 from vllm_int8kv.evaluation.engines.process import EngineError
-from vllm_int8kv.evaluation.evaluate import CacheSpec, first_divergence
+from vllm_int8kv.evaluation.eval_plan import PATHS, CacheSpec, EvalPlan
+from vllm_int8kv.evaluation.evaluate import first_divergence
 from vllm_int8kv.evaluation.scoring import TextFiles
 
 runner = CliRunner()
@@ -52,6 +60,40 @@ def test_eval_through_every_read_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.engine
+def test_eval_of_the_shortest_texts(tmp_path, monkeypatch):
+    """Below the parts that decode side by side, a chunk, the stride and the prompt of an answer."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    nine, two, report_file = tmp_path / "nine.txt", tmp_path / "two.txt", tmp_path / "report.json"
+    nine.write_text("one two three four five six seven eight nine")
+    two.write_text("one two")
+    sizes = ["--tokens", "9", "--generate-tokens", "4", "--needle-lengths", "80", "--dtypes", "auto"]
+    options = ["--text", str(nine), "--text", str(two), *sizes, "--json", str(report_file)]
+    result = runner.invoke(cli.app, ["eval", "smollm2", *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads(report_file.read_text())
+    assert list(report["text_tokens"].values()) == [9, 2]
+    paths = report["caches"]["auto"]["paths"]
+    assert {path: paths[path]["num_tokens"] for path in PATHS} == {"decode": 9, "prefill": 9, "chunked": 9, "prefix": 2}
+    assert all(paths[path]["kl_per_token"]["value"] < 1e-6 for path in PATHS)
+    assert report["caches"]["auto"]["first_divergence"]["positions"] == [None], "all of the texts is one prompt"
+    assert "every 16th token, the last of a shorter text" in " ".join(result.output.split())
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("sensitivity", [[], ["--sensitivity"]], ids=["eval", "sensitivity"])
+def test_eval_refuses_a_text_of_one_token(tmp_path, monkeypatch, sensitivity):
+    """How many tokens there are is known in the engine; what it says arrives as one line."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = tmp_path / "one.txt"
+    text.write_text("one")
+    result = runner.invoke(cli.app, ["eval", "smollm2", *sensitivity, "--text", str(text), "--needle-lengths", ""])
+    assert result.exit_code == 1
+    *progress, error = result.stderr.splitlines()
+    assert error == f"Error: --text: {text} has 1 token(s), scoring needs 2: the first has no score"
+    assert [line.partition(":")[0] for line in progress] == ["sensitivity" if sensitivity else "auto"] * len(progress)
+
+
+@pytest.mark.engine
 def test_eval_scores_what_the_model_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     report_file = tmp_path / "report.json"
@@ -74,7 +116,7 @@ def test_eval_scores_what_the_model_writes(tmp_path, monkeypatch):
 def test_arguments_of_an_engine_and_an_engine_that_fails(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = {"paths": "decode", "needle_lengths": "", "engine_options": "{}", "model": str(models.smollm2())}
-    plan = evaluate.make_plan([], **options, max_tokens=24, num_samples=1, generate_tokens=0)
+    plan = eval_plan.make_plan([], **options, max_tokens=24, num_samples=1, generate_tokens=0)
     larger, too_small = f"auto:kv_cache_memory_bytes={2**28}", "auto:kv_cache_memory_bytes=1000"
     caches, quiet = [CacheSpec.parse(larger), CacheSpec.parse(too_small)], Console(quiet=True)
     report = evaluate.evaluate(plan, caches, quiet, name="smollm2", optional=[too_small])
@@ -109,7 +151,7 @@ def test_an_engine_that_fails_and_is_not_optional_ends_the_comparison(monkeypatc
 
     monkeypatch.setattr(evaluate, "_run_cache", run_cache)
     with pytest.raises(EngineError, match="no fp8 here") as error:
-        evaluate.evaluate(evaluate.EvalPlan("model"), [CacheSpec.parse("fp8")], Console(quiet=True), name="model")
+        evaluate.evaluate(EvalPlan("model"), [CacheSpec.parse("fp8")], Console(quiet=True), name="model")
     assert error.value.last_line == "NotImplementedError: no fp8 here"
 
 
@@ -128,6 +170,26 @@ def test_sensitivity_ranks_layers_and_writes_a_policy(tmp_path, monkeypatch):
     assert report["capacity_ratio"] == pytest.approx(256 / 132)
     assert set(read_layer_policy(policy, 30)) == set(range(30))
     assert plot.stat().st_size > 0
+
+
+@pytest.mark.engine
+def test_sensitivity_shows_layers_that_read_the_cache_of_another(tmp_path, monkeypatch):
+    """Gemma-3n's last two: not ranked, and not in the policy, as they have no cache to leave unquantized."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tokens = torch.randint(3, tiny_models.VOCAB_SIZE, (40,)).tolist()
+    options = {"engine_options": {"skip_tokenizer_init": True}, "max_tokens": 64}
+    plan = EvalPlan(str(tiny_models.gemma3n(tmp_path)), token_ids=[tokens, [3, 4]], **options)
+    report = sensitivity.measure_layers(plan, Console(quiet=True), name="gemma3n")
+    assert sorted(layer["layer"] for layer in report["layers"]) == [0, 1, 2]
+    # vLLM goes by place: layers that slide read the last cache but one, the others the last.
+    assert report["sharing_layers"] == [{"layer": 3, "reads_cache_of": 1}, {"layer": 4, "reads_cache_of": 2}]
+    assert report["text_tokens"] == [40, 2]
+    policy = tmp_path / "policy.yaml"
+    sensitivity.write_policy(report, policy)
+    assert set(read_layer_policy(policy, 5)) == {0, 1, 2}
+    shown = StringIO()
+    sensitivity.print_layers(report, Console(file=shown, width=120))
+    assert "reads the cache of layer 2" in shown.getvalue()
 
 
 def test_suggested_policy_and_its_price():
@@ -154,26 +216,112 @@ def test_first_divergence():
         ),
         (["--dtypes", "int8_custom:rotate=true"], "has no option 'rotate'"),
         (["--paths", "decode,verify"], "--paths must be some of decode, prefill, chunked, prefix, got 'verify'"),
+        (["--dtypes", "auto,int8_costum"], "--dtypes: expected some of auto, bfloat16, float16, fp8, "),
+        (["--dtypes", "auto,,fp8"], ", turboquant_k8v4, ultraquant_4bit, got ''"),
+        (["--dtypes", "fp8:block_size=["], "--dtypes: the value of block_size must be YAML, got '['"),
+        (["--dtypes", "fp8:foo=1"], "--dtypes fp8:foo=1: vLLM's LLM has no argument 'foo'"),
+        (
+            ["--dtypes", "fp8:calculate_kv_scales=true"],
+            "--dtypes fp8:calculate_kv_scales=true: vLLM's LLM has no argument 'calculate_kv_scales'",
+        ),
+        (["--dtypes", "auto:dtype=half"], "--dtypes auto:dtype=half: dtype is set by eval itself; use --dtype"),
+        (["--dtypes", "int8_custom:layer_policy=/no/such.yaml"], "/no/such.yaml cannot be read"),
+        (
+            ["--dtypes", "int8_custom:cpu_isa=sse9"],
+            f"--dtypes: cpu_isa must be one of {', '.join(library.cpu_isas())} on this CPU, got 'sse9'",
+        ),
         (["--needle-lengths", "1k"], "--needle-lengths must be numbers of tokens like 512,1024, got '1k'"),
+        (["--needle-lengths", "512,64"], "--needle-lengths must be above 64, which hidden number, question and answer"),
         (["--engine-options", "[]"], "--engine-options must be a JSON object, got '[]'"),
+        (
+            ["--engine-options", '{"kv_cache_dtype": "fp8"}'],
+            "--engine-options: kv_cache_dtype is set by eval itself; use --dtypes",
+        ),
+        (["--engine-options", '{"max_model_len": 99}'], "max_model_len is set by eval itself; use --tokens"),
+        (
+            ["--engine-options", '{"enforce_eagre": false}'],
+            "--engine-options: vLLM's LLM has no argument 'enforce_eagre'; did you mean enforce_eager?",
+        ),
         (["--text", "/no/such/file"], "--text: cannot read /no/such/file"),
+        (["--text", os.devnull], f"--text: {os.devnull} holds no text; scoring needs 2 tokens"),
+        (["--sensitivity", "--text", os.devnull], f"--text: {os.devnull} holds no text; scoring needs 2 tokens"),
+        (["--json", "/"], "--json: expected a file, / is a folder"),
         (["--json", "/no/such/folder/report.json"], "--json: the folder /no/such/folder does not exist"),
         (["--plot", "plot.png"], "--plot needs --sensitivity"),
     ],
 )
 def test_eval_refuses_bad_options(options, message, monkeypatch):
-    monkeypatch.setattr(models, "resolve", lambda model: model)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kwargs: pytest.fail("started"))
+    monkeypatch.setattr(models, "resolve", lambda model, say: model)
+    for module, name in ((evaluate, "evaluate"), (sensitivity, "measure_layers")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("started"))
     result = runner.invoke(cli.app, ["eval", "some/model", *options])
     assert result.exit_code == 1
-    assert message in result.stderr
+    assert result.stderr.startswith("Error: ") and message in result.stderr
+
+
+def test_eval_refuses_a_plot_without_matplotlib(monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    result = runner.invoke(cli.app, ["eval", "some/model", "--sensitivity", "--plot", "plot.png"])
+    assert result.stderr.startswith("Error: --plot needs matplotlib, which is not installed")
 
 
 def test_cache_spec():
     spec = CacheSpec.parse(PLAIN)
     assert (spec.kv_cache_dtype, spec.int8_kv) == ("int8_custom", {"rotate_keys": False, "equalize_keys": False})
     assert CacheSpec.parse("fp8_e5m2") == CacheSpec("fp8_e5m2", "fp8_e5m2")
-    assert CacheSpec.parse("fp8:calculate_kv_scales=true").engine_options == {"calculate_kv_scales": True}
+    assert CacheSpec.parse("fp8:block_size=64").engine_options == {"block_size": 64}
+
+
+def test_layer_policy_of_a_cache_is_read_when_it_is_named(tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("{0: auto, 200: k8v8}")  # the model, and how many layers it has, is not known yet
+    name = f"int8_custom:layer_policy={policy}"
+    assert CacheSpec.parse(name).int8_kv == {"layer_policy": str(policy)}
+    policy.write_text("{0: fp8}")
+    with pytest.raises(ValueError, match="gives layer 0 the format 'fp8'"):
+        CacheSpec.parse(name)
+
+
+def test_names_that_an_engine_knows_are_those_of_this_vllm():
+    from dataclasses import fields
+    from typing import get_args
+
+    from vllm.config.cache import CacheDType
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert engine_options.cache_dtypes() == {*get_args(CacheDType)} - {
+        KV_CACHE_DTYPE
+    }  # which the plugin may have added
+    assert engine_options.engine_arguments() == {field.name for field in fields(EngineArgs)}
+    assert set(engine_options.OWN) <= engine_options.engine_arguments()
+
+
+def test_a_dtype_of_another_plugin_is_left_to_the_engine(monkeypatch):
+    theirs = metadata.EntryPoint("theirs", "their_cache:register", "vllm.general_plugins")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [theirs])
+    assert CacheSpec.parse("their_dtype").kv_cache_dtype == "their_dtype"
+
+
+def test_every_option_of_a_cache_that_help_names_exists():
+    options = typer.main.get_command(cli.app).commands["eval"].params
+    (shown,) = (option.help for option in options if option.name == "dtypes")
+    named = re.findall(r"(\w+):(\w+=\w+)", shown)
+    assert [dtype for dtype, _ in named] == ["int8_custom", "fp8"]
+    for dtype, option in named:
+        CacheSpec.parse(f"{dtype}:{option}")
+
+
+def test_sizes_that_a_text_is_too_short_for():
+    """Of three texts: longer than a chunk and the stride, as long as them, and of the fewest tokens."""
+    plan = EvalPlan("model", chunk_tokens=10, prefix_stride=10, token_ids=[[0] * 25, [0] * 10, [0] * 2])
+    assert plan.chunks() == [10, 5, 1]
+    assert plan.strides("prefix") == [10, 9, 1]
+    assert plan.strides("chunked") == [1, 1, 1]
+    assert plan.text_problem(plan.token_ids) is None
+    named = EvalPlan("model", texts=("a", ""), text_names=("book.txt", "note.txt"))
+    assert (
+        named.text_problem([[0, 1], [0]]) == "--text: note.txt has 1 token(s), scoring needs 2: the first has no score"
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,15 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def test_real_conversion(cache, monkeypatch):
+def test_real_conversion(cache, monkeypatch, capfd):
     """Real weights and tokenizer, in bf16, and the second call does not convert again."""
     from transformers import AutoTokenizer
 
-    folder = models.smollm2()
+    lines = []
+    folder = models.smollm2(lines.append)
     assert folder.parent == cache
+    assert lines == [f"smollm2: unpacking the weights into {folder}, once, about 20 seconds ..."]
+    assert "it/s" not in capfd.readouterr().err, "bars of other libraries"
     config = json.loads(folder.joinpath("config.json").read_text())
     assert config["num_hidden_layers"] == 30
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (9, 3, 64)
@@ -50,7 +53,7 @@ def test_real_conversion(cache, monkeypatch):
     assert tokenizer.tokenize("in  1984") == ["in", "ĠĠ", "1", "9", "8", "4"]
 
     monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted twice"))
-    assert models.smollm2() == folder
+    assert models.smollm2(lines.append) == folder and len(lines) == 1
 
 
 def test_capital_of_france():

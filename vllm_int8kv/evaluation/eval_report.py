@@ -59,9 +59,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     ]
     shares = [cache["paths"]["prefix"]["prefix_hit_share"] for cache in caches.values() if "prefix" in cache["paths"]]
     if shares:
+        short = ", the last of a shorter text" if min(texts.values()) <= report["prefix_stride"] else ""
         notes.append(
-            f"Prefix-cache path: every {report['prefix_stride']}th token; {min(shares):.0%} of the prompt tokens were "
-            f"found in the cache (blocks of {report['block_size']})."
+            f"Prefix-cache path: every {report['prefix_stride']}th token{short}; {min(shares):.0%} of the prompt "
+            f"tokens were found in the cache (blocks of {report['block_size']})."
         )
     console.print(Text(" ".join(notes)), style="dim")
     for name, why in report["left_out"].items():

@@ -72,13 +72,18 @@ class Recorder:
         self.scores[rows, TOP1] = p.argmax(axis=-1) == q.argmax(axis=-1)
 
 
-def load_scores(paths: Sequence[str | Path], stride: int = 1) -> list[np.ndarray]:
-    """Every `stride`-th row of each text, `[num_rows, 3]`.
+def every(texts: Sequence[np.ndarray], strides: Sequence[int]) -> list[np.ndarray]:
+    """The rows of each text that are scored if only every so many tokens are."""
+    return [text[stride - 1 :: stride] for text, stride in zip(texts, strides, strict=True)]
+
+
+def load_scores(paths: Sequence[str | Path], strides: Sequence[int] | None = None) -> list[np.ndarray]:
+    """The rows of each text, `[num_rows, 3]`, or every so many of them.
 
     Raises:
         ValueError: one of them was not recorded.
     """
-    texts = [np.load(path)[stride - 1 :: stride] for path in paths]
+    texts = every([np.load(path) for path in paths], strides or [1] * len(paths))
     for path, text in zip(paths, texts, strict=True):
         if missing := int(np.isnan(text).any(axis=-1).sum()):
             raise ValueError(f"{missing} of {len(text)} rows of {Path(path).name} were not recorded")

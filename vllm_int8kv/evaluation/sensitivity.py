@@ -3,7 +3,8 @@
 One engine with the INT8 cache scores the texts by prefill, with exact attention in the layers that are to count as
 unquantized (`engines/sensitivity_engine.py`). e_o is the relative error of a layer's attention output when its own K
 and V went through the cache and everything before it is exact (KVTuner, arXiv 2502.04420, with norms in place of
-elementwise ratios); the KL divergence per token is that of the whole model with only this layer quantized.
+elementwise ratios); the KL divergence per token is that of the whole model with only this layer quantized. A layer that
+reads another layer's cache has none of its own to leave unquantized: it counts as a part of that layer.
 """
 
 import tempfile
@@ -14,13 +15,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_int8kv.cache.formats import FORMATS, K8V8, native_content_bytes
 from vllm_int8kv.config import KV_CACHE_DTYPE, LAYER_FORMATS
 from vllm_int8kv.evaluation.engines.process import run_engine
-from vllm_int8kv.evaluation.evaluate import EvalPlan
+from vllm_int8kv.evaluation.eval_plan import EvalPlan
+from vllm_int8kv.evaluation.progress import ProgressDisplay
 
 STAGE_SECONDS = {"load": 15, "sample": 60, "errors": 10, "layers": 120}
 OUTLIER_SHARE = 4.0
@@ -58,23 +59,19 @@ def measure_layers(plan: EvalPlan, console: Console, *, name: str, verbose: bool
 
     Returns:
         The report that `--json` writes: `layers`, each with `layer`, `e_o`, `kl_per_token`, the most sensitive first;
+        `sharing_layers`, each with `layer` and `reads_cache_of`, the layer in whose cache its keys and values are;
         `kl_all_layers`; and what `suggest` returns.
 
     Raises:
         EngineError: the engine failed.
+        ValueError: a text is too short to be scored.
     """
-    stages = {stage: seconds for stage, seconds in STAGE_SECONDS.items() if stage != "sample" or not plan.texts}
-    columns = TextColumn("{task.description:<40}"), BarColumn(), TimeElapsedColumn()
-    progress = Progress(*columns, console=console, disable=verbose)
-    with tempfile.TemporaryDirectory(prefix="vllm-int8kv-") as folder, progress:
-        task_id = progress.add_task("layers", total=sum(stages.values()))
-        result = run_engine(
-            "vllm_int8kv.evaluation.engines.sensitivity_engine",
-            asdict(replace(plan, folder=folder, kv_cache_dtype=KV_CACHE_DTYPE)),
-            stages,
-            lambda completed: progress.update(task_id, completed=completed),
-            verbose,
-        )
+    has_texts = bool(plan.texts or plan.token_ids)
+    shares = {stage: seconds for stage, seconds in STAGE_SECONDS.items() if not (stage == "sample" and has_texts)}
+    with tempfile.TemporaryDirectory(prefix="vllm-int8kv-") as folder, ProgressDisplay(console, verbose) as progress:
+        own = asdict(replace(plan, folder=folder, kv_cache_dtype=KV_CACHE_DTYPE))
+        with progress.engine("sensitivity", shares) as stages:
+            result = run_engine("vllm_int8kv.evaluation.engines.sensitivity_engine", own, stages.update, verbose)
     layers = sorted(result.pop("layers"), key=lambda layer: -layer["kl_per_token"])
     return {"model": name, **result, "layers": layers, **suggest(layers)}
 
@@ -119,6 +116,8 @@ def print_layers(report: Mapping[str, Any], console: Console) -> None:
         table.add_column(column, justify="right")
     for layer in report["layers"]:
         table.add_row(str(layer["layer"]), f"{layer['kl_per_token']:.1e}", f"{layer['e_o']:.1e}")
+    for layer in report["sharing_layers"]:
+        table.add_row(str(layer["layer"]), f"reads the cache of layer {layer['reads_cache_of']}", "-")
     console.print(table)
     console.print(f"All layers quantized: KL {report['kl_all_layers']:.1e} per token.")
     if not report["policy"]:

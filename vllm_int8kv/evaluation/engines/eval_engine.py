@@ -1,8 +1,9 @@
-"""One engine of `vllm-int8kv eval`, run by `process`; its plan is an `evaluate.EvalPlan`."""
+"""One engine of `vllm-int8kv eval`, run by `process`; its plan is an `eval_plan.EvalPlan`."""
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import vllm
@@ -18,8 +19,8 @@ from vllm_int8kv.evaluation.engines.forced_decoding import (
     score_prefill,
     score_prefix_reads,
 )
-from vllm_int8kv.evaluation.engines.process import emit, finish
-from vllm_int8kv.evaluation.evaluate import EvalPlan, scores_path
+from vllm_int8kv.evaluation.engines.process import emit, finish, refuse
+from vllm_int8kv.evaluation.eval_plan import NEEDLE_ROOM, EvalPlan, scores_path
 from vllm_int8kv.evaluation.scoring import TextFiles
 
 NUM_ANSWERS = 8
@@ -29,8 +30,6 @@ NEEDLE_DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
 CITIES = ("Oslo", "Lima", "Cairo", "Quito", "Hanoi")
 NEEDLE = "\n\nThe secret number of {city} is {number}. Do not forget it.\n\n"
 QUESTION = "\n\nThe secret number of {city} is"
-NEEDLE_ROOM = 64
-"""Tokens of needle, question and answer."""
 MAX_CACHE_TOKENS = 1 << 16
 
 
@@ -41,6 +40,7 @@ def main() -> None:
     emit(stage="load", done=1.0)
     config = llm.llm_engine.vllm_config
     token_ids = plan.token_ids or write_texts(llm, plan)
+    plan = replace(plan, token_ids=token_ids)
     result = {
         "token_ids": token_ids,
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
@@ -58,9 +58,9 @@ def main() -> None:
         if path == "decode":
             score_decode(llm, texts, plan.num_parts, on_progress)
         elif path == "prefix":
-            result["prefix_hit_share"] = score_prefix_reads(llm, texts, plan.prefix_stride, on_progress)
+            result["prefix_hit_share"] = score_prefix_reads(llm, texts, plan.strides(path), on_progress)
         else:
-            score_prefill(llm, texts, on_progress, plan.chunk_tokens if path == "chunked" else None)
+            score_prefill(llm, texts, on_progress, plan.chunks() if path == "chunked" else None)
     if plan.generate_tokens:
         result["answers"] = answer(llm, token_ids, plan.generate_tokens)
         emit(stage="generate", done=1.0)
@@ -104,11 +104,14 @@ def text_files(plan: EvalPlan, token_ids: Sequence[list[int]], path: str, vocab_
 
 
 def write_texts(llm: LLM, plan: EvalPlan) -> list[list[int]]:
-    """Tokenize the texts, or have the model write some."""
+    """Tokenize the texts, or have the model write some. Ends the engine if one is too short to be scored."""
     limit = min(plan.max_tokens, llm.llm_engine.vllm_config.model_config.max_model_len - 1)
     tokenizer = llm.get_tokenizer()
     if plan.texts:
-        return [tokenizer.encode(text)[:limit] for text in plan.texts]
+        token_ids = [tokenizer.encode(text)[:limit] for text in plan.texts]
+        if problem := plan.text_problem(token_ids):
+            refuse(problem)
+        return token_ids
     first = next(token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if token is not None)
     params = [
         SamplingParams(temperature=1.0, seed=seed, min_tokens=limit - 1, max_tokens=limit - 1, detokenize=False)
@@ -120,9 +123,9 @@ def write_texts(llm: LLM, plan: EvalPlan) -> list[list[int]]:
 
 
 def answer(llm: LLM, token_ids: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
-    """Greedy continuations of pieces of the texts."""
+    """Greedy continuations of pieces of the texts, no piece twice."""
     everything = [token for ids in token_ids for token in ids]
-    starts = np.linspace(0, max(0, len(everything) - PROMPT_TOKENS), NUM_ANSWERS).astype(int)
+    starts = np.unique(np.linspace(0, max(0, len(everything) - PROMPT_TOKENS), NUM_ANSWERS).astype(int))
     prompts = [{"prompt_token_ids": everything[start : start + PROMPT_TOKENS]} for start in starts]
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
     return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]

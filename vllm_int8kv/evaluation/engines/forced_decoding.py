@@ -119,11 +119,13 @@ def forced_params(files: TextFiles, begin: int, end: int) -> SamplingParams:
 def score_decode(llm: LLM, texts: Sequence[TextFiles], num_parts: int, on_progress: Callable[[float], None]) -> None:
     """Score every token of the texts by decode steps.
 
-    A text is cut into `num_parts` parts that are decoded side by side, each after the text before it, so that
-    every row but the first of a part comes from a decode step that reads the whole context from the cache.
+    A text is cut into `num_parts` parts, or as many as it has rows, that are decoded side by side, each after the text
+    before it, so that every row but the first of a part comes from a decode step that reads the whole context from the
+    cache.
     """
     for index, files in enumerate(texts):
-        bounds = [1 + files.num_rows * part // num_parts for part in range(num_parts + 1)]
+        parts = min(num_parts, files.num_rows)
+        bounds = [1 + files.num_rows * part // parts for part in range(parts + 1)]
         for begin, end in pairwise(bounds):
             prompt = {"prompt_token_ids": files.token_ids[:begin]}
             llm.llm_engine.add_request(f"text-{index}-{begin}", prompt, forced_params(files, begin, end))
@@ -134,21 +136,21 @@ def score_decode(llm: LLM, texts: Sequence[TextFiles], num_parts: int, on_progre
 
 
 def score_prefill(
-    llm: LLM, texts: Sequence[TextFiles], on_progress: Callable[[float], None], chunk_tokens: int | None = None
+    llm: LLM, texts: Sequence[TextFiles], on_progress: Callable[[float], None], chunks: Sequence[int] | None = None
 ) -> None:
     """Score every token of the texts by their prefill, one text at a time.
 
-    In chunks of `max_num_batched_tokens`, or of `chunk_tokens` if that is fewer. The engine must run in this process.
+    In chunks of `max_num_batched_tokens`, or of what `chunks` says for the text if that is fewer. The engine must run
+    in this process.
     """
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     budget = scheduler.max_num_scheduled_tokens
-    chunk_tokens = min(chunk_tokens or budget, budget)
-    # The budget of a step, which vLLM takes from its options. Its limit for long prompts leaves those alone that have
-    # no others beside them.
-    scheduler.max_num_scheduled_tokens = chunk_tokens
     try:
-        for index, files in enumerate(texts):
+        for index, (files, chunk) in enumerate(zip(texts, chunks or [budget] * len(texts), strict=True)):
+            # The budget of a step, which vLLM takes from its options. Its limit for long prompts leaves those alone
+            # that have no others beside them.
+            scheduler.max_num_scheduled_tokens = chunk_tokens = min(chunk, budget)
             llm.collective_rpc("score_next_prompt", args=(asdict(files), chunk_tokens))
             llm.generate({"prompt_token_ids": files.token_ids}, params, use_tqdm=False)
             on_progress((index + 1) / len(texts))
@@ -157,15 +159,18 @@ def score_prefill(
 
 
 def score_prefix_reads(
-    llm: LLM, texts: Sequence[TextFiles], stride: int, on_progress: Callable[[float], None]
+    llm: LLM, texts: Sequence[TextFiles], strides: Sequence[int], on_progress: Callable[[float], None]
 ) -> float:
-    """Score every `stride`-th token of the texts by a request of its own that finds the text in the prefix cache.
+    """Score tokens of the texts by a request for each that finds the text before it in the prefix cache.
+
+    Args:
+        strides: of each text; every so many tokens are scored.
 
     Returns:
         The share of the prompt tokens that were read from the prefix cache.
     """
     num_cached = num_prompt = 0
-    for index, files in enumerate(texts):
+    for index, (files, stride) in enumerate(zip(texts, strides, strict=True)):
         llm.generate({"prompt_token_ids": files.token_ids[:-1]}, SamplingParams(max_tokens=1), use_tqdm=False)
         ends = range(stride, len(files.token_ids), stride)
         prompts = [{"prompt_token_ids": files.token_ids[:end]} for end in ends]

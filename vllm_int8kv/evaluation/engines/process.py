@@ -4,6 +4,7 @@ An engine is a module run with `python -m MODULE` that reads its plan as JSON fr
 start with `EVENT` go on with one JSON object for the parent; every other line is the log of vLLM.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 EVENT = "@vllm-int8kv "
 KEPT_LOG_LINES = 40
@@ -40,6 +41,12 @@ def emit(**event: object) -> None:
     print(EVENT + json.dumps(event), flush=True)
 
 
+def refuse(message: str) -> NoReturn:
+    """End the engine because what it was asked for cannot be done; `run_engine` raises the message as a ValueError."""
+    emit(refused=message)
+    sys.exit(1)
+
+
 def finish(llm: "LLM", result: Mapping[str, Any]) -> None:  # noqa: F821
     """Send the result and end the engine: the last thing an engine process does."""
     emit(result=result)
@@ -52,8 +59,7 @@ def finish(llm: "LLM", result: Mapping[str, Any]) -> None:  # noqa: F821
 def run_engine(
     module: str,
     plan: Mapping[str, Any],
-    stages: Mapping[str, float],
-    on_progress: Callable[[float], None],
+    on_progress: Callable[[str, float], None],
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Carry out a plan in a process of its own.
@@ -61,12 +67,12 @@ def run_engine(
     Args:
         module: what to run; it emits `stage=NAME, done=FRACTION` as it goes and `result=MAPPING` in the end.
         plan: anything JSON; its `kv_cache_dtype` and `dtype` name the engine in an error.
-        stages: the stages in order and their shares of a progress bar.
-        on_progress: called with what is done, in units of `stages`.
+        on_progress: called with a stage and what is done of it.
         verbose: pass the log of vLLM on to stderr.
 
     Raises:
         EngineError: the process ended without a result.
+        ValueError: it refused the plan.
     """
     environment = {
         # The engine in the process itself: a third of the start-up time, and every core computes (vLLM's worker
@@ -76,17 +82,18 @@ def run_engine(
     }
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [sys.executable, "-m", module]
-    result, log = None, deque(maxlen=KEPT_LOG_LINES)
+    event, log = {}, deque(maxlen=KEPT_LOG_LINES)
     options = {"env": os.environ | environment, "preexec_fn": die_with_parent}
     with subprocess.Popen(command, text=True, errors="replace", **pipes, **options) as process:
         try:
-            json.dump(plan, process.stdin)
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it died before it read a long plan; its log says why
+                json.dump(plan, process.stdin)
+                process.stdin.close()
             for line in process.stdout:
                 if line.startswith(EVENT):
                     event = json.loads(line.removeprefix(EVENT))
-                    result = event.get("result")
-                    on_progress(_completed(stages, **event))
+                    if "stage" in event:
+                        on_progress(event["stage"], event["done"])
                 else:
                     log.append(line)
                     if verbose:
@@ -94,19 +101,11 @@ def run_engine(
         except BaseException:
             process.kill()
             raise
-    if process.returncode != 0 or result is None:
+    if "refused" in event:
+        raise ValueError(event["refused"])
+    if process.returncode != 0 or "result" not in event:
         raise EngineError(
             f"the engine with kv_cache_dtype={plan['kv_cache_dtype']!r} and dtype={plan['dtype']!r} ended with exit "
             f"code {process.returncode}. Its last lines:\n{''.join(log)}"
         )
-    return result
-
-
-def _completed(
-    stages: Mapping[str, float], stage: str | None = None, done: float = 1.0, result: object = None
-) -> float:
-    """Progress in units of `stages` after an event of the engine."""
-    if stage is None:
-        return sum(stages.values())
-    before = list(stages)[: list(stages).index(stage)]
-    return sum(stages[name] for name in before) + done * stages[stage]
+    return event["result"]

@@ -1,4 +1,4 @@
-"""The engine of `vllm-int8kv eval --sensitivity`, run by `process`; its plan is an `evaluate.EvalPlan`.
+"""The engine of `vllm-int8kv eval --sensitivity`, run by `process`; its plan is an `eval_plan.EvalPlan`.
 
 The engine serves with the INT8 cache, so what is measured is what is served: its calibration, formats and options. A
 hook on the attention layers computes what exact attention would give, and puts it in the place of the output of every
@@ -24,7 +24,7 @@ from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.engines.eval_engine import start, text_files, write_texts
 from vllm_int8kv.evaluation.engines.forced_decoding import score_prefill
 from vllm_int8kv.evaluation.engines.process import emit, finish
-from vllm_int8kv.evaluation.evaluate import EvalPlan
+from vllm_int8kv.evaluation.eval_plan import EvalPlan
 from vllm_int8kv.evaluation.scoring import KL, load_scores
 from vllm_int8kv.evaluation.sensitivity import CacheShape
 
@@ -44,6 +44,12 @@ class LayerHooks:
             for name, layer in ours.items()
             if layer.kv_sharing_target_layer_name is None
         }
+        self.sharing = {
+            extract_layer_index(name): extract_layer_index(layer.kv_sharing_target_layer_name)
+            for name, layer in ours.items()
+            if layer.kv_sharing_target_layer_name is not None
+        }
+        """Layers without a cache of their own, and whose they read."""
         self.quantized: frozenset[int] = frozenset()
         self.is_measuring = False
         self.errors: dict[int, list[float]] = {index: [] for index in self.layers}
@@ -125,7 +131,9 @@ def main() -> None:
         shape = CacheShape(layer.num_kv_heads, layer.head_size, native_dtype.itemsize, cache_format.name)
         e_o = float(np.mean(hooks.errors[index]))
         layers.append({"layer": index, "e_o": e_o, "kl_per_token": divergences[index], "shape": vars(shape)})
-    result = {"layers": layers, "kl_all_layers": divergences[None], "text_tokens": list(map(len, token_ids))}
+    sharing = [{"layer": index, "reads_cache_of": owner} for index, owner in sorted(hooks.sharing.items())]
+    result = {"layers": layers, "sharing_layers": sharing, "kl_all_layers": divergences[None]}
+    result |= {"text_tokens": list(map(len, token_ids))}
     finish(llm, result | {"dtype": str(model_config.dtype).removeprefix("torch.")})
 
 
