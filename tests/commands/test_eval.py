@@ -329,7 +329,13 @@ def test_sizes_that_a_text_is_too_short_for():
     [
         ("- 1", r"must hold a mapping of layers to int8 or auto, got \[1\]"),
         ("7: auto", "names layer 7; the model has layers 0 to 3"),
-        ("true: auto", "names layer True"),
+        ("true: auto", "names layer True; layers are numbers from 0 on"),
+        ("-1: auto", "names layer -1; layers are numbers"),
+        ("'\u00b2': auto", "names layer '\u00b2'; layers are numbers"),  # a digit, but no number for Python
+        ("1.0: auto", "names layer 1.0; layers are numbers"),
+        ("1: auto\n1: int8", "key 1 is given twice"),
+        ('{"1": "auto", "1": "int8"}', "key '1' is given twice"),
+        ('{"1": "auto", 1: "int8"}', "names layer 1 twice"),
         ("1: fp8", "gives layer 1 the format 'fp8'; use int8 or auto"),
         ("{", "cannot be read"),
     ],
@@ -339,6 +345,12 @@ def test_layer_policy_refuses(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_layer_policy(path, 4)
+
+
+def test_layer_policy_in_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "policy.yaml").write_text("7: auto")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_layer_policy("~/policy.yaml") == {7: "auto"}  # of a model that is not known yet
 
 
 def test_layer_policy_as_json(tmp_path):

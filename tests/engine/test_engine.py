@@ -21,8 +21,10 @@ import torch
 from engines import MAX_KL, engine, kl_per_token, layers, num_cache_tokens, prompt_logprobs, tiny_engine
 from support import supports
 
+from vllm_int8kv.cache import library
 from vllm_int8kv.cache.formats import K8V8
-from vllm_int8kv.serving import attention, startup_log
+from vllm_int8kv.serving import attention
+from vllm_int8kv.serving.start_up import log as startup_log
 
 pytestmark = pytest.mark.engine
 
@@ -220,6 +222,45 @@ def test_options_reach_the_worker_which_logs_them(model_folder, auto_run, monkey
         assert not any(layer.impl.key_transform.rotate for layer in layers(llm).values())
         (line,) = (line for line in log if "keys not rotated" in line)
         assert "scalar kernels; 792 bytes per token instead of 1536 (bfloat16), 1.94x" in line
+        assert kl_per_token(expected, prompt_logprobs(llm)) < MAX_KL
+
+
+def test_the_kernels_that_an_engine_asks_for_are_its_own(model_folder, monkeypatch):
+    """The next engine of the process, and whoever calls an operator, has those of the process."""
+    used: list[str | None] = []
+    paged_attention = attention.ops.paged_attention
+
+    def noted(*args, cpu_isa=None, **options):
+        used.append(cpu_isa)
+        return paged_attention(*args, cpu_isa=cpu_isa, **options)
+
+    monkeypatch.setattr(attention.ops, "paged_attention", noted)
+    fastest = library.cpu_isa()
+    for isa in ("scalar", None):
+        used.clear()
+        with tiny_engine(model_folder(tiny_models.llama), additional_config={"int8_kv": {"cpu_isa": isa}}) as llm:
+            prompt_logprobs(llm)
+        assert set(used) == {isa} and library.cpu_isa() == fastest
+
+
+@supports("Gemma-3n: layers that share a KV cache, with skipped layers", "they are as the layer whose cache they read")
+@pytest.mark.parametrize(
+    ("options", "unquantized"),
+    [
+        ({"kv_cache_dtype_skip_layers": ["1"]}, {1, 3}),  # vLLM lets layer 3 read the cache of layer 1
+        ({"kv_cache_dtype_skip_layers": ["3"]}, set()),
+        ({"kv_cache_dtype_skip_layers": ["2"]}, {2, 4}),  # and layer 4 that of layer 2
+        ({"kv_cache_dtype_skip_layers": ["4"]}, set()),
+        ({"kv_cache_dtype_skip_layers": ["sliding_window"]}, {0, 2, 4}),  # layer 3 has a window too, 1 and 4 have none
+        ({"additional_config": {"int8_kv": {"layer_policy": {2: "auto", 3: "auto"}}}}, {2, 4}),
+    ],
+    ids=["owner", "reader", "another_owner", "another_reader", "sliding_window", "policy"],
+)
+def test_a_layer_that_reads_another_ones_cache_is_as_that_one(options, unquantized, model_folder, auto_run):
+    expected, _ = auto_run(tiny_models.gemma3n)
+    with tiny_engine(model_folder(tiny_models.gemma3n), **options) as llm:
+        names = {index: layer.attn_backend.get_name() for index, layer in layers(llm).items()}
+        assert names == {index: "CPU_ATTN" if index in unquantized else "INT8_KV" for index in range(5)}
         assert kl_per_token(expected, prompt_logprobs(llm)) < MAX_KL
 
 

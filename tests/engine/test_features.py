@@ -86,6 +86,24 @@ def test_draft_model_speculation(draft_dtype, llama, expected_tokens):
     assert sum(accepted) > 0  # the draft is the model itself: its guesses are right
 
 
+def test_a_policy_is_about_the_target_and_not_about_its_draft(llama, expected_tokens, tmp_path):
+    """A policy may name layers that a draft does not have, and says nothing of those that it has."""
+    draft = tiny_models.llama(tmp_path, num_layers=1)
+    policy = {"int8_kv": {"layer_policy": {0: "auto", 2: "auto"}}}
+    with tiny_exact_engine(llama, additional_config=policy) as llm:
+        alone = greedy_tokens(llm)
+    for draft_dtype in (None, "auto"):
+        speculative = dict(model=str(draft), num_speculative_tokens=2, kv_cache_dtype=draft_dtype)
+        with tiny_exact_engine(llama, additional_config=policy, speculative_config=speculative) as llm:
+            context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+            names = {name: layer.attn_backend.get_name() for name, layer in context.items() if "attn" in name}
+            assert greedy_tokens(llm) == alone
+        of_target = {f"model.layers.{layer}.self_attn.attn": "CPU_ATTN" for layer in (0, 2)}
+        of_target["model.layers.1.self_attn.attn"] = "INT8_KV"
+        of_draft = {"draft_model.model.layers.0.self_attn.attn": "CPU_ATTN" if draft_dtype else "INT8_KV"}
+        assert names == of_target | of_draft
+
+
 @supports("KV connectors that copy whole blocks", "saved by one engine, loaded by another: the same tokens")
 def test_one_engine_loads_what_another_saved(llama, expected_tokens, tmp_path, monkeypatch):
     from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
@@ -97,15 +115,25 @@ def test_one_engine_loads_what_another_saved(llama, expected_tokens, tmp_path, m
     )
     connector = dict(kv_connector="ExampleConnector", kv_role="kv_both")
     connector["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path)}
-    options = dict(kv_transfer_config=connector, block_size=16, enable_prefix_caching=False)
+    options = dict(block_size=16, enable_prefix_caching=False, enable_chunked_prefill=False)
+    options |= dict(kv_transfer_config=connector, max_num_batched_tokens=2048)
     with tiny_exact_engine(llama, **options) as llm:
         assert greedy_tokens(llm) == expected_tokens
-    assert len(list(tmp_path.glob("*/*.safetensors"))) >= 3 * sum(n > 16 for n in PROMPT_LENS)  # of 3 layers
+    (folder,) = tmp_path.iterdir()  # of engines whose pages mean the same
+    assert len(list(folder.glob("*/*.safetensors"))) >= 3 * sum(n > 16 for n in PROMPT_LENS)  # of 3 layers
     with tiny_exact_engine(llama, **options) as llm:
         loaded.clear()
         assert greedy_tokens(llm) == expected_tokens
     # The connector looks for one block too few where a prompt ends one token into a block.
     assert len(loaded) == 3 * sum(n > 16 and n % 16 != 1 for n in PROMPT_LENS)
+    # Pages that were written with other options are not there for an engine.
+    for additional_config in ({"rotate_keys": False}, {"layer_policy": {1: "auto"}}):
+        changed = options | {"additional_config": {"int8_kv": additional_config}, "block_size": 32}
+        with tiny_exact_engine(llama, **changed) as llm:
+            loaded.clear()
+            greedy_tokens(llm)
+            assert loaded == []
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @supports("LoRA on Q, K and V", "KL to vLLM's own cache")
@@ -205,14 +233,36 @@ def create_config(llama: Path) -> Callable[..., object]:
 @refuses("KV connectors that copy single slots (LMCache), or are not known to copy whole blocks", "by this plugin")
 @pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in_a_multi_connector"])
 def test_unknown_connector_is_refused(wrapped, create_config):
-    connector = dict(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
+    connector = dict(kv_connector="DecodeBenchConnector", kv_role="kv_both")
     if wrapped:
-        known = connector | {"kv_connector": "ExampleConnector"}
+        known = connector | {"kv_connector": "OffloadingConnector"}
         connector = dict(kv_connector="MultiConnector", kv_role="kv_both") | {
             "kv_connector_extra_config": {"connectors": [known, connector]}
         }
-    with pytest.raises(ValueError, match="kv_connector='LMCacheConnectorV1': the bytes of a slot lie in four planes"):
+    with pytest.raises(ValueError, match=r"kv_connector='DecodeBenchConnector' \(.*the bytes of a slot lie in four"):
         create_config(kv_transfer_config=connector)
+
+
+@refuses("vLLM's example connector with tensor parallel or chunked prefill", "by this plugin: it corrupts any KV cache")
+def test_the_example_connector_is_refused_where_it_corrupts(create_config):
+    options = {"kv_transfer_config": dict(kv_connector="ExampleConnector", kv_role="kv_both")}
+    whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2048}
+    create_config(**options, **whole_prompts)
+    with pytest.raises(ValueError, match="ExampleConnector with chunked prefill: it saves a prompt with its first"):
+        create_config(**options)
+    with pytest.raises(ValueError, match="ExampleConnector with tensor_parallel_size=2: its ranks overwrite each"):
+        create_config(**options, **whole_prompts, tensor_parallel_size=2)
+
+
+@refuses("Falcon", "by this plugin: vLLM's code of the model does not hand the KV cache dtype to its layers")
+def test_a_model_whose_layers_are_not_told_is_refused(tmp_path):
+    expected = (
+        r"kv_cache_dtype='int8_custom' would be used by no layer of FalconForCausalLM \(vLLM's code of this model does "
+        r"not hand the KV cache dtype to them: transformer\.h\.0\.self_attention\.attn, .*\); use "
+        "kv_cache_dtype='auto'"
+    )
+    with pytest.raises(ValueError, match=expected), tiny_engine(tiny_models.falcon(tmp_path)):
+        pass
 
 
 @refuses("pipeline parallel on CPU", "vLLM 0.32 loses requests between stages with any cache dtype")

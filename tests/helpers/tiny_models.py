@@ -15,6 +15,8 @@ from transformers import (
     BloomForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -60,11 +62,11 @@ _COMMON = dict(
 )
 
 
-def llama(folder: Path, *, num_heads: int = 6, num_kv_heads: int = 2, head_size: int = 64) -> Path:
+def llama(folder: Path, *, num_layers: int = 3, num_heads: int = 6, num_kv_heads: int = 2, head_size: int = 64) -> Path:
     """Full attention; three queries per KV head unless told otherwise."""
     config = LlamaConfig(
         **_COMMON,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_size,
@@ -223,6 +225,20 @@ def bloom(folder: Path) -> Path:
         n_head=3,
     )
     return _write(BloomForCausalLM, config, folder)
+
+
+def falcon(folder: Path) -> Path:
+    """Attention that vLLM builds without a cache configuration."""
+    names = ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id")
+    config = FalconConfig(
+        **{name: _COMMON[name] for name in names},
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        new_decoder_architecture=True,
+        max_position_embeddings=512,
+    )
+    return _write(FalconForCausalLM, config, folder)
 
 
 def gemma3n(folder: Path) -> Path:

@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import engines
 import pytest
 import tiny_models
 import torch
 
 import vllm_int8kv
 from vllm_int8kv.config import Int8KVConfig
-from vllm_int8kv.serving import backend, plugin
+from vllm_int8kv.serving import backend, lifecycle, plugin
 
 ROOT = Path(vllm_int8kv.__file__).parents[1]
 VLLM_033 = "vllm==0.33.0"
-ADVICE = "Use kv_cache_dtype='auto', or leave single layers unquantized with kv_cache_dtype_skip_layers"
+OTHER_CACHE = "use kv_cache_dtype='auto'"
 
 
 def run_python(code: str, **env: str) -> str:
@@ -150,7 +151,7 @@ USED_ATTRIBUTES = {
     "vllm.v1.kv_cache_interface:KVCacheLayout.LBHNC",
 } | {f"vllm.v1.attention.backend:{cls}.{name}" for cls, names in OVERRIDDEN.items() for name in names}
 CONTRACT = sorted(
-    {*plugin.COMMON_SYMBOLS, *plugin.PATCHED_SYMBOLS, *USED_ATTRIBUTES}
+    {*plugin.COMMON_SYMBOLS, *plugin.PATCHED_SYMBOLS, *lifecycle.SYMBOLS, *USED_ATTRIBUTES}
     | {symbol for path in SOURCES for symbol in imported_symbols(path)} - OFFICIAL_IMPORTS - GPU_IMPORTS
 )
 
@@ -182,15 +183,16 @@ def llama(tmp_path_factory) -> Path:
 
 
 def test_mla_model_is_refused(registered, tmp_path):
-    with pytest.raises(ValueError, match="MLA not supported; its cache holds one latent vector") as caught:
+    with pytest.raises(ValueError, match="MLA not supported, as its cache holds one latent vector") as caught:
         create_config(tiny_models.deepseek_v2(tmp_path))
-    assert ADVICE in str(caught.value)
+    assert OTHER_CACHE in str(caught.value)
 
 
 def test_unsupported_head_size_is_refused(registered, tmp_path):
     expected = (
-        "kv_cache_dtype='int8_custom' cannot serve this model or configuration: head_size 40 not supported; "
-        f"supported: 32 to 256 in steps of 16, and 512. {ADVICE}"
+        "kv_cache_dtype='int8_custom' cannot serve this model or configuration: head_size 40 not supported "
+        "(supported: 32 to 256 in steps of 16, and 512); use kv_cache_dtype='auto', or leave single layers with this "
+        "head size unquantized with kv_cache_dtype_skip_layers"
     )
     with pytest.raises(ValueError) as caught:
         create_config(tiny_models.unsupported_head_size(tmp_path))
@@ -236,6 +238,159 @@ def test_layer_policy_becomes_skipped_layers(registered, llama, tmp_path):
     assert again.cache_config.kv_cache_dtype_skip_layers == ["1"]
 
 
+@pytest.mark.parametrize(
+    ("additional_config", "message"),
+    [
+        (
+            {"rotate_keys": False},
+            "additional_config['rotate_keys'] has no effect: options of the INT8 KV cache belong into \"int8_kv\", as "
+            "in additional_config={'int8_kv': {'rotate_keys': False}}",
+        ),
+        ({"int8kv": {}}, "additional_config['int8kv'] is unknown; did you mean additional_config[\"int8_kv\"]?"),
+        ({"int8-kv": {}}, "did you mean"),
+        ({"INT8_KV_CACHE": {}}, "did you mean"),
+        ({"int8_custom": {}}, "did you mean"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_misplaced_options_are_refused(additional_config, message, registered, llama):
+    with pytest.raises(ValueError) as caught:
+        create_config(llama, additional_config=additional_config)
+    assert message in str(caught.value)
+    create_config(llama, additional_config={"of_another_plugin": 1, "int8": 2})
+
+
+@pytest.mark.parametrize("name", ["-1", "3", "layer0", "0 ", "model.layers.0.self_attn.attn", "full_attention"])
+def test_skipped_layers_that_do_not_exist_are_refused(name, registered, llama):
+    expected = (
+        f"kv_cache_dtype_skip_layers names '{name}', which is no layer of this model; use indices from '0' to '2', or "
+        "'sliding_window'"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        create_config(llama, kv_cache_dtype_skip_layers=["0", name])
+
+
+@pytest.mark.engine
+def test_a_sliding_window_that_no_layer_has_is_refused(llama):
+    """Which layers have one is known when they have been built."""
+    expected = (
+        "kv_cache_dtype_skip_layers names 'sliding_window', but no layer of LlamaForCausalLM has a sliding window"
+    )
+    skip = {"kv_cache_dtype_skip_layers": ["sliding_window"]}
+    with pytest.raises(ValueError, match=expected), engines.tiny_engine(llama, **skip):
+        pass
+
+
+@pytest.mark.engine
+def test_an_engine_without_any_quantized_layer_is_refused(llama):
+    expected = r"would be used by no layer of LlamaForCausalLM \(left unquantized by kv_cache_dtype_skip_layers or lay"
+    skip = {"kv_cache_dtype_skip_layers": ["0", "1", "2"]}
+    with pytest.raises(ValueError, match=expected), engines.tiny_engine(llama, **skip):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(attention_backend="CPU_ATTN"),
+            "attention_backend='CPU_ATTN' cannot read kv_cache_dtype='int8_custom'; leave attention_backend out, or",
+        ),
+        (
+            dict(attention_config={"backend_per_kind": {"full_attention": "CPU_ATTN"}}),
+            "attention_config.backend_per_kind['full_attention']='CPU_ATTN' cannot read kv_cache_dtype='int8_custom'",
+        ),
+        (
+            dict(attention_backend="INT8_KV", kv_cache_dtype="auto"),
+            "attention_backend='INT8_KV' serves kv_cache_dtype='int8_custom', but kv_cache_dtype is 'auto'",
+        ),
+        (
+            dict(speculative_config={"attention_backend": "INT8_KV", "kv_cache_dtype": "auto"}),
+            "speculative_config: attention_backend='INT8_KV' does not fit kv_cache_dtype='auto'",
+        ),
+        (
+            dict(speculative_config={"attention_backend": "CPU_ATTN"}),
+            "speculative_config: attention_backend='CPU_ATTN' does not fit kv_cache_dtype='int8_custom'",
+        ),
+    ],
+)
+def test_a_backend_that_would_be_ignored_is_refused(options, message, registered, llama):
+    with pytest.raises(ValueError) as caught:
+        create_config(llama, **with_draft(options, llama))
+    assert message in str(caught.value)
+
+
+def test_backends_that_fit_are_accepted(registered, llama):
+    create_config(llama, attention_backend="INT8_KV")
+    create_config(llama, attention_backend="CPU_ATTN", kv_cache_dtype="auto")
+    create_config(llama, attention_backend="CPU_ATTN", kv_cache_dtype_skip_layers=["0"])  # meant for that layer
+    draft = {"attention_backend": "CPU_ATTN", "kv_cache_dtype": "auto"}
+    create_config(llama, **with_draft({"speculative_config": draft}, llama))
+
+
+def with_draft(options: dict, model: Path) -> dict:
+    """Options with the model and the length of a draft, if they have one."""
+    if "speculative_config" not in options:
+        return options
+    return options | {
+        "speculative_config": {"model": str(model), "num_speculative_tokens": 2} | options["speculative_config"]
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kv_cache_dtype_skip_layers=["1"]),
+        dict(additional_config={"int8_kv": {"layer_policy": {1: "auto"}}}),
+        dict(speculative_config={"kv_cache_dtype": "auto"}),
+        dict(kv_cache_dtype="auto", speculative_config={"kv_cache_dtype": "int8_custom"}),
+    ],
+    ids=["skipped", "policy", "draft", "target"],
+)
+def test_a_block_size_must_suit_the_unquantized_layers_too(options, registered, llama):
+    expected = (
+        "block_size=16 does not suit the layers with kv_cache_dtype='auto', whose backend CPU_ATTN needs a multiple of "
+        "32; use one of those, or leave block_size out"
+    )
+    options = with_draft(options, llama)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        create_config(llama, block_size=16, **options)
+    for block_size in (32, 96, None):
+        create_config(llama, block_size=block_size, **options)
+    create_config(llama, block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(additional_config={"int8_kv": {"rotate": 1}}), "has no option 'rotate'"),
+        (dict(additional_config={"rotate_keys": False}), "additional_config['rotate_keys'] has no effect"),
+        (
+            dict(additional_config={"int8_kv": {"layer_policy": {0: "auto"}}}),
+            'additional_config["int8_kv"]["layer_policy"] is about the layers of the target, whose kv_cache_dtype is '
+            "'auto'; leave it out, or use kv_cache_dtype='int8_custom'",
+        ),
+        (
+            dict(kv_transfer_config=dict(kv_connector="DecodeBenchConnector", kv_role="kv_both")),
+            "the bytes of a slot lie in four planes",
+        ),
+    ],
+    ids=["option", "place", "policy", "connector"],
+)
+def test_a_quantized_draft_is_checked_like_a_target(options, message, registered, llama):
+    draft = with_draft({"speculative_config": {"kv_cache_dtype": "int8_custom"}}, llama)
+    create_config(llama, kv_cache_dtype="auto", **draft)
+    with pytest.raises(ValueError) as caught:
+        create_config(llama, kv_cache_dtype="auto", **draft, **options)
+    assert message in str(caught.value)
+
+
+def test_a_draft_with_an_unsupported_head_size_is_refused(registered, llama, tmp_path):
+    draft = {"model": str(tiny_models.unsupported_head_size(tmp_path)), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="head_size 40 not supported"):
+        create_config(llama, kv_cache_dtype="auto", speculative_config=draft | {"kv_cache_dtype": "int8_custom"})
+
+
 def test_options_are_not_looked_at_for_other_dtypes(registered, llama):
     create_config(llama, kv_cache_dtype="auto", additional_config={"int8_kv": {"rotate": True}})
 
@@ -257,32 +412,40 @@ def selector_request(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "reason", "way_out"),
     [
-        (dict(use_mla=True), "MLA not supported"),
-        (dict(use_sparse=True), "sparse not supported"),
-        (dict(attn_type="encoder_only"), "attention type encoder_only not supported"),
-        (dict(attn_type="encoder_decoder"), "attention type encoder_decoder not supported"),
-        (dict(head_size=576), "head_size 576 not supported"),
-        (dict(dtype=torch.float64), "dtype not supported"),
-        (dict(block_size=8), "block_size 8 not supported"),
-        (dict(use_mm_prefix=True), "partial multimodal token full attention not supported"),
-        (dict(use_rswa=True), "R-SWA not supported"),
-        (dict(use_dcp=True), "DCP not supported"),
-        (dict(use_pcp=True), "PCP not supported"),
-        (dict(use_per_head_quant_scales=True), "per-head quant scales not supported"),
+        (dict(use_mla=True), "MLA not supported", OTHER_CACHE),
+        (dict(use_sparse=True), "sparse not supported", OTHER_CACHE),
+        (dict(attn_type="encoder_only"), "attention type encoder_only not supported", OTHER_CACHE),
+        (dict(attn_type="encoder_decoder"), "attention type encoder_decoder not supported", OTHER_CACHE),
+        (dict(head_size=576), "head_size 576 not supported", "with kv_cache_dtype_skip_layers"),
+        (dict(dtype=torch.float64), "dtype torch.float64 not supported", "'float16' or 'float32'"),
+        (dict(block_size=8), "block_size 8 not supported", "use a multiple of 16"),
+        (dict(use_mm_prefix=True), "partial multimodal token full attention not supported", OTHER_CACHE),
+        (dict(use_rswa=True), "R-SWA not supported", OTHER_CACHE),
+        (dict(use_dcp=True), "DCP not supported", "use decode_context_parallel_size=1"),
+        (dict(use_pcp=True), "PCP not supported", "use prefill_context_parallel_size=1"),
     ],
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )
-def test_unsupported_layer_is_refused(changes, reason, registered):
+def test_unsupported_layer_is_refused(changes, reason, way_out, registered):
     from vllm.platforms import current_platform
 
     with pytest.raises(ValueError, match=reason) as caught:
         current_platform.get_attn_backend_cls(None, selector_request(**changes))
-    assert str(caught.value).endswith(ADVICE)
+    assert str(caught.value).endswith(way_out)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(has_sink=True), dict(has_sliding_window=True), dict(use_non_causal=True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(has_sink=True),
+        dict(has_sliding_window=True),
+        dict(use_non_causal=True),
+        dict(use_per_head_quant_scales=True),  # of a checkpoint, which this cache does not need
+    ],
+)
 def test_supported_layer_gets_our_backend_and_others_keep_vllms(changes, registered):
     from vllm.platforms import current_platform
 

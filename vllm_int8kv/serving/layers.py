@@ -77,9 +77,7 @@ def building(vllm_config: Any, model_config: Any) -> Iterator[None]:
         _build = before
 
 
-def settle_cache_config(
-    cache_config: Any, layer_name: str, owner: nn.Module | None, sliding_window: int | None
-) -> Any:
+def settle_cache_config(cache_config: Any, layer_name: str, owner: nn.Module | None, sliding_window: int | None) -> Any:
     """The cache configuration from which vLLM shall build a layer.
 
     Args:
@@ -145,8 +143,8 @@ def check_layers(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     skip_layers = vllm_config.cache_config.kv_cache_dtype_skip_layers
     if SLIDING_WINDOW in skip_layers and not is_draft(model_config) and all(x.sliding_window is None for x in decoders):
         raise ValueError(
-            f"kv_cache_dtype_skip_layers names {SLIDING_WINDOW!r}, but no layer of {type(model).__name__} has a sliding "
-            "window"
+            f"kv_cache_dtype_skip_layers names {SLIDING_WINDOW!r}, but no layer of {type(model).__name__} has a "
+            "sliding window"
         )
     if not others:
         return

@@ -131,9 +131,9 @@ def follow_loaders() -> None:
 
         return wrapper
 
-    loaders = {loader for loader in model_loader._LOAD_FORMAT_TO_MODEL_LOADER.values()}
-    for loader in {base for loader in loaders for base in loader.__mro__}:
-        _wrap(loader, "load_model", make)
+    for loader in model_loader._LOAD_FORMAT_TO_MODEL_LOADER.values():
+        for base in loader.__mro__:
+            _wrap(base, "load_model", make)
 
 
 def _follow_engine_core() -> None:

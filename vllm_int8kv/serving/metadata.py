@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
 from vllm_int8kv.serving import prefill, varlen_attention
 from vllm_int8kv.serving.layers import check_shared_caches
-from vllm_int8kv.serving.startup_log import log_cache_format
+from vllm_int8kv.serving.start_up.log import log_cache_format
 
 
 @dataclass

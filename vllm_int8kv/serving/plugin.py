@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.serving import lifecycle
-from vllm_int8kv.serving.limits import BACKEND_NAME, check_engine, check_other_engine, refuse_unsupported
+from vllm_int8kv.serving.start_up.checks import BACKEND_NAME, check_engine, check_other_engine, refuse_unsupported
 
 BACKEND_PATH = "vllm_int8kv.serving.backend.Int8KVBackend"
 OLDEST_VLLM, NEWEST_VLLM = (0, 32), (0, 33)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_int8kv.config import KEY, KV_CACHE_DTYPE, Int8KVConfig, check_placement
-from vllm_int8kv.serving.connectors import connector_reasons, separate_folders
+from vllm_int8kv.serving.start_up.connectors import connector_reasons, separate_folders
 
 BACKEND_NAME = "INT8_KV"
 
@@ -171,12 +171,12 @@ def _size_text(size: Any) -> str:
 
 def _checked_models(vllm_config: Any) -> Iterator[Any]:
     """The models of an engine that have this cache."""
-    speculative_config = vllm_config.speculative_config
     if vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE:
         yield vllm_config.model_config
-    if speculative_config is not None and speculative_config.kv_cache_dtype == KV_CACHE_DTYPE:
-        if speculative_config.draft_model_config is not None:
-            yield speculative_config.draft_model_config
+    speculative_config = vllm_config.speculative_config
+    draft = getattr(speculative_config, "draft_model_config", None)
+    if draft is not None and speculative_config.kv_cache_dtype == KV_CACHE_DTYPE:
+        yield draft
 
 
 def _selector_request(vllm_config: Any, model_config: Any) -> dict[str, Any]:

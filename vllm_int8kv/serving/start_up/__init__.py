@@ -1,0 +1,1 @@
+"""What is checked, set apart and said before an engine answers its first request."""
