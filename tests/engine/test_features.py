@@ -6,6 +6,7 @@ answer itself, the measure is the KL divergence to vLLM's own cache, as in `test
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_a_policy_is_about_the_target_and_not_about_its_draft(llama, expected_to
         of_target["model.layers.1.self_attn.attn"] = "INT8_KV"
         of_draft = {"draft_model.model.layers.0.self_attn.attn": "CPU_ATTN" if draft_dtype else "INT8_KV"}
         assert names == of_target | of_draft
+
+
+@supports("checkpoints with scales of an FP8 cache, per head too", "the same tokens as without")
+def test_the_scales_of_a_checkpoint_are_not_needed(llama, expected_tokens, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    scheme = dict(num_bits=8, type="float", strategy="attn_head", symmetric=True, dynamic=False)
+    config["quantization_config"] = dict(
+        quant_method="compressed-tensors", format="dense", config_groups={}, kv_cache_scheme=scheme, ignore=[]
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    with tiny_exact_engine(folder) as llm:
+        assert greedy_tokens(llm) == expected_tokens
 
 
 @supports("KV connectors that copy whole blocks", "saved by one engine, loaded by another: the same tokens")

@@ -13,7 +13,7 @@ import yaml
 
 from vllm_int8kv.cache import formats
 from vllm_int8kv.cache.formats import K8V8, CacheFormat
-from vllm_int8kv.serving import layers
+from vllm_int8kv.serving import layers, lifecycle
 from vllm_int8kv.serving.backend import Int8KVBackend
 
 DUMMY = CacheFormat("dummy", k_bits=8, v_bits=4)
@@ -127,6 +127,30 @@ def native(name: str, reads: str | None = None) -> SimpleNamespace:
     layer = SimpleNamespace(layer_name=name, kv_sharing_target_layer_name=reads, kv_cache_dtype="auto")
     layer.impl = SimpleNamespace()
     return layer
+
+
+def test_skipped_layers_with_chunked_attention_have_the_native_backend(tmp_path):
+    """vLLM chooses the backend of such a layer, as Llama-4 has them, before it looks at the list."""
+    import vllm_int8kv
+
+    vllm_int8kv.register()
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import ChunkedLocalAttention
+
+    lifecycle.follow_layers()
+    options = dict(skip_tokenizer_init=True, kv_cache_dtype="int8_custom", kv_cache_dtype_skip_layers=["1"])
+    config = EngineArgs(model=str(tiny_models.llama(tmp_path)), **options).create_engine_config()
+    with set_current_vllm_config(config):
+        built = [
+            ChunkedLocalAttention(4, 64, 0.125, 16, 2, cache_config=config.cache_config, prefix=f"layers.{index}.attn")
+            for index in range(2)
+        ]
+    assert [layers.is_ours(layer) for layer in built] == [True, False]
+    for layer, dtype in zip(built, (torch.int8, config.model_config.dtype), strict=True):
+        assert layer.get_kv_cache_spec(config).dtype == dtype
+    # What the other layers are told is not what this one was.
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["1"]
 
 
 def test_a_draft_that_is_told_late_whose_cache_it_reads():
