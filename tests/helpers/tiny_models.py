@@ -62,7 +62,9 @@ _COMMON = dict(
 )
 
 
-def llama(folder: Path, *, num_layers: int = 3, num_heads: int = 6, num_kv_heads: int = 2, head_size: int = 64) -> Path:
+def llama(
+    folder: Path, *, num_layers: int = 3, num_heads: int = 6, num_kv_heads: int = 2, head_size: int = 64, seed: int = 0
+) -> Path:
     """Full attention; three queries per KV head unless told otherwise."""
     config = LlamaConfig(
         **_COMMON,
@@ -71,7 +73,7 @@ def llama(folder: Path, *, num_layers: int = 3, num_heads: int = 6, num_kv_heads
         num_key_value_heads=num_kv_heads,
         head_dim=head_size,
     )
-    return _write(LlamaForCausalLM, config, folder)
+    return _write(LlamaForCausalLM, config, folder, seed=seed)
 
 
 def multi_head(folder: Path) -> Path:
