@@ -77,6 +77,7 @@ def test_eval_of_the_shortest_texts(tmp_path, monkeypatch):
     assert all(paths[path]["kl_per_token"]["value"] < 1e-6 for path in PATHS)
     assert report["caches"]["auto"]["first_divergence"]["positions"] == [None], "all of the texts is one prompt"
     assert "every 16th token, the last of a shorter text" in " ".join(result.output.split())
+    assert "…" not in result.output, "a number is cut off"
 
 
 @pytest.mark.engine

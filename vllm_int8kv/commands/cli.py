@@ -18,8 +18,12 @@ from vllm_int8kv.config import KV_CACHE_DTYPE
 app = typer.Typer(
     help="An INT8 KV cache for vLLM.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+LOG_WIDTH = 160
+"""Columns of a file or pipe, where rich would squeeze tables into 80 and cut numbers off."""
 console = Console()
 error_console = Console(stderr=True)
+if not (console.is_terminal or "COLUMNS" in os.environ):
+    console.width = LOG_WIDTH
 
 
 def fail(message: str) -> typer.Exit:
