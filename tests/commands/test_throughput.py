@@ -224,6 +224,7 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     assert shared and not [path for path in shared if path.exists()], "shared memory left behind"
     assert not list(tmp_path.glob("*.jsonl")), "no record of half a sweep"
     assert "interrupted; the same command goes on from here" in log_file.read_text()
+    assert "round 1/1, auto: starting ...\n" in log_file.read_text()
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

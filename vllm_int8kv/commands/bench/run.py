@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from vllm_int8kv.commands import models
 from vllm_int8kv.commands.bench import cluster, html_report, online, summary, sweep, workload
 from vllm_int8kv.commands.bench import config as bench_config
 from vllm_int8kv.commands.bench.config import BenchConfig, Case, Mode
@@ -27,6 +29,7 @@ from vllm_int8kv.commands.bench.dispatch import Dispatch, reason
 from vllm_int8kv.commands.bench.replica import Replica
 from vllm_int8kv.commands.bench.sweep import Run, Sweep
 from vllm_int8kv.evaluation import record
+from vllm_int8kv.evaluation.progress import say
 
 STOP_TIMEOUT_S = 30.0
 INTERRUPTED = 130
@@ -46,12 +49,15 @@ class Bars:
     def __init__(self, console: Console) -> None:
         rate = TextColumn("{task.fields[tokens_per_s]:>8,.0f} tokens/s")
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate]
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=console)
+        disable = not console.is_interactive
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=disable)
         self.tasks: dict[int, Any] = {}
         self.tokens: dict[int, int] = {}
 
     def start(self, label: str, totals: list[int | None]) -> None:
-        """One bar for each replica; None shows that it is at work on something that has no count."""
+        """One bar for each replica; None shows that it is at work on something that has no count. A log gets a line."""
+        if self.progress.disable:
+            say(self.progress.console, f"{label} ...")
         for task in self.tasks.values():
             self.progress.remove_task(task)
         self.tokens = dict.fromkeys(range(len(totals)), 0)
@@ -209,6 +215,7 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
         sweep_ = sweep.open_sweep(out, origin, num_runs, fresh)
         if sweep_.runs:
             console.print(f"continuing {sweep_.path.name}: {len(sweep_.runs)} of {num_runs} runs are there")
+        models.resolve(config.model, partial(say, console))
         bars = Bars(console)
         with cluster.connect(address or None), bars.progress:
             cluster.check_nodes(config)
@@ -216,7 +223,7 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here")
         return INTERRUPTED
-    except (ValueError, cluster.ClusterError, StartError) as error:
+    except (ImportError, ValueError, cluster.ClusterError, StartError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 1
     lines, problems = summary.records(config, sweep_)
