@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from engines import MAX_KL, PROMPT_LENS, greedy_tokens, kl_per_token, layers, prompt_logprobs, tiny_engine, tiny_exact_engine
+from engines import (
+    MAX_KL,
+    PROMPT_LENS,
+    greedy_tokens,
+    kl_per_token,
+    layers,
+    prompt_logprobs,
+    tiny_engine,
+    tiny_exact_engine,
+)
 from safetensors.torch import load_file
 from support import supports
 
