@@ -84,7 +84,7 @@ const Kernels& kernels_for(CacheFormat format, const char* isa);
 
 const char* available_isas();  // comma-separated, slowest first
 bool has_isa(const char* name);
-const char* current_isa();      // what the process has chosen, the fastest unless `set_isa` did
+const char* current_isa();       // what the process has chosen, the fastest unless `set_isa` did
 bool set_isa(const char* name);  // false: this CPU has no such path, or there is none of that name
 
 }  // namespace int8kv::cpu

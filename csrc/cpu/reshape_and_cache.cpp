@@ -3,8 +3,7 @@
 
 namespace int8kv::cpu {
 
-void reshape_and_cache(const ReshapeAndCacheParams& p, const ParallelFor& pool,
-                       const char* isa) {
+void reshape_and_cache(const ReshapeAndCacheParams& p, const ParallelFor& pool, const char* isa) {
   const Kernels& kernels = kernels_for(p.cache.format, isa);
   const int32_t num_heads = p.cache.num_kv_heads;
   // Few tokens: lanes run over the heads too, on one thread; a pool start costs as much as the

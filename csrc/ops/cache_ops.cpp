@@ -204,7 +204,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(int8kv, m) {
       "paged_attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor block_table, "
       "Tensor seq_lens, Tensor query_start_loc, Tensor(b!)? lse, Tensor? alibi_slopes, "
       "Tensor? sinks, str cache_format, bool rotate_keys, Tensor? key_equalizer, "
-      "float softmax_scale, bool causal, int sliding_window, float softcap, str cpu_isa=\"\") -> ()");
+      "float softmax_scale, bool causal, int sliding_window, float softcap, str cpu_isa=\"\") -> "
+      "()");
   m.def("cache_formats() -> str");
 }
 
