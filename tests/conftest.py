@@ -79,6 +79,14 @@ def kernel(request: pytest.FixtureRequest, set_num_threads: Callable[[int], None
     library.set_cpu_isa(before)
 
 
+@pytest.fixture
+def cpu_kernel(kernel: str) -> str:
+    """Every CPU path, for what has no CUDA kernels yet."""
+    if kernel != "cpu":
+        pytest.skip("no CUDA kernels for formats below 8 bits")
+    return kernel
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The CUDA kernels compiled for the host, see `emulated_cuda`."""

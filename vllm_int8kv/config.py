@@ -14,9 +14,12 @@ KV_CACHE_DTYPE = "int8_custom"
 KEY = "int8_kv"
 """Where the options live in vLLM's `additional_config`."""
 
-LAYER_FORMATS = ("int8", "auto")
-"""What a layer policy may say of a layer: this cache in its default format, or the model's own dtype. Further words are
-the names of the cache formats."""
+DEFAULT_FORMAT = "k8v8"
+"""The name of the cache format of layers of which nothing else is said."""
+
+LAYER_FORMATS = {"int8": DEFAULT_FORMAT, "auto": "auto"}
+"""What a layer policy may say of a layer beside the names of the cache formats: eight bits, or the model's own
+dtype."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,13 @@ class Int8KVConfig:
     """Balance the channels of K against those of Q before quantization, by factors found when the model is loaded;
     exact for the scores. See `cache/equalization.py`."""
 
+    format: str = DEFAULT_FORMAT
+    """The cache format of all layers: `k6v4` has six bits for K and four for V; bits are 8, 6, 5, 4 or 2."""
+
     layer_policy: str | dict | None = None
-    """`{layer index: int8, auto or a format's name}`, or the path of a YAML or JSON file with it; layers it does not
-    name are int8, and so are all layers of a draft model. `vllm-int8kv eval --sensitivity --policy FILE` writes one."""
+    """`{layer index: a format's name, int8 or auto}`, or the path of a YAML or JSON file with it; layers it does not
+    name have `format`, and so have all layers of a draft model. A policy of KVTuner, `{layer index: {nbits_key: 8,
+    nbits_value: 4}}`, is one too. `vllm-int8kv eval --sensitivity --policy FILE` writes one."""
 
     cpu_isa: str | None = None
     """CPU kernel path, one of `library.cpu_isas()`; None for the fastest this machine has."""
@@ -116,11 +123,14 @@ def read_layer_policy(
         num_layers: of the model; None where it is not known yet, and any layer is accepted.
         formats: names of cache formats that layers may have, beside `LAYER_FORMATS`.
 
+    Returns:
+        By layer index the name of a format, or `auto`.
+
     Raises:
         ValueError: it cannot be read, names a layer twice, or names a layer or a format that does not exist.
     """
     what, policy = f'additional_config["{KEY}"]["layer_policy"]', given
-    allowed = " or ".join((*LAYER_FORMATS, *formats))
+    allowed = " or ".join(LAYER_FORMATS) + (f", or a format: {', '.join(formats)}" if formats else "")
     if isinstance(given, str | Path):
         what = f"{what}: {given}"
         try:
@@ -138,10 +148,16 @@ def read_layer_policy(
             raise ValueError(f"{what} names layer {layer!r}; the model has layers 0 to {num_layers - 1}")
         if index in found:
             raise ValueError(f"{what} names layer {index} twice")
-        if layer_format not in (*LAYER_FORMATS, *formats):
+        name = _kvtuner_format(layer_format) if isinstance(layer_format, Mapping) else layer_format
+        if name not in (*LAYER_FORMATS, *formats):
             raise ValueError(f"{what} gives layer {index} the format {layer_format!r}; use {allowed}")
-        found[index] = layer_format
+        found[index] = LAYER_FORMATS.get(name, name)
     return found
+
+
+def _kvtuner_format(pair: Mapping[Any, Any]) -> str | None:
+    """The name of a pair of precisions as KVTuner writes it, if it is one."""
+    return f"k{pair['nbits_key']}v{pair['nbits_value']}" if pair.keys() == {"nbits_key", "nbits_value"} else None
 
 
 def _type_name(annotation: Any) -> str:

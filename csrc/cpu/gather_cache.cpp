@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "format/half.h"
+#include "format/quantizer.h"
 #include "format/rotation.h"
 
 namespace int8kv::cpu {
@@ -37,7 +38,7 @@ void store_row(void* base, int64_t offset, const float* x, int32_t head_size, DT
   }
 }
 
-float scale_at(const int8_t* bytes) {
+float float_at(const int8_t* bytes) {
   uint16_t bits;
   std::memcpy(&bits, bytes, sizeof(bits));
   return bf16_bits_to_float(bits);
@@ -48,9 +49,13 @@ void gather_key(const GatherCacheParams& p, const int8_t* chunk, int32_t slot, i
                 int32_t kv_head) {
   const KVCache& cache = p.cache;
   float x[kMaxHeadSize];
-  const float scale = scale_at(chunk + cache.k_scale<F>(slot));
-  for (int32_t dim = 0; dim < cache.head_size; ++dim)
-    x[dim] = chunk[cache.k_code<F>(slot, dim)] * scale;
+  const int8_t* params = chunk + cache.k_scale<F>(slot);
+  const float scale = float_at(params);
+  const float middle = F::K::kHasMidpoint ? float_at(params + cache.midpoint_offset()) : 0.0f;
+  for (int32_t dim = 0; dim < cache.head_size; ++dim) {
+    const int32_t code = F::K::load_k(chunk, cache.block_size, cache.head_size, slot, dim);
+    x[dim] = dequantize<typename F::K>(code, scale, middle);
+  }
   if (p.key_transform.rotate) hadamard_rotate(x, cache.head_size);
   if (const float* factors = p.key_transform.factors(kv_head, cache.head_size)) {
     for (int32_t dim = 0; dim < cache.head_size; ++dim) x[dim] *= factors[dim];
@@ -64,17 +69,21 @@ void gather_value(const GatherCacheParams& p, const int8_t* chunk, int32_t slot,
                   int32_t kv_head) {
   const KVCache& cache = p.cache;
   float x[kMaxHeadSize];
-  const float scale = scale_at(chunk + cache.v_scale<F>(slot));
-  for (int32_t dim = 0; dim < cache.head_size; ++dim)
-    x[dim] = chunk[cache.v_code<F>(slot, dim)] * scale;
+  const int8_t* params = chunk + cache.v_scale<F>(slot);
+  const float scale = float_at(params);
+  const float middle = F::V::kHasMidpoint ? float_at(params + cache.midpoint_offset()) : 0.0f;
+  const int8_t* codes = chunk + cache.v_codes<F>();
+  for (int32_t dim = 0; dim < cache.head_size; ++dim) {
+    const int32_t code = F::V::load_v(codes, cache.block_size, cache.head_size, slot, dim);
+    x[dim] = dequantize<typename F::V>(code, scale, middle);
+  }
+  if (F::kRotatesValues) hadamard_rotate(x, cache.head_size);
   store_row(p.value, row * p.value_token_stride + kv_head * p.value_head_stride, x, cache.head_size,
             p.dtype);
 }
 
 template <typename F>
 void gather_row(const GatherCacheParams& p, int64_t row) {
-  static_assert(F::K::kBits == 8 && F::V::kBits == 8,
-                "gather_key and gather_value read whole bytes");
   const KVCache& cache = p.cache;
   const int32_t seq = p.seq_of(row);
   const int64_t position = p.seq_starts[seq] + row - p.cu_seq_lens[seq];

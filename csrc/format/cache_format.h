@@ -1,27 +1,24 @@
-// The cache format: which planes a chunk has, how codes lie in a plane, and where each plane
-// begins.
+// The cache format: which planes a chunk has, and where each plane begins.
 //
-// A chunk is what one (block, KV head) pair owns. Its bytes are contiguous, in four planes, each of
-// which starts on a 16-byte boundary because block_size and head_size are multiples of 16:
+// A chunk is what one (block, KV head) pair owns. Its bytes are contiguous, in planes that each
+// start on a 16-byte boundary, because block_size and head_size are multiples of 16:
 //
-//   K codes | V codes | K scales [block_size] | V scales [block_size]
+//   K codes | V codes | K scales [block_size] | K midpoints [block_size] | V scales | V midpoints
 //
-// Codes<bits> is the trait of one plane of codes, Format<K, V> the pair that a layer has, and
-// CacheFormat its name at run time. A kernel is a template of a Format and is chosen once per
-// launch by with_format(), so that offsets are made of constants where the format is one. No other
-// file computes an offset within a chunk; formats.py states the same and the tests compare both.
+// Codes of 8 bits have no midpoints. codes.h has the trait Codes<bits> of the codes of K or V,
+// Format<K, V> is the pair that a layer has, and CacheFormat its name at run time. A kernel is a
+// template of a Format and is chosen once per launch by with_format(), so that offsets are made of
+// constants where the format is one. No other file computes an offset within a chunk; formats.py
+// states the same and the tests compare both.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
+#include "format/codes.h"
 #include "format/host_device.h"
 
 namespace int8kv {
-
-constexpr int kSlotGroup = 16;  // slots that share a line of K codes; block_size is a multiple
-constexpr int kDimGroup = 16;   // dims that share a line of V codes; head_size is a multiple
-constexpr int kMaxHeadSize = 512;
 
 // Every kernel serves these; `SUPPORTED_HEAD_SIZES` in formats.py is the same list.
 constexpr bool is_supported_head_size(int64_t head_size) {
@@ -30,64 +27,59 @@ constexpr bool is_supported_head_size(int64_t head_size) {
 }
 constexpr const char* kSupportedHeadSizes = "32 to 256 in steps of 16, and 512";
 
-template <int kBits>
-struct Codes;
-
-// One signed byte per code. A line of 32 bytes holds two steps of a dot product for 16 outputs,
-// which is one 16-bit multiply-add of AVX-512 and one pair of fragment registers of a tensor core:
-//
-//   K codes  [block_size / 16][head_size / 2][16 slots][2 dims]
-//   V codes  [head_size / 16][block_size / 2][16 dims][2 slots]
-template <>
-struct Codes<8> {
-  static constexpr int kBits = 8;
-  static constexpr float kMax = 127.0f;  // -128 is unused, so that negation stays exact
-  static constexpr int kLineBytes = 32;
-  static constexpr int kScaleBytes = 2;  // bf16
-
-  // Bytes of `count` codes, a multiple of a line's.
-  static INT8KV_HD constexpr int32_t bytes(int32_t count) { return count; }
-
-  // Byte of a code within its plane.
-  static INT8KV_HD constexpr int32_t k_byte(int32_t head_size, int32_t slot, int32_t dim) {
-    return slot / kSlotGroup * head_size * kSlotGroup + dim / 2 * kLineBytes +
-           slot % kSlotGroup * 2 + dim % 2;
-  }
-  static INT8KV_HD constexpr int32_t v_byte(int32_t block_size, int32_t slot, int32_t dim) {
-    return dim / kDimGroup * block_size * kDimGroup + slot / 2 * kLineBytes + dim % kDimGroup * 2 +
-           slot % 2;
-  }
-};
-
 template <typename K_, typename V_>
 struct Format {
   using K = K_;
   using V = V_;
+  // Values below 8 bits are rotated as keys are (rotation.h), and the output is rotated back.
+  static constexpr bool kRotatesValues = V::kBits < 8;
 
   // Bytes per slot and KV head.
   static INT8KV_HD constexpr int32_t content_bytes(int32_t head_size) {
-    return K::bytes(head_size) + V::bytes(head_size) + K::kScaleBytes + V::kScaleBytes;
+    return (K::k_bytes(kSlotGroup, head_size) + V::v_bytes(kSlotGroup, head_size)) / kSlotGroup +
+           K::kParamBytes + V::kParamBytes;
   }
 };
 
-using K8V8 = Format<Codes<8>, Codes<8>>;
+template <int kKBits, int kVBits>
+using FormatOf = Format<Codes<kKBits>, Codes<kVBits>>;
+using K8V8 = FormatOf<8, 8>;
 
-enum class CacheFormat : int32_t { kK8V8 };
+// Bits of K and V of every format. Kernels are instantiated for each of these.
+#define INT8KV_FOR_EACH_FORMAT(CALL)                                                          \
+  CALL(8, 8)                                                                                  \
+  CALL(8, 6)                                                                                  \
+  CALL(8, 5)                                                                                  \
+  CALL(8, 4) CALL(8, 2) CALL(6, 8) CALL(6, 6) CALL(6, 5) CALL(6, 4) CALL(6, 2) CALL(5, 8)     \
+      CALL(5, 6) CALL(5, 5) CALL(5, 4) CALL(5, 2) CALL(4, 8) CALL(4, 6) CALL(4, 5) CALL(4, 4) \
+          CALL(4, 2) CALL(2, 8) CALL(2, 6) CALL(2, 5) CALL(2, 4) CALL(2, 2)
 
-// Kernels are instantiated for each of these.
-#define INT8KV_FOR_EACH_FORMAT(CALL) CALL(K8V8)
+#define INT8KV_ENUMERATOR(k, v) kK##k##V##v,
+enum class CacheFormat : int32_t { INT8KV_FOR_EACH_FORMAT(INT8KV_ENUMERATOR) };
+#undef INT8KV_ENUMERATOR
 
 // As users and operators name them.
-constexpr std::pair<const char*, CacheFormat> kCacheFormats[] = {{"k8v8", CacheFormat::kK8V8}};
+#define INT8KV_NAME(k, v) {"k" #k "v" #v, CacheFormat::kK##k##V##v},
+constexpr std::pair<const char*, CacheFormat> kCacheFormats[] = {
+    INT8KV_FOR_EACH_FORMAT(INT8KV_NAME)};
+#undef INT8KV_NAME
 
 // Calls f.operator()<F>() with the Format that a name stands for.
 template <typename Call>
 decltype(auto) with_format(CacheFormat format, Call&& f) {
-  switch (format) {
-    case CacheFormat::kK8V8:
-      return f.template operator()<K8V8>();
-  }
+#define INT8KV_CASE(k, v)        \
+  case CacheFormat::kK##k##V##v: \
+    return f.template operator()<FormatOf<k, v>>();
+  switch (format) { INT8KV_FOR_EACH_FORMAT(INT8KV_CASE) }
+#undef INT8KV_CASE
   __builtin_unreachable();
+}
+
+// The same for the formats that have CUDA kernels; the operators refuse others on a GPU.
+constexpr bool is_cuda_format(CacheFormat format) { return format == CacheFormat::kK8V8; }
+template <typename Call>
+decltype(auto) with_cuda_format(CacheFormat, Call&& f) {
+  return f.template operator()<K8V8>();
 }
 
 inline int32_t content_bytes(CacheFormat format, int32_t head_size) {
@@ -120,7 +112,8 @@ struct KVCache {
     return v_codes<F>() + F::V::v_byte(block_size, slot, dim);
   }
 
-  // From one slot group's K codes to the next one's, and from one dim group's V codes to the next.
+  // From one slot group's K codes to the next one's, and from one dim group's V codes to the next;
+  // of 8 bits.
   template <typename F>
   INT8KV_HD int32_t k_group_stride() const {
     return F::K::bytes(head_size * kSlotGroup);
@@ -133,15 +126,15 @@ struct KVCache {
   // The first byte of the planes behind the K codes.
   template <typename F>
   INT8KV_HD int32_t v_codes() const {
-    return F::K::bytes(block_size * head_size);
+    return F::K::k_bytes(block_size, head_size);
   }
   template <typename F>
   INT8KV_HD int32_t k_scales() const {
-    return v_codes<F>() + F::V::bytes(block_size * head_size);
+    return v_codes<F>() + F::V::v_bytes(block_size, head_size);
   }
   template <typename F>
   INT8KV_HD int32_t v_scales() const {
-    return k_scales<F>() + F::K::kScaleBytes * block_size;
+    return k_scales<F>() + F::K::kParamBytes * block_size;
   }
 
   template <typename F>
@@ -152,6 +145,8 @@ struct KVCache {
   INT8KV_HD int32_t v_scale(int32_t slot) const {
     return v_scales<F>() + F::V::kScaleBytes * slot;
   }
+  // From a scale to the midpoint of its slot.
+  INT8KV_HD int32_t midpoint_offset() const { return 2 * block_size; }
 };
 
 }  // namespace int8kv

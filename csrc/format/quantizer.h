@@ -1,8 +1,20 @@
-// Symmetric INT8 quantization of one K or V vector, shared by the CUDA and CPU kernels.
+// Quantization of one K or V vector, shared by the CUDA and CPU kernels.
+//
+// Eight bits, symmetric:
 //
 //   scale = bf16(max_d |x[d]| / 127)     one per (slot, KV head)
 //   q[d]  = round_half_even(x[d] / scale), in [-127, 127]
 //   x[d] ~= scale * q[d]                 |error| <= scale / 2
+//
+// Fewer bits, with levels = 2^bits - 1 steps between the ends of the vector:
+//
+//   middle = bf16((min_d x[d] + max_d x[d]) * 0.5)
+//   half   = max(max_d x[d] - middle, middle - min_d x[d])
+//   scale  = bf16(2 * half / levels), or 0 if half < 1e-30
+//   q[d]   = clamp(round_half_even((x[d] - middle) / scale + levels / 2), 0, levels), or 0
+//   x[d]  ~= (q[d] - levels / 2) * scale + middle
+//
+// There |error| <= scale * (1/2 + levels / 1024): the ends may lie half a unit of bf16 outside.
 //
 // The codes are taken from the scale as stored, so rounding it to bf16 adds no error of its own: it
 // only makes a step up to 0.4 % larger or smaller, and 127.5 is never reached. bf16 keeps the range
@@ -79,6 +91,17 @@ INT8KV_HD float scale_from_amax(float amax) {
 template <typename C>
 INT8KV_HD uint16_t scale_bits_from_amax(float amax) {
   return float_to_bf16_bits(scale_from_amax<C>(amax));
+}
+
+// The value of a code of the trait C; `middle` is not looked at where the trait has no midpoint.
+// Two roundings, on every device.
+template <typename C>
+INT8KV_HD float dequantize(int32_t code, float scale, [[maybe_unused]] float middle) {
+  if constexpr (!C::kHasMidpoint) {
+    return static_cast<float>(code) * scale;
+  } else {
+    return (static_cast<float>(code) - C::kLevels * 0.5f) * scale + middle;
+  }
 }
 
 INT8KV_HD float divide(float x, float scale) {

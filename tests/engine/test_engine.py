@@ -22,7 +22,7 @@ from engines import MAX_KL, engine, kl_per_token, layers, num_cache_tokens, prom
 from support import supports
 
 from vllm_int8kv.cache import library
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.formats import FORMATS, K8V8
 from vllm_int8kv.serving import attention
 from vllm_int8kv.serving.start_up import log as startup_log
 
@@ -241,6 +241,37 @@ def test_the_kernels_that_an_engine_asks_for_are_its_own(model_folder, monkeypat
         with tiny_engine(model_folder(tiny_models.llama), additional_config={"int8_kv": {"cpu_isa": isa}}) as llm:
             prompt_logprobs(llm)
         assert set(used) == {isa} and library.cpu_isa() == fastest
+
+
+# Random models have larger divergences than trained ones; each bit costs a factor of about four.
+FORMAT_KL = {"k8v4": 0.1, "k6v6": 0.04, "k6v4": 0.12, "k4v4": 0.4}
+
+
+@pytest.mark.parametrize("name", FORMAT_KL)
+@supports("formats below 8 bits (k6v4, k4v4 and others), on CPU", "KL to vLLM's own cache; tokens by vLLM's own count")
+def test_formats_below_8_bits(name, model_folder, auto_run):
+    """Grouped queries, and a sliding window beside full layers, soft-capped."""
+    for model in (tiny_models.llama, tiny_models.gemma2):
+        expected, auto_tokens = auto_run(model)
+        with tiny_engine(model_folder(model), additional_config={"int8_kv": {"format": name}}) as llm:
+            assert {layer.impl.cache_format.name for layer in layers(llm).values()} == {name}
+            kl = kl_per_token(expected, prompt_logprobs(llm))
+            assert 1e-4 < kl < FORMAT_KL[name]
+            ratio = num_cache_tokens(llm) / auto_tokens
+            arithmetic = 256 / FORMATS[name].content_bytes(64)
+            assert abs(ratio / arithmetic - 1) < 0.02
+
+
+def test_a_format_answers_the_same_with_prefix_hits_and_chunks(smollm2):
+    """And the right thing: three times the tokens of bf16 still know where Paris is."""
+    options = {"dtype": "float32", "additional_config": {"int8_kv": {"format": "k6v4"}}}
+    with engine(smollm2, block_size=64, **options) as llm:
+        first, second = ask(llm), ask(llm)
+    with engine(smollm2, max_num_batched_tokens=48, max_num_seqs=4, enable_prefix_caching=False, **options) as llm:
+        chunked = ask(llm)
+    assert second[-1].num_cached_tokens >= 64
+    assert [a.tokens for a in second] == [a.tokens for a in first] == [a.tokens for a in chunked]
+    assert "Paris" in first[0].text
 
 
 @supports("Gemma-3n: layers that share a KV cache, with skipped layers", "they are as the layer whose cache they read")

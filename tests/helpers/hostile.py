@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from vllm_int8kv.cache import formats, ops, reference
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache import ops, reference
+from vllm_int8kv.cache.formats import K8V8, CacheFormat
 from vllm_int8kv.cache.key_transform import KeyTransform
 
 NO_BLOCK = 2**31 - 1
@@ -33,6 +33,7 @@ class Batch:
     keys: tuple[torch.Tensor, ...]
     """per sequence [seq_len, num_kv_heads, head_size] fp32, as they were before quantization"""
     values: tuple[torch.Tensor, ...]
+    cache_format: CacheFormat = K8V8
 
     @property
     def args(self) -> tuple[torch.Tensor, ...]:
@@ -79,12 +80,20 @@ class Batch:
 
 
 def garbage_cache(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, device: str = "cpu"
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_size: int,
+    device: str = "cpu",
+    cache_format: CacheFormat = K8V8,
 ) -> torch.Tensor:
     """A cache of NaN scales and random codes, a strided view with a storage offset."""
-    codes = torch.randint(-128, 128, (2, num_blocks, num_kv_heads, block_size, head_size), dtype=torch.int8)
-    scales = torch.full((2, num_blocks, num_kv_heads, block_size), torch.nan, dtype=formats.SCALE_DTYPE)
-    packed = K8V8.pack(formats.Planes(codes[0], codes[1], scales[0], scales[1]))
+    shape = (num_blocks, num_kv_heads, block_size, cache_format.content_bytes(head_size))
+    random = cache_format.unpack(torch.randint(-128, 128, shape, dtype=torch.int8), head_size)
+    params = {
+        name: torch.full_like(x, torch.nan) for name, x in vars(random).items() if x is not None and "codes" not in name
+    }
+    packed = cache_format.pack(replace(random, **params))
     offset, gap = 48, 80  # 16-byte aligned and no more
     chunk = packed[0, 0].numel()
     block_stride = num_kv_heads * chunk + gap
@@ -116,6 +125,7 @@ def make_batch(
     key_transform: KeyTransform = KeyTransform(),
     outliers: bool = False,
     placement: int = 0,
+    cache_format: CacheFormat = K8V8,
 ) -> Batch:
     """Build a batch of (query_len, seq_len) pairs; `placement` seeds where its blocks lie, and nothing else."""
     lens = list(lens)
@@ -131,7 +141,8 @@ def make_batch(
     seq_blocks = [-(-n // block_size) for n in seq_lens]
     num_blocks = sum(seq_blocks) + 5
     torch.manual_seed(placement)
-    kv_cache = garbage_cache(num_blocks, num_kv_heads, block_size, head_size)
+    sizes = (num_blocks, num_kv_heads, block_size, head_size)
+    kv_cache = garbage_cache(*sizes, cache_format=cache_format)
     order = torch.randperm(num_blocks).split([*seq_blocks, 5])
     width = max(seq_blocks) + 2
     block_table = torch.full((len(lens), width + 3), NO_BLOCK, dtype=torch.int32)[:, :width]
@@ -144,10 +155,10 @@ def make_batch(
         torch.cat(values),
         kv_cache,
         torch.cat(slots),
-        cache_format=K8V8,
+        cache_format=cache_format,
         key_transform=key_transform,
     )
-    on_device = garbage_cache(num_blocks, num_kv_heads, block_size, head_size, device).copy_(kv_cache)
+    on_device = garbage_cache(*sizes, device, cache_format).copy_(kv_cache)
     return Batch(
         query=_to_device(query, device),
         kv_cache=on_device,
@@ -156,6 +167,7 @@ def make_batch(
         query_start_loc=torch.tensor([0, *query_lens], device=device).cumsum(0).to(torch.int32),
         keys=keys,
         values=values,
+        cache_format=cache_format,
     )
 
 
@@ -209,7 +221,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @lru_cache(maxsize=128)
 def reference_attention(batch: Batch, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.paged_attention(*batch.args, **options, dtype=dtype, cache_format=K8V8)
+    return reference.paged_attention(*batch.args, **options, dtype=dtype, cache_format=batch.cache_format)
 
 
 def assert_attention_close(got: tuple[torch.Tensor, torch.Tensor], batch: Batch, **options: Any) -> None:

@@ -54,6 +54,108 @@ def test_bytes_are_where_cache_format_h_says(block_size, head_size):
             assert value == scales[1, 2, slot]
 
 
+LOW_BITS = [name for name in FORMATS if name != "k8v8"]
+each_format = pytest.mark.parametrize("cache_format", [FORMATS[name] for name in LOW_BITS], ids=LOW_BITS)
+
+
+def random_low_bits(cache_format: formats.CacheFormat, block_size: int, head_size: int) -> formats.Planes:
+    def codes(bits: int) -> torch.Tensor:
+        low, high = (-128, 128) if bits == 8 else (0, 2**bits)
+        return torch.randint(low, high, (2, 3, block_size, head_size)).to(torch.int8)
+
+    k_scales, v_scales, k_midpoints, v_midpoints = torch.randn(4, 2, 3, block_size).to(torch.bfloat16)
+    return formats.Planes(
+        codes(cache_format.k_bits),
+        codes(cache_format.v_bits),
+        k_scales,
+        v_scales,
+        k_midpoints if cache_format.k_bits < 8 else None,
+        v_midpoints if cache_format.v_bits < 8 else None,
+    )
+
+
+def bit_fields(bits: int) -> list[int]:
+    """Bits of the planes of codes below 8 bits, the lowest first."""
+    return {6: [4, 2], 5: [4, 1], 4: [4], 2: [2]}[bits]
+
+
+def k_code(chunk: bytes, at: int, bits: int, block_size: int, head_size: int, slot: int, dim: int) -> tuple[int, int]:
+    """A code of K whose planes start at byte `at` of a chunk, and where they end."""
+    if bits == 8:
+        byte = chunk[at + slot // 16 * 16 * head_size + dim // 2 * 32 + slot % 16 * 2 + dim % 2]
+        return byte - 256 * (byte > 127), at + block_size * head_size
+    code = lowest = 0
+    for width in bit_fields(bits):
+        fields = 8 // width
+        padded = -(-head_size // (8 * fields)) * 8 * fields
+        byte = chunk[
+            at
+            + slot // 16 * (16 * padded // fields)
+            + dim // (8 * fields) * 128
+            + dim % 8 // 2 * 32
+            + slot % 16 * 2
+            + dim % 2
+        ]
+        code |= (byte >> width * (dim % (8 * fields) // 8) & 2**width - 1) << lowest
+        lowest, at = lowest + width, at + block_size * padded // fields
+    return code, at
+
+
+def v_code(chunk: bytes, at: int, bits: int, block_size: int, head_size: int, slot: int, dim: int) -> tuple[int, int]:
+    """The same of V."""
+    if bits == 8:
+        byte = chunk[at + dim // 16 * 16 * block_size + slot // 2 * 32 + dim % 16 * 2 + slot % 2]
+        return byte - 256 * (byte > 127), at + block_size * head_size
+    code = lowest = 0
+    for width in bit_fields(bits):
+        fields = 8 // width
+        padded = -(-head_size // (16 * fields)) * 16 * fields
+        byte = chunk[at + dim // (16 * fields) * 16 * block_size + slot // 2 * 32 + dim % 16 * 2 + slot % 2]
+        code |= (byte >> width * (dim % (16 * fields) // 16) & 2**width - 1) << lowest
+        lowest, at = lowest + width, at + block_size * padded // fields
+    return code, at
+
+
+@each_format
+@pytest.mark.parametrize("block_size, head_size", [(16, 32), (48, 80), (32, 128)])
+def test_bits_are_where_codes_h_says(cache_format, block_size, head_size):
+    planes = random_low_bits(cache_format, block_size, head_size)
+    packed = cache_format.pack(planes)
+    assert packed.shape[-1] == cache_format.content_bytes(head_size)
+    chunk = packed[1, 2].flatten().view(torch.uint8).numpy().tobytes()
+    sizes = (block_size, head_size)
+    for slot in {0, 1, 15, block_size - 2, block_size - 1}:
+        for dim in {0, 1, 7, 8, 15, 16, head_size // 2 + 1, head_size - 1}:
+            code, at = k_code(chunk, 0, cache_format.k_bits, *sizes, slot, dim)
+            assert code == planes.k_codes[1, 2, slot, dim]
+            code, at = v_code(chunk, at, cache_format.v_bits, *sizes, slot, dim)
+            assert code == planes.v_codes[1, 2, slot, dim]
+        for name in ("k_scales", "k_midpoints", "v_scales", "v_midpoints"):
+            if (values := getattr(planes, name)) is not None:
+                assert at % 16 == 0
+                (bits,) = struct.unpack_from("<H", chunk, at + 2 * slot)
+                assert struct.unpack("<f", struct.pack("<I", bits << 16))[0] == values[1, 2, slot]
+                at += 2 * block_size
+        assert at == len(chunk)
+
+
+@each_format
+@each_size
+def test_unpack_inverts_pack_of_few_bits(cache_format, block_size, head_size):
+    planes = random_low_bits(cache_format, block_size, head_size)
+    again = cache_format.unpack(cache_format.pack(planes), head_size)
+    for name, expected in vars(planes).items():
+        got = getattr(again, name)
+        assert got is expected is None or torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize("name, at_64, at_128", [("k6v4", 2.90, 3.04), ("k4v4", 3.55, 3.75), ("k8v4", 2.50, 2.58)])
+def test_capacity_against_bf16(name, at_64, at_128):
+    for head_size, expected in ((64, at_64), (128, at_128)):
+        native = formats.native_content_bytes(head_size, itemsize=2)
+        assert native / FORMATS[name].content_bytes(head_size) >= expected
+
+
 @pytest.mark.parametrize("head_size", formats.SUPPORTED_HEAD_SIZES)
 def test_planes_and_chunks_start_on_16_bytes(head_size):
     for block_size in range(16, 257, 16):

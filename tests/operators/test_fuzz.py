@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_int8kv.cache import ladder, library, ops, reference
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.formats import FORMATS, K8V8, CacheFormat
 from vllm_int8kv.cache.key_transform import KeyTransform
 
 NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 4, 2, 16, 32
@@ -57,9 +57,9 @@ def one_thread(set_num_threads) -> Iterator[None]:
     library.set_cpu_isa(isa)
 
 
-def guarded_cache(offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+def guarded_cache(offset: int, cache_format: CacheFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """(storage, cache within it); `offset` bytes from its start, aligned to nothing."""
-    cache = K8V8.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
+    cache = cache_format.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
     storage = torch.full((cache.numel() + offset + 33,), 77, dtype=torch.int8)
     view = storage[offset : offset + cache.numel()].view(cache.shape)
     return storage, view.copy_(cache)
@@ -85,11 +85,13 @@ slots = st.one_of(
     odd=st.lists(ODD_FLOATS, min_size=1, max_size=8),
     rotate=st.booleans(),
     isa=st.sampled_from(library.cpu_isas()),
+    name=st.sampled_from(list(FORMATS)),
 )
-def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotate, isa):
+def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotate, isa, name):
     library.set_cpu_isa(isa)
     num_tokens = len(slot_list)
-    storage, cache = guarded_cache(offset)
+    cache_format = FORMATS[name]
+    storage, cache = guarded_cache(offset, cache_format)
     key, value = torch.randn(2, num_tokens, NUM_KV_HEADS, HEAD_SIZE).to(dtype)
     for i, x in enumerate(odd):
         if num_tokens:
@@ -100,19 +102,21 @@ def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotat
     if any(slot >= NUM_BLOCKS * BLOCK_SIZE for slot in slot_list):
         with pytest.raises(RuntimeError, match=r"slot_mapping\[\d+\] is \d+ but kv_cache has 64 slots") as caught:
             ops.reshape_and_cache(
-                key, value, cache, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=K8V8
+                key, value, cache, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=cache_format
             )
         refused("reshape_and_cache", caught.value)
         assert same_bits(storage, before)
         return
     kept = [slot for slot in slot_list if slot >= 0]
-    ops.reshape_and_cache(key, value, cache, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=K8V8)
+    ops.reshape_and_cache(
+        key, value, cache, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=cache_format
+    )
     OUTCOMES["reshape_and_cache", "computed"] += 1
     assert (outside(storage, cache) == 77).all()
     if len(set(kept)) == len(kept):  # of two equal slots one of the vectors stays, whichever
-        want = K8V8.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
+        want = cache_format.allocate(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
         reference.reshape_and_cache(
-            key, value, want, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=K8V8
+            key, value, want, mapping, key_transform=KeyTransform(rotate=rotate), cache_format=cache_format
         )
         assert same_bits(cache, want)
 
@@ -127,14 +131,16 @@ def test_writes_the_mapped_slots_or_refuses(slot_list, offset, dtype, odd, rotat
     causal=st.booleans(),
     offset=st.integers(0, 17),
     isa=st.sampled_from(library.cpu_isas()),
+    name=st.sampled_from(list(FORMATS)),
 )
 def test_reads_the_named_blocks_or_refuses(
-    blocks, seq_lens, query_lens, num_tokens, sliding_window, causal, offset, isa
+    blocks, seq_lens, query_lens, num_tokens, sliding_window, causal, offset, isa, name
 ):
     library.set_cpu_isa(isa)
-    storage, cache = guarded_cache(offset)
+    cache_format = FORMATS[name]
+    storage, cache = guarded_cache(offset, cache_format)
     kv = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE)
-    ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE), cache_format=K8V8)
+    ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE), cache_format=cache_format)
     num_seqs = len(seq_lens)
     width = max(len(blocks) // num_seqs, 0)
     table = torch.tensor(blocks[: width * num_seqs], dtype=torch.int32).view(num_seqs, width)
@@ -144,7 +150,7 @@ def test_reads_the_named_blocks_or_refuses(
     options = dict(softmax_scale=0.2, causal=causal, sliding_window=sliding_window)
     before = storage.clone()
     try:
-        ops.paged_attention(*args, out=out, **options, cache_format=K8V8)
+        ops.paged_attention(*args, out=out, **options, cache_format=cache_format)
     except RuntimeError as error:
         refused("paged_attention", error)
         assert (out == 5).all()
@@ -153,7 +159,7 @@ def test_reads_the_named_blocks_or_refuses(
         end = int(starts[-1])
         # Nobody asks for the blocks of sequences without queries, but the reference reads them.
         table[torch.tensor(query_lens[:num_seqs]) == 0] = 0
-        want, _ = reference.paged_attention(*args, **options, cache_format=K8V8)
+        want, _ = reference.paged_attention(*args, **options, cache_format=cache_format)
         torch.testing.assert_close(out[:end], want[:end].float(), atol=2e-3, rtol=2e-3)
         assert (out[end:] == 5).all()
     assert same_bits(storage, before)
@@ -168,18 +174,20 @@ def test_reads_the_named_blocks_or_refuses(
     dtype=st.sampled_from(DTYPES[:3]),
     rotate=st.booleans(),
     offset=st.integers(0, 17),
+    name=st.sampled_from(list(FORMATS)),
 )
-def test_gathers_the_named_blocks_or_refuses(blocks, seq_starts, lens, num_rows, dtype, rotate, offset):
-    storage, cache = guarded_cache(offset)
+def test_gathers_the_named_blocks_or_refuses(blocks, seq_starts, lens, num_rows, dtype, rotate, offset, name):
+    cache_format = FORMATS[name]
+    storage, cache = guarded_cache(offset, cache_format)
     kv = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE)
-    ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE), cache_format=K8V8)
+    ops.reshape_and_cache(*kv, cache, torch.arange(NUM_BLOCKS * BLOCK_SIZE), cache_format=cache_format)
     num_seqs = len(seq_starts)
     width = len(blocks) // num_seqs
     table = torch.tensor(blocks[: width * num_seqs], dtype=torch.int32).view(num_seqs, width)
     cu_seq_lens = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
     rows = torch.full((2, num_rows, NUM_KV_HEADS, HEAD_SIZE), 5.0, dtype=dtype)
     args = (cache, table, cu_seq_lens, torch.tensor(seq_starts, dtype=torch.int32))
-    options = {"cache_format": K8V8, "key_transform": KeyTransform(rotate=rotate)}
+    options = {"cache_format": cache_format, "key_transform": KeyTransform(rotate=rotate)}
     before = storage.clone()
     try:
         ops.gather_cache(*rows, *args, **options)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_int8kv.cache import ops, reference
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.formats import FORMATS, K8V8
 from vllm_int8kv.cache.key_transform import KeyTransform
 
 
@@ -44,6 +44,19 @@ def test_bits_of_the_reference(device, head_size, block_size, dtype):
         )
         assert same_bits(got[0].cpu(), want[0]) and same_bits(got[1].cpu(), want[1])
         assert (want[0][350:] == 7.0).all() and (want[0][:350] != 7.0).any()
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "k8v8"])
+def test_bits_of_the_reference_of_formats(name):
+    for head_size, block_size in ((64, 16), (80, 48), (128, 32)):
+        sizes = {"num_heads": 2, "num_kv_heads": 2, "head_size": head_size, "block_size": block_size}
+        batch = make_batch([(1, 90), (1, 33)], **sizes, outliers=True, cache_format=FORMATS[name])
+        place = stretches(batch, (7, 80), (0, 33))
+        for dtype in (torch.float32, torch.bfloat16):
+            want, got = torch.zeros(2, 2, 113, 2, head_size, dtype=dtype)
+            reference.gather_cache(*want, batch.kv_cache, *place, cache_format=FORMATS[name])
+            ops.gather_cache(*got, batch.kv_cache, *place, cache_format=FORMATS[name])
+            assert same_bits(got, want)
 
 
 def test_fp16_from_zero_to_infinity(device):

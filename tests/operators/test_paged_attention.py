@@ -13,7 +13,7 @@ import torch
 from hostile import Batch, assert_attention_close, make_batch, same_bits
 
 from vllm_int8kv.cache import key_transform, ops, quantizer, reference
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.formats import FORMATS, K8V8
 from vllm_int8kv.cache.key_transform import KeyTransform
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -25,7 +25,7 @@ make_batch = lru_cache(maxsize=128)(make_batch)  # the kernels leave a batch as 
 
 
 def attend(batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.paged_attention(*batch.args, return_lse=True, **options, cache_format=K8V8)
+    return ops.paged_attention(*batch.args, return_lse=True, **options, cache_format=batch.cache_format)
 
 
 def check(batch: Batch, **options: Any) -> None:
@@ -79,6 +79,23 @@ def test_around_a_split(kernel, dtype):
     check(make_batch(lens, num_heads=2, num_kv_heads=1, dtype=dtype, device=kernel))
 
 
+@wide_and_narrow
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "k8v8"])
+def test_formats(cpu_kernel, name, dtype):
+    """Fewer bits, with heads and blocks that fill lines of their planes and that do not."""
+    for num_heads, num_kv_heads, head_size, block_size in ((6, 2, 64, 32), (5, 1, 80, 16), (4, 4, 128, 128)):
+        sizes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, block_size=block_size)
+        check(make_batch(((1, 270), (5, 18), (40, 90)), **sizes, dtype=dtype, cache_format=FORMATS[name]))
+
+
+@wide_and_narrow
+@pytest.mark.parametrize("head_size", [*range(32, 257, 16), 512])
+@pytest.mark.parametrize("name", ["k6v4", "k5v2"])
+def test_head_sizes_of_formats(cpu_kernel, name, head_size, dtype):
+    sizes = dict(num_heads=3, num_kv_heads=1, head_size=head_size)
+    check(make_batch(((1, 200), (7, 40)), **sizes, dtype=dtype, cache_format=FORMATS[name]))
+
+
 SLOPES = torch.tensor([2.0**-i for i in range(1, 9)])
 SINKS = torch.tensor([0.0, -3.0, 2.0, 9.0, -40.0, 0.5, 1.0, 4.0])
 EQUALIZER = 0.25 + 3 * torch.rand(2, 64, generator=torch.Generator().manual_seed(5))
@@ -126,6 +143,33 @@ def batch_for(option: str, lens: tuple[tuple[int, int], ...], **how: Any) -> Bat
 @each_option
 def test_options(kernel, option, dtype):
     check(batch_for(option, MIXED, dtype=dtype, device=kernel), **on(kernel, OPTIONS[option]))
+
+
+@wide_and_narrow
+@each_option
+def test_options_of_formats(cpu_kernel, option, dtype):
+    check(batch_for(option, MIXED, dtype=dtype, cache_format=FORMATS["k6v4"]), **OPTIONS[option])
+
+
+@wide_and_narrow
+@pytest.mark.parametrize("name", ["k6v4", "k4v4"])
+def test_outliers_of_formats(cpu_kernel, name, dtype):
+    """Values whose steps and midpoints differ by many powers of ten."""
+    check(make_batch(MIXED, outliers=True, dtype=dtype, cache_format=FORMATS[name]), softmax_scale=0.004)
+
+
+def test_bits_of_a_format_do_not_depend_on_the_batch(cpu_kernel, set_num_threads):
+    """Nor on the number of threads, nor on how a prompt was cut into chunks."""
+    batch = make_batch(((1, 1328), (129, 700), (1, 40)), dtype=torch.bfloat16, cache_format=FORMATS["k6v4"])
+    options = {"softmax_scale": 0.125}
+    want = attend(batch, **options)[0]
+    set_num_threads(2)
+    assert same_bits(attend(batch, **options)[0][: batch.num_tokens], want[: batch.num_tokens])
+    for seq in range(3):
+        assert same_bits(attend(batch.alone(seq), **options)[0], want[batch.rows(seq)])
+    rows = batch.rows(1)
+    pieces = [attend(batch.piece(1, begin, end), **options)[0] for begin, end in ((0, 50), (50, 51), (51, 129))]
+    assert same_bits(torch.cat(pieces), want[rows])
 
 
 @wide_and_narrow
@@ -300,8 +344,8 @@ def test_quantization_error(kernel, outliers, rotate_keys, record_property):
     error = quantization_error(batch, softmax_scale, key_transform=KeyTransform(rotate=rotate_keys))
     query, key, value = batch.query[:64].cpu(), batch.keys[0], batch.values[0]
     turn = key_transform.hadamard_rotate if rotate_keys else torch.clone
-    k_step = quantizer.quantize(turn(key))[1].double().amax()
-    v_step = quantizer.quantize(value)[1].double().amax()
+    k_step = quantizer.quantize(turn(key)).scales.double().amax()
+    v_step = quantizer.quantize(value).scales.double().amax()
     delta = softmax_scale * turn(query).abs().sum(-1).double() * k_step / 2
     assert (error.amax(-1) <= torch.expm1(2 * delta) * value.abs().max() + v_step / 2).all()
     record_property("max_error", float(error.max()))

@@ -21,8 +21,8 @@ Quantize = Callable[[list[float]], tuple[list[int], float]]
 
 
 def quantize_by_reference(row: list[float]) -> tuple[list[int], float]:
-    codes, scale = quantizer.quantize(quantizer.sanitize(torch.tensor(row)))
-    return codes.tolist(), float(scale)
+    quantized = quantizer.quantize(quantizer.sanitize(torch.tensor(row)))
+    return quantized.codes.tolist(), float(quantized.scales)
 
 
 def quantize_by_kernel(row: list[float]) -> tuple[list[int], float]:
@@ -182,3 +182,26 @@ def test_kernel_rotates_by_the_hadamard_matrix(kernel, head_size):
     assert set(planes.k_codes.abs().unique().tolist()) <= {0, 126, 127}
     step = 1 / math.sqrt(ROTATION_BLOCKS[head_size]) / 127
     assert set(planes.k_scales.tolist()[0][0]) == {to_bf16(to_fp32(step))}
+
+
+@pytest.mark.parametrize("bits", [6, 5, 4, 2])
+@pytest.mark.parametrize("shift", [0.0, 1.0, -30.0, 1e4])
+def test_the_error_of_few_bits_is_bounded(bits, shift):
+    """Half a step, and what half a unit of bf16 moves the ends by; of the midpoint, relative to the vector itself."""
+    x = torch.randn(4000, 64) + shift
+    quantized = quantizer.quantize(x, bits)
+    if shift < 1e4:  # where bf16 cannot tell the middle, codes lie on one side of it
+        assert quantized.codes.min() == 0 and quantized.codes.max() == 2**bits - 1
+    error = (quantized.dequantize(bits, torch.float64) - x.double()).abs().amax(dim=-1)
+    bound = quantized.scales.double() * (0.5 + (2**bits - 1) / 1024) + 1e-6 * x.abs().amax(dim=-1)
+    assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [6, 5, 4, 2])
+def test_vectors_without_extent_are_their_midpoint(bits):
+    x = torch.tensor([0.0, 3.0, -1e-31, 1e30])[:, None].expand(4, 64)
+    quantized = quantizer.quantize(x, bits)
+    assert torch.equal(quantized.scales.float()[:3], torch.zeros(3)) and not quantized.codes[:3].any()
+    assert torch.equal(quantized.dequantize(bits)[:3], quantized.midpoints.float()[:3, None].expand(3, 64))
+    # 1e30 is no bf16: the rest is a step of its own.
+    assert (quantized.dequantize(bits)[3] / 1e30 - 1).abs().max() < 1e-4

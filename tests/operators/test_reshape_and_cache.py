@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from vllm_int8kv.cache import formats, ops, reference
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.formats import FORMATS, K8V8, CacheFormat
 from vllm_int8kv.cache.key_transform import KeyTransform
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+wide_and_narrow = pytest.mark.parametrize("dtype", DTYPES[::2], ids=["fp32", "bf16"])
 
 
 def poisoned_cache(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, device: str
+    num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, device: str, cache_format: CacheFormat = K8V8
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(storage, cache): random bytes, and a cache inside them with gaps after blocks and heads."""
-    content_bytes = K8V8.content_bytes(head_size)
+    content_bytes = cache_format.content_bytes(head_size)
     head_stride = block_size * content_bytes + 16
     block_stride = num_kv_heads * head_stride + 48
     storage = torch.randint(-128, 128, (112 + num_blocks * block_stride,), dtype=torch.int8).to(device)
@@ -38,19 +39,24 @@ def assert_writes_as_reference(
     *,
     num_blocks: int = 10,
     block_size: int = 16,
+    cache_format: CacheFormat = K8V8,
     **options: Any,
 ) -> None:
     """Write with the operator and with the reference into equal poisoned caches; every byte must agree."""
     _, num_kv_heads, head_size = key.shape
-    storage, kv_cache = poisoned_cache(num_blocks, num_kv_heads, block_size, head_size, key.device.type)
+    storage, kv_cache = poisoned_cache(num_blocks, num_kv_heads, block_size, head_size, key.device.type, cache_format)
+    if cache_format != K8V8:  # what pads the planes of few bits is 0, as in any cache that was allocated
+        kv_cache.copy_(cache_format.pack(cache_format.unpack(kv_cache, head_size)))
     want_storage = storage.clone()
     want = want_storage.as_strided(kv_cache.shape, kv_cache.stride(), kv_cache.storage_offset())
-    ops.reshape_and_cache(key, value, kv_cache, slot_mapping.to(key.device), **options, cache_format=K8V8)
-    reference.reshape_and_cache(key, value, want, slot_mapping.to(key.device), **options, cache_format=K8V8)
-    got_planes, want_planes = K8V8.unpack(kv_cache), K8V8.unpack(want)
-    for name in ("k_scales", "v_scales", "k_codes", "v_codes"):
-        got, expected = getattr(got_planes, name), getattr(want_planes, name)
-        if name.endswith("scales"):
+    ops.reshape_and_cache(key, value, kv_cache, slot_mapping.to(key.device), **options, cache_format=cache_format)
+    reference.reshape_and_cache(key, value, want, slot_mapping.to(key.device), **options, cache_format=cache_format)
+    got_planes, want_planes = (cache_format.unpack(cache, head_size) for cache in (kv_cache, want))
+    for name, expected in vars(want_planes).items():
+        if expected is None:
+            continue
+        got = getattr(got_planes, name)
+        if not name.endswith("codes"):
             got, expected = got.view(torch.int16), expected.view(torch.int16)
         assert torch.equal(got, expected), f"{name}: {int((got != expected).sum())} of {got.numel()} differ"
     assert torch.equal(storage, want_storage), "a byte between the chunks was written"
@@ -61,6 +67,21 @@ def assert_writes_as_reference(
 def test_head_sizes(kernel, head_size, dtype):
     key, value = random_kv(33, 3, head_size, dtype, kernel)
     assert_writes_as_reference(key, value, torch.arange(5, 38), num_blocks=3)
+
+
+@wide_and_narrow
+@pytest.mark.parametrize("head_size", [32, 64, 80, 128, 512])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "k8v8"])
+def test_formats(cpu_kernel, name, head_size, dtype):
+    """Whole slot groups and single slots; constant, zero and non-finite vectors among the tokens."""
+    key, value = random_kv(53, 2, head_size, dtype, "cpu")
+    key[2], value[2], key[3], value[3], key[20], value[21] = 0, 0, 1.001, -7.3, torch.nan, torch.inf
+    key[22, 0, 5], value[22, 1, 7] = -torch.inf, torch.nan
+    key[23], value[23] = 1e-35, -1e-35
+    for slots in (torch.arange(16, 69), torch.arange(5, 58), SLOTS["padded"](53)):
+        for block_size in (16, 48):
+            options = dict(num_blocks=160 // block_size + 1, block_size=block_size, cache_format=FORMATS[name])
+            assert_writes_as_reference(key, value, slots, **options)
 
 
 @pytest.mark.parametrize("head_size", [32, 112, 128])

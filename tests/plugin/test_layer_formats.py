@@ -1,7 +1,4 @@
-"""Layers know their cache format by name, and vLLM counts and allocates the pages of each.
-
-A second format that no kernel has stands for those to come: eight bits for keys and four for values.
-"""
+"""Layers know their cache format by name, and vLLM counts and allocates the pages of each."""
 
 from types import SimpleNamespace
 
@@ -11,43 +8,33 @@ import tiny_models
 import torch
 import yaml
 
-from vllm_int8kv.cache import formats
-from vllm_int8kv.cache.formats import K8V8, CacheFormat
+from vllm_int8kv.cache.formats import FORMATS, K8V8
 from vllm_int8kv.serving import layers, lifecycle
 from vllm_int8kv.serving.backend import Int8KVBackend
 
-DUMMY = CacheFormat("dummy", k_bits=8, v_bits=4)
-
-
-@pytest.fixture
-def dummy_format(monkeypatch) -> CacheFormat:
-    monkeypatch.setitem(formats.FORMATS, DUMMY.name, DUMMY)
-    return DUMMY
+K8V4, K6V4 = FORMATS["k8v4"], FORMATS["k6v4"]
 
 
 @pytest.fixture
 def policy(tmp_path):
     """Writes a layer policy; returns the options that name it."""
 
-    def write(layers: dict[int, str]) -> dict:
+    def write(layers: dict) -> dict:
         path = tmp_path / "policy.yaml"
         path.write_text(yaml.safe_dump(layers))
-        # The operators know no such format, so that the pass over random tokens could not run.
-        return {"int8_kv": {"layer_policy": str(path), "equalize_keys": False}}
+        return {"int8_kv": {"layer_policy": str(path), "format": "k6v4"}}
 
     return write
 
 
 @pytest.mark.engine
-def test_page_sizes_follow_the_format_of_each_layer(dummy_format, policy, tmp_path):
+def test_page_sizes_follow_the_format_of_each_layer(policy, tmp_path):
     model = tiny_models.llama(tmp_path / "llama")
-    with engines.tiny_engine(model, additional_config=policy({1: dummy_format.name})) as llm:
+    mixed = policy({1: {"nbits_key": 8, "nbits_value": 4}, 2: "int8"})
+    with engines.tiny_engine(model, additional_config=mixed) as llm:
         by_index = engines.layers(llm)
-        assert {index: layer.impl.cache_format.name for index, layer in by_index.items()} == {
-            0: "k8v8",
-            1: "dummy",
-            2: "k8v8",
-        }
+        names = {index: layer.impl.cache_format.name for index, layer in by_index.items()}
+        assert names == {0: "k6v4", 1: "k8v4", 2: "k8v8"}
         config = llm.llm_engine.vllm_config.cache_config
         pages = {}
         for index, layer in by_index.items():
@@ -56,26 +43,59 @@ def test_page_sizes_follow_the_format_of_each_layer(dummy_format, policy, tmp_pa
             pages[index] = num_kv_heads * block_size * num_bytes
         expected = {
             index: 2 * config.block_size * layer_format.content_bytes(64)
-            for index, layer_format in enumerate((K8V8, dummy_format, K8V8))
+            for index, layer_format in enumerate((K6V4, K8V4, K8V8))
         }
         assert pages == expected
-        assert len(set(pages.values())) == 2
+        assert len(set(pages.values())) == 3
         # As many blocks as fit: vLLM counts a block of all layers together.
         assert config.num_gpu_blocks == engines.KV_CACHE_MEMORY // sum(pages.values())
 
 
-@pytest.mark.engine
-def test_an_operator_refuses_a_format_that_no_kernel_has(dummy_format, policy, tmp_path):
-    model = tiny_models.llama(tmp_path / "llama")
-    refused = pytest.raises(RuntimeError, match="cache_format 'dummy' does not exist; supported: k8v8")
-    with engines.tiny_engine(model, additional_config=policy({1: dummy_format.name})) as llm, refused:
-        engines.prompt_logprobs(llm)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"format": "k6v3"}, '["format"] must be one of k8v8, k8v6, k8v5, k8v4, k8v2, k6v8,'),
+        ({"format": "int8"}, "got 'int8'"),
+        ({"format": 4}, '["format"] must be str, got 4 (int)'),
+        ({"layer_policy": {0: "k3v4"}}, "gives layer 0 the format 'k3v4'; use int8 or auto, or a format: k8v8, k8v6"),
+        (
+            {"layer_policy": {0: {"nbits_key": 3, "nbits_value": 4}}},
+            "gives layer 0 the format {'nbits_key': 3, 'nbits_value': 4}",
+        ),
+        ({"layer_policy": {0: {"nbits_key": 4}}}, "gives layer 0 the format {'nbits_key': 4}"),
+    ],
+)
+def test_formats_that_do_not_exist_are_refused(given, message, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        create_config(tiny_models.llama(tmp_path), additional_config={"int8_kv": given})
+    assert message in str(caught.value)
+
+
+def test_formats_without_kernels_for_the_platform_are_refused(tmp_path, monkeypatch):
+    config = create_config(tiny_models.llama(tmp_path), additional_config={"int8_kv": {"layer_policy": {1: "k6v4"}}})
+    from vllm.platforms import current_platform
+
+    from vllm_int8kv.serving.start_up import checks
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match="the cache formats k6v4 on this platform: they have CPU kernels only; use k8"):
+        checks.check_engine(config, None)
+
+
+def create_config(model, **options):
+    import vllm_int8kv
+
+    vllm_int8kv.register()
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = dict(skip_tokenizer_init=True, max_model_len=256, kv_cache_dtype="int8_custom") | options
+    return EngineArgs(model=str(model), **options).create_engine_config()
 
 
 @pytest.fixture
 def config(policy):
     """The configuration of an engine with a policy for four layers."""
-    return SimpleNamespace(additional_config=policy({0: "int8", 1: "dummy", 2: "auto"}))
+    return SimpleNamespace(additional_config=policy({0: "int8", 1: "k8v4", 2: "auto"}))
 
 
 def model_config(runner: str = "generate") -> SimpleNamespace:
@@ -91,14 +111,15 @@ def built_layer(index: int, owner: int | None = None) -> SimpleNamespace:
     return layer
 
 
-def test_a_policy_names_formats_and_a_reader_has_that_of_its_owner(dummy_format, config):
+def test_a_policy_names_formats_and_a_reader_has_that_of_its_owner(config):
     with layers.building(config, model_config()):
-        for layer, expected in ((built_layer(0), K8V8), (built_layer(1), DUMMY), (built_layer(3, owner=1), DUMMY)):
+        of_policy = ((built_layer(0), K8V8), (built_layer(1), K8V4), (built_layer(3, owner=1), K8V4))
+        for layer, expected in (*of_policy, (built_layer(3), K6V4)):
             assert layer.impl.cache_format == layer.attn_backend.cache_format == expected
     assert built_layer(1).impl.cache_format == K8V8  # of another model, built later
 
 
-def test_a_policy_is_about_the_target(dummy_format, config):
+def test_a_policy_is_about_the_target(config):
     """A draft has layers of its own, with the same indices."""
     cache_config = SimpleNamespace(
         cache_dtype="int8_custom", kv_cache_dtype_skip_layers=["0", "2"], sliding_window=None
@@ -109,7 +130,7 @@ def test_a_policy_is_about_the_target(dummy_format, config):
         return cache.cache_dtype, cache.kv_cache_dtype_skip_layers
 
     with layers.building(config, model_config("draft")):
-        assert built_layer(1).impl.cache_format == K8V8
+        assert built_layer(1).impl.cache_format == K6V4  # the format that all layers have
         assert settled(2) == ("int8_custom", [])
         assert settled(0) == ("auto", ["0"])  # an option of vLLM, which means drafts too
     with layers.building(config, model_config()):
@@ -156,9 +177,9 @@ def test_skipped_layers_with_chunked_attention_have_the_native_backend(tmp_path)
 def test_a_draft_that_is_told_late_whose_cache_it_reads():
     """As the drafts of Gemma-4: nothing may read bytes that it does not understand."""
     owner, reader = quantized("owner"), quantized("reader", reads="owner")
-    owner.impl.cache_format = DUMMY
+    owner.impl.cache_format = K8V4
     layers.check_shared_caches({"owner": owner, "reader": reader})
-    assert reader.impl.cache_format == DUMMY
+    assert reader.impl.cache_format == K8V4
     layers.check_shared_caches({"owner": native("owner"), "reader": native("reader", reads="owner")})
     for owner, reader in ((quantized, native), (native, quantized)):
         pair = {"owner": owner("owner"), "reader": reader("reader", reads="owner")}
@@ -171,19 +192,19 @@ def test_a_backend_that_vllm_has_wrapped_stays_what_it_is():
     from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
 
     wrapped = create_chunked_local_attention_backend(Int8KVBackend, 8192)
-    for cache_format in (K8V8, DUMMY):
+    for cache_format in (K8V8, K8V4):
         backend = wrapped.of_format(cache_format)
         assert backend.get_builder_cls() is wrapped.get_builder_cls() is not Int8KVBackend.get_builder_cls()
         assert backend.cache_format == cache_format
 
 
 def test_backends_of_formats_differ_in_their_pages_and_in_nothing_else():
-    backend = Int8KVBackend.of_format(DUMMY)
-    assert backend is Int8KVBackend.of_format(DUMMY) and Int8KVBackend.of_format(K8V8) is Int8KVBackend
+    backend = Int8KVBackend.of_format(K8V4)
+    assert backend is Int8KVBackend.of_format(K8V4) and Int8KVBackend.of_format(K8V8) is Int8KVBackend
     assert backend.full_cls_name() != Int8KVBackend.full_cls_name()  # vLLM groups layers by it
     assert backend.get_name() == Int8KVBackend.get_name()
     assert backend.get_impl_cls() is Int8KVBackend.get_impl_cls()
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.int8)
-    assert backend.customize_spec(spec).state_content_bytes == 64 + 32 + 4
+    assert backend.customize_spec(spec).state_content_bytes == 64 + 32 + 2 + 4

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_int8kv.cache import quantizer
+from vllm_int8kv.cache.key_transform import hadamard_rotate
+from vllm_int8kv.cache.quantizer import Quantized, sanitize
 
 SLOT_GROUP = 16
 """`block_size` and `head_size` are multiples of this."""
@@ -43,7 +45,7 @@ def native_content_bytes(head_size: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class Planes:
-    """The four planes of a cache in logical order; copies, not views, of the cache's bytes."""
+    """The planes of a cache in logical order; copies, not views, of the cache's bytes."""
 
     k_codes: torch.Tensor
     """[num_blocks, num_kv_heads, block_size, head_size] int8"""
@@ -53,16 +55,35 @@ class Planes:
     """[num_blocks, num_kv_heads, block_size] bf16"""
     v_scales: torch.Tensor
     """same shape as `k_scales`"""
+    k_midpoints: torch.Tensor | None = None
+    """same shape as `k_scales`; None with 8 bits"""
+    v_midpoints: torch.Tensor | None = None
+
+    @property
+    def keys(self) -> Quantized:
+        return Quantized(self.k_codes, self.k_scales, self.k_midpoints)
+
+    @property
+    def values(self) -> Quantized:
+        return Quantized(self.v_codes, self.v_scales, self.v_midpoints)
 
 
 class Codes(ABC):
-    """The trait of a plane of codes: how many bits a code has, and where it lies."""
+    """The trait of the codes of K or V: how many bits a code has, and where it lies."""
 
     bits: int
 
     @abstractmethod
+    def k_bytes(self, block_size: int, head_size: int) -> int:
+        """Bytes of the K codes of a block."""
+
+    @abstractmethod
+    def v_bytes(self, block_size: int, head_size: int) -> int:
+        """Bytes of the V codes of a block."""
+
+    @abstractmethod
     def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
-        """Bytes `[..., block_size * head_size * bits / 8]` int8 of K codes `[..., block_size, head_size]`."""
+        """Bytes `[..., k_bytes]` int8 of K codes `[..., block_size, head_size]`."""
 
     @abstractmethod
     def unpack_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
@@ -76,6 +97,11 @@ class Codes(ABC):
     def unpack_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
         """The inverse of `pack_v`."""
 
+    @property
+    def param_bytes(self) -> int:
+        """Bytes per slot of scales, and of midpoints below 8 bits."""
+        return SCALE_DTYPE.itemsize * (1 if self.bits == 8 else 2)
+
 
 class Int8Codes(Codes):
     """One signed byte per code, interleaved in lines of 32 bytes: two steps of a dot product for 16 outputs.
@@ -85,6 +111,11 @@ class Int8Codes(Codes):
     """
 
     bits = 8
+
+    def k_bytes(self, block_size: int, head_size: int) -> int:
+        return block_size * head_size
+
+    v_bytes = k_bytes
 
     def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
         *lead, block_size, head_size = codes.shape
@@ -108,22 +139,142 @@ class Int8Codes(Codes):
         return lines.transpose(-4, -3).movedim(-1, -3).reshape(*lead, block_size, head_size)
 
 
-CODES: dict[int, Codes] = {codes.bits: codes for codes in (Int8Codes(),)}
-"""By bits per code."""
+@dataclass(frozen=True)
+class BitPlane:
+    """4, 2 or 1 bits of every code: lines of `Int8Codes` on top of each other, as many as fit into a byte.
+
+    K  [block_size / 16][head_size / (8 fields)][8 dims / 2][16 slots][2 dims], field f: 8 dims on
+    V  [head_size / (16 fields)][block_size / 2][16 dims][2 slots], field f: 16 dims on
+
+    Head sizes are padded to whole lines with codes of 0.
+    """
+
+    bits: int
+
+    @property
+    def num_fields(self) -> int:
+        return 8 // self.bits
+
+    def k_bytes(self, block_size: int, head_size: int) -> int:
+        return block_size * _round_up(head_size, 8 * self.num_fields) // self.num_fields
+
+    def v_bytes(self, block_size: int, head_size: int) -> int:
+        return block_size * _round_up(head_size, 16 * self.num_fields) // self.num_fields
+
+    def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
+        """Bytes `[..., k_bytes]` uint8 of unsigned codes `[..., block_size, head_size]`."""
+        codes = _pad_dims(codes, 8 * self.num_fields)
+        *lead, block_size, head_size = codes.shape
+        shape = (block_size // 16, 16, head_size // (8 * self.num_fields), self.num_fields, 4, 2)
+        # [slots / 16][16 slots][groups][fields][4][2 dims] becomes [slots / 16][groups][4][16 slots][2 dims][fields].
+        lines = codes.reshape(*lead, *shape).movedim(-5, -2).movedim(-4, -1)
+        return self._join(lines).reshape(*lead, self.k_bytes(block_size, head_size))
+
+    def unpack_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        """The inverse of `pack_k`."""
+        lead, padded = plane.shape[:-1], _round_up(head_size, 8 * self.num_fields)
+        shape = (block_size // 16, padded // (8 * self.num_fields), 4, 16, 2)
+        lines = self._split(plane.reshape(*lead, *shape))
+        return lines.movedim(-1, -4).movedim(-2, -5).reshape(*lead, block_size, padded)[..., :head_size]
+
+    def pack_v(self, codes: torch.Tensor) -> torch.Tensor:
+        """Bytes of V codes, as `pack_k`."""
+        codes = _pad_dims(codes, 16 * self.num_fields)
+        *lead, block_size, head_size = codes.shape
+        shape = (block_size // 2, 2, head_size // (16 * self.num_fields), self.num_fields, 16)
+        # [slots / 2][2 slots][groups][fields][16 dims] becomes [groups][slots / 2][16 dims][2 slots][fields].
+        lines = codes.reshape(*lead, *shape).movedim(-4, -1).movedim(-3, -1).transpose(-5, -4)
+        return self._join(lines).reshape(*lead, self.v_bytes(block_size, head_size))
+
+    def unpack_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        """The inverse of `pack_v`."""
+        lead, padded = plane.shape[:-1], _round_up(head_size, 16 * self.num_fields)
+        shape = (padded // (16 * self.num_fields), block_size // 2, 16, 2)
+        lines = self._split(plane.reshape(*lead, *shape)).transpose(-5, -4).movedim(-1, -3).movedim(-1, -4)
+        return lines.reshape(*lead, block_size, padded)[..., :head_size]
+
+    def _shifts(self) -> torch.Tensor:
+        return self.bits * torch.arange(self.num_fields, dtype=torch.uint8)
+
+    def _join(self, fields: torch.Tensor) -> torch.Tensor:
+        """Bytes of fields in the last dimension."""
+        return (fields.to(torch.uint8) << self._shifts().to(fields.device)).sum(dim=-1).to(torch.uint8)
+
+    def _split(self, plane: torch.Tensor) -> torch.Tensor:
+        """The fields of bytes in a new last dimension."""
+        return plane.view(torch.uint8)[..., None] >> self._shifts().to(plane.device) & (2**self.bits - 1)
+
+
+def _round_up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
+
+
+def _pad_dims(codes: torch.Tensor, unit: int) -> torch.Tensor:
+    """Codes with dims of 0 up to the next multiple of `unit`."""
+    return torch.nn.functional.pad(codes, (0, _round_up(codes.shape[-1], unit) - codes.shape[-1]))
+
+
+class LowBitCodes(Codes):
+    """Unsigned codes of six bits or fewer: the lower four bits in one plane, the others in the next."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.planes = [BitPlane(b) for b in ((bits,) if bits <= 4 else (4, bits - 4))]
+
+    def k_bytes(self, block_size: int, head_size: int) -> int:
+        return sum(plane.k_bytes(block_size, head_size) for plane in self.planes)
+
+    def v_bytes(self, block_size: int, head_size: int) -> int:
+        return sum(plane.v_bytes(block_size, head_size) for plane in self.planes)
+
+    def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
+        parts = [plane.pack_k(part) for plane, part in zip(self.planes, self._parts(codes), strict=True)]
+        return torch.cat(parts, dim=-1).view(torch.int8)
+
+    def unpack_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        parts = plane.split([p.k_bytes(block_size, head_size) for p in self.planes], dim=-1)
+        return self._whole([p.unpack_k(x, block_size, head_size) for p, x in zip(self.planes, parts, strict=True)])
+
+    def pack_v(self, codes: torch.Tensor) -> torch.Tensor:
+        parts = [plane.pack_v(part) for plane, part in zip(self.planes, self._parts(codes), strict=True)]
+        return torch.cat(parts, dim=-1).view(torch.int8)
+
+    def unpack_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        parts = plane.split([p.v_bytes(block_size, head_size) for p in self.planes], dim=-1)
+        return self._whole([p.unpack_v(x, block_size, head_size) for p, x in zip(self.planes, parts, strict=True)])
+
+    def _parts(self, codes: torch.Tensor) -> list[torch.Tensor]:
+        """The bits of each plane."""
+        codes = codes.view(torch.uint8)
+        return [codes] if len(self.planes) == 1 else [codes & 15, codes >> 4]
+
+    def _whole(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return (parts[0] if len(parts) == 1 else parts[0] | parts[1] << 4).view(torch.int8)
+
+
+CODES: dict[int, Codes] = {8: Int8Codes()} | {bits: LowBitCodes(bits) for bits in (6, 5, 4, 2)}
+"""By bits per code, most first."""
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """Bits of the codes of K and V; each (slot, KV head) vector has a scale of its own."""
+    """Bits of the codes of K and V; each (slot, KV head) vector has a scale of its own, and below 8 bits a midpoint."""
 
     name: str
     """what users, policies and operators call it"""
     k_bits: int
     v_bits: int
 
+    @property
+    def rotates_values(self) -> bool:
+        """Whether values are rotated before they are quantized, as keys are, and outputs rotated back."""
+        return self.v_bits < 8
+
     def content_bytes(self, head_size: int) -> int:
-        """Bytes per slot and KV head, scales included."""
-        return (self.k_bits + self.v_bits) * head_size // 8 + 2 * SCALE_DTYPE.itemsize
+        """Bytes per slot and KV head, scales and midpoints included."""
+        k_codes, v_codes = CODES[self.k_bits], CODES[self.v_bits]
+        codes = k_codes.k_bytes(SLOT_GROUP, head_size) + v_codes.v_bytes(SLOT_GROUP, head_size)
+        return codes // SLOT_GROUP + k_codes.param_bytes + v_codes.param_bytes
 
     def allocate(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, device: torch.device | str = "cpu"
@@ -135,7 +286,7 @@ class CacheFormat:
         return torch.zeros(shape, dtype=torch.int8, device=device)
 
     def head_size_of(self, kv_cache: torch.Tensor) -> int:
-        """The head size whose cache in this format has as many bytes per slot as `kv_cache`.
+        """The largest head size whose cache in this format has as many bytes per slot as `kv_cache`.
 
         Raises:
             ValueError: `kv_cache` is no cache of this format.
@@ -145,57 +296,81 @@ class CacheFormat:
                 "kv_cache must be int8 [num_blocks, num_kv_heads, block_size, content_bytes], "
                 f"got {kv_cache.dtype} {list(kv_cache.shape)}"
             )
-        for head_size in SUPPORTED_HEAD_SIZES:
+        for head_size in reversed(SUPPORTED_HEAD_SIZES):
             if self.content_bytes(head_size) == kv_cache.shape[3]:
                 return head_size
         raise ValueError(f"kv_cache holds {kv_cache.shape[3]} bytes per slot, which is {self.name} of no head size")
 
-    def unpack(self, kv_cache: torch.Tensor) -> Planes:
-        """Take a cache apart into its planes, undoing the interleaving."""
-        head_size = self.head_size_of(kv_cache)
+    def unpack(self, kv_cache: torch.Tensor, head_size: int | None = None) -> Planes:
+        """Take a cache apart into its planes, undoing the interleaving.
+
+        Args:
+            head_size: needed where padding gives several head sizes the same number of bytes.
+        """
+        head_size = self.head_size_of(kv_cache) if head_size is None else head_size
         num_blocks, num_kv_heads, block_size, content_bytes = kv_cache.shape
         chunks = kv_cache.reshape(num_blocks, num_kv_heads, block_size * content_bytes)
-        codes, scales = block_size * head_size, block_size * SCALE_DTYPE.itemsize
-        sizes = [codes * self.k_bits // 8, codes * self.v_bits // 8, scales, scales]
-        k_codes, v_codes, k_scales, v_scales = chunks.split(sizes, dim=-1)
+        k_codes, v_codes = CODES[self.k_bits], CODES[self.v_bits]
+        vector = block_size * SCALE_DTYPE.itemsize
+        sizes = [k_codes.k_bytes(block_size, head_size), v_codes.v_bytes(block_size, head_size)]
+        sizes += [block_size * k_codes.param_bytes, block_size * v_codes.param_bytes]
+        k_plane, v_plane, *params = chunks.split(sizes, dim=-1)
+        k_params, v_params = ([x.contiguous().view(SCALE_DTYPE) for x in p.split(vector, dim=-1)] for p in params)
         return Planes(
-            k_codes=CODES[self.k_bits].unpack_k(k_codes, block_size, head_size),
-            v_codes=CODES[self.v_bits].unpack_v(v_codes, block_size, head_size),
-            k_scales=k_scales.contiguous().view(SCALE_DTYPE),
-            v_scales=v_scales.contiguous().view(SCALE_DTYPE),
+            k_codes.unpack_k(k_plane, block_size, head_size),
+            v_codes.unpack_v(v_plane, block_size, head_size),
+            k_params[0],
+            v_params[0],
+            k_params[1] if len(k_params) == 2 else None,
+            v_params[1] if len(v_params) == 2 else None,
         )
 
     def pack(self, planes: Planes) -> torch.Tensor:
         """Put planes together into a cache: the inverse of `unpack`."""
         num_blocks, num_kv_heads, block_size, head_size = planes.k_codes.shape
+        params = (planes.k_scales, planes.k_midpoints, planes.v_scales, planes.v_midpoints)
         parts = [
             CODES[self.k_bits].pack_k(planes.k_codes),
             CODES[self.v_bits].pack_v(planes.v_codes),
-            planes.k_scales.contiguous().view(torch.int8),
-            planes.v_scales.contiguous().view(torch.int8),
+            *(param.contiguous().view(torch.int8) for param in params if param is not None),
         ]
         return torch.cat(parts, dim=-1).reshape(num_blocks, num_kv_heads, block_size, self.content_bytes(head_size))
 
-    def quantize_k(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of finite, transformed keys `[..., head_size]`."""
+    def transform_values(self, value: torch.Tensor) -> torch.Tensor:
+        """Values `[..., head_size]` as they are quantized, fp32."""
+        value = sanitize(value)
+        return hadamard_rotate(value) if self.rotates_values else value
+
+    def undo_values(self, value: torch.Tensor) -> torch.Tensor:
+        """What `transform_values` was given, of values or of sums of values."""
+        return hadamard_rotate(value) if self.rotates_values else value  # is its own inverse
+
+    def quantize_k(self, key: torch.Tensor) -> Quantized:
+        """Finite, transformed keys `[..., head_size]` as codes."""
         return quantizer.quantize(key, self.k_bits)
 
-    def quantize_v(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of finite values `[..., head_size]`."""
+    def quantize_v(self, value: torch.Tensor) -> Quantized:
+        """Finite, transformed values `[..., head_size]` as codes."""
         return quantizer.quantize(value, self.v_bits)
 
     def round_trip_k(self, key: torch.Tensor) -> torch.Tensor:
         """What the cache gives back of finite, transformed keys, fp32."""
-        codes, scales = self.quantize_k(key)
-        return codes.float() * scales.float()[..., None]
+        return self.quantize_k(key).dequantize(self.k_bits)
 
     def round_trip_v(self, value: torch.Tensor) -> torch.Tensor:
-        """What the cache gives back of finite values, fp32."""
-        codes, scales = self.quantize_v(value)
-        return codes.float() * scales.float()[..., None]
+        """What the cache gives back of values, fp32."""
+        return self.undo_values(self.quantize_v(self.transform_values(value)).dequantize(self.v_bits))
 
 
-K8V8 = CacheFormat("k8v8", k_bits=8, v_bits=8)
-
-FORMATS: dict[str, CacheFormat] = {cache_format.name: cache_format for cache_format in (K8V8,)}
+FORMATS: dict[str, CacheFormat] = {
+    f"k{k}v{v}": CacheFormat(f"k{k}v{v}", k_bits=k, v_bits=v) for k in CODES for v in CODES
+}
 """By name, what layers may have."""
+
+K8V8 = FORMATS["k8v8"]
+
+
+def check_format(name: str, what: str) -> None:
+    """Raise ValueError unless a cache format is called so; `what` says where the name was given."""
+    if name not in FORMATS:
+        raise ValueError(f"{what} must be one of {', '.join(FORMATS)}, got {name!r}")

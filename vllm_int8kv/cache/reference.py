@@ -36,24 +36,23 @@ def reshape_and_cache(
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
     blocks, offsets = slots // kv_cache.shape[2], slots % kv_cache.shape[2]
-    k_codes, k_scales = cache_format.quantize_k(key_transform.keys(key[kept]))
-    v_codes, v_scales = cache_format.quantize_v(sanitize(value[kept]))
-    planes = cache_format.unpack(kv_cache)
-    planes.k_codes[blocks, :, offsets] = k_codes
-    planes.v_codes[blocks, :, offsets] = v_codes
-    planes.k_scales[blocks, :, offsets] = k_scales
-    planes.v_scales[blocks, :, offsets] = v_scales
+    planes = cache_format.unpack(kv_cache, key.shape[-1])
+    keys = cache_format.quantize_k(key_transform.keys(key[kept]))
+    values = cache_format.quantize_v(cache_format.transform_values(value[kept]))
+    for into, new in ((planes.keys, keys), (planes.values, values)):
+        into.codes[blocks, :, offsets] = new.codes
+        into.scales[blocks, :, offsets] = new.scales
+        if into.midpoints is not None:
+            into.midpoints[blocks, :, offsets] = new.midpoints
     kv_cache.copy_(cache_format.pack(planes))
 
 
 def dequantize(
-    kv_cache: torch.Tensor, dtype: torch.dtype, *, cache_format: CacheFormat
+    kv_cache: torch.Tensor, dtype: torch.dtype, *, cache_format: CacheFormat, head_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys (still rotated and equalized) and values, each `[num_blocks, num_kv_heads, block_size, head_size]`."""
-    planes = cache_format.unpack(kv_cache)
-    key = planes.k_codes.to(dtype) * planes.k_scales.to(dtype)[..., None]
-    value = planes.v_codes.to(dtype) * planes.v_scales.to(dtype)[..., None]
-    return key, value
+    """Keys and values as they are stored, transformed, each `[num_blocks, num_kv_heads, block_size, head_size]`."""
+    planes = cache_format.unpack(kv_cache, head_size)
+    return planes.keys.dequantize(cache_format.k_bits, dtype), planes.values.dequantize(cache_format.v_bits, dtype)
 
 
 def gather_cache(
@@ -76,9 +75,10 @@ def gather_cache(
         # The planes of whole blocks, one block per row, then each row's slot of it.
         keys, values = (
             x[torch.arange(len(slots), device=x.device), :, slots % kv_cache.shape[2]]
-            for x in dequantize(kv_cache[blocks], torch.float32, cache_format=cache_format)
+            for x in dequantize(kv_cache[blocks], torch.float32, cache_format=cache_format, head_size=key.shape[-1])
         )
-        key[rows], value[rows] = key_transform.undo_keys(keys).to(key.dtype), values.to(value.dtype)
+        key[rows] = key_transform.undo_keys(keys).to(key.dtype)
+        value[rows] = cache_format.undo_values(values).to(value.dtype)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -173,9 +173,8 @@ def paged_attention(
         begin, end = bounds[seq], bounds[seq + 1]
         num_blocks = -(-seq_len // kv_cache.shape[2])
         blocks = kv_cache[block_table[seq, :num_blocks].long()]
-        key, value = (
-            x.transpose(1, 2).flatten(0, 1)[:seq_len] for x in dequantize(blocks, dtype, cache_format=cache_format)
-        )
+        stored = dequantize(blocks, dtype, cache_format=cache_format, head_size=query.shape[-1])
+        key, value = (x.transpose(1, 2).flatten(0, 1)[:seq_len] for x in stored)
         positions = torch.arange(seq_len - (end - begin), seq_len, device=query.device)
         out[begin:end], lse[:, begin:end] = attention(
             transformed[begin:end],
@@ -187,4 +186,4 @@ def paged_attention(
             alibi_slopes=alibi_slopes,
             sinks=sinks,
         )
-    return out, lse
+    return cache_format.undo_values(out), lse

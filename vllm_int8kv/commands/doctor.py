@@ -121,7 +121,7 @@ def check_kernels() -> Iterator[Check]:
         for isa in library.cpu_isas():
             library.set_cpu_isa(isa)
             label = f"CPU kernels, {isa}{' (in use)' if isa == active else ''}"
-            yield _self_test(label, "cpu")
+            yield _self_test(label, "cpu", "k8v8", "k6v4")
     finally:
         library.set_cpu_isa(active)
     yield check_cuda()
@@ -144,19 +144,20 @@ def check_cuda() -> Check:
     if (major, minor) < library.MIN_COMPUTE_CAPABILITY:
         oldest = ".".join(map(str, library.MIN_COMPUTE_CAPABILITY))
         return Check("CUDA", gpu, f"use a GPU of compute capability {oldest} or newer")
-    return _self_test(f"CUDA kernels, {gpu}", "cuda")
+    return _self_test(f"CUDA kernels, {gpu}", "cuda", "k8v8")
 
 
-def _self_test(name: str, device: str) -> Check:
+def _self_test(name: str, device: str, *formats: str) -> Check:
+    """Compare the operators with the reference in some cache formats."""
     try:
-        error = attention_error(device)
+        error = max(attention_error(device, cache_format) for cache_format in formats)
     except (AssertionError, RuntimeError) as failure:
         return Check(name, _last_line(str(failure)), "report this with the output of `vllm-int8kv doctor --json`")
-    return Check(name, f"cache bytes equal, attention within {error:.0e} of the reference")
+    return Check(name, f"cache bytes equal, attention within {error:.0e} of the reference ({', '.join(formats)})")
 
 
-def attention_error(device: str) -> float:
-    """Write a small cache and attend to it with the operators on `device`.
+def attention_error(device: str, format_name: str) -> float:
+    """Write a small cache of a format and attend to it with the operators on `device`.
 
     Returns:
         The largest difference of the attention output from the reference in fp64.
@@ -167,7 +168,7 @@ def attention_error(device: str) -> float:
     import torch
 
     from vllm_int8kv.cache import ops, reference
-    from vllm_int8kv.cache.formats import K8V8
+    from vllm_int8kv.cache.formats import FORMATS
 
     generator = torch.Generator().manual_seed(0)
     num_heads, num_kv_heads, head_size, block_size = 6, 2, 64, 32
@@ -180,24 +181,25 @@ def attention_error(device: str) -> float:
     query = torch.randn(sum(query_lens), num_heads, head_size, generator=generator)
     query_start_loc = torch.tensor([0, 1, 6], dtype=torch.int32)
 
-    expected_cache = K8V8.allocate(7, num_kv_heads, block_size, head_size)
-    reference.reshape_and_cache(key, value, expected_cache, slot_mapping, cache_format=K8V8)
-    cache = K8V8.allocate(7, num_kv_heads, block_size, head_size, device)
-    ops.reshape_and_cache(key.to(device), value.to(device), cache, slot_mapping.to(device), cache_format=K8V8)
+    cache_format = FORMATS[format_name]
+    expected_cache = cache_format.allocate(7, num_kv_heads, block_size, head_size)
+    reference.reshape_and_cache(key, value, expected_cache, slot_mapping, cache_format=cache_format)
+    cache = cache_format.allocate(7, num_kv_heads, block_size, head_size, device)
+    ops.reshape_and_cache(key.to(device), value.to(device), cache, slot_mapping.to(device), cache_format=cache_format)
     wrong_bytes = int((cache.cpu() != expected_cache).sum())
     if wrong_bytes:
         raise AssertionError(f"reshape_and_cache: {wrong_bytes} bytes of the cache differ from the reference")
 
     batch = [block_table, seq_lens, query_start_loc]
     expected, _ = reference.paged_attention(
-        query, expected_cache, *batch, softmax_scale=head_size**-0.5, cache_format=K8V8
+        query, expected_cache, *batch, softmax_scale=head_size**-0.5, cache_format=cache_format
     )
     out = ops.paged_attention(
         query.to(device),
         cache,
         *(tensor.to(device) for tensor in batch),
         softmax_scale=head_size**-0.5,
-        cache_format=K8V8,
+        cache_format=cache_format,
     )
     error = float((out.cpu().double() - expected).abs().max())
     if not error < 1e-3:

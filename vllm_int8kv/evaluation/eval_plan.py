@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import yaml
 
-from vllm_int8kv.cache.formats import FORMATS
+from vllm_int8kv.cache.formats import FORMATS, check_format
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
 from vllm_int8kv.evaluation.engine_options import check_cache_dtype, check_engine_options
 
@@ -62,6 +62,7 @@ class CacheSpec:
             check_engine_options(chosen, f"--dtypes {text}")
             return cls(text, kv_cache_dtype, engine_options=chosen)
         config = Int8KVConfig.from_mapping(chosen)
+        check_format(config.format, "--dtypes: format")
         if config.layer_policy is not None:
             read_layer_policy(config.layer_policy, None, FORMATS)
         if config.cpu_isa is not None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_int8kv.cache.formats import FORMATS, K8V8, native_content_bytes
-from vllm_int8kv.config import KV_CACHE_DTYPE, LAYER_FORMATS
+from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.engines.process import run_engine
 from vllm_int8kv.evaluation.eval_plan import EvalPlan
 from vllm_int8kv.evaluation.progress import ProgressDisplay
@@ -105,7 +105,7 @@ def suggest(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def write_policy(report: Mapping[str, Any], path: Path) -> None:
     """Write every layer's format to a file that the option `layer_policy` reads."""
-    formats = {layer["layer"]: LAYER_FORMATS[0] for layer in report["layers"]} | report["policy"]
+    formats = {layer["layer"]: "int8" for layer in report["layers"]} | report["policy"]
     path.write_text(yaml.safe_dump(dict(sorted(formats.items()))))
 
 

@@ -15,11 +15,10 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from vllm_int8kv.cache import ops
 from vllm_int8kv.cache.equalization import key_equalizer
-from vllm_int8kv.cache.formats import SLOT_GROUP
+from vllm_int8kv.cache.formats import K8V8, SLOT_GROUP
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
 from vllm_int8kv.serving import calibration, prefill, varlen_attention
-from vllm_int8kv.serving.layers import DEFAULT_FORMAT
 from vllm_int8kv.serving.metadata import Int8KVMetadata, max_prefill_rows
 
 
@@ -54,7 +53,7 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
         self.sinks: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
         options = Int8KVConfig.from_additional_config(self.vllm_config.additional_config)
-        self.cache_format = DEFAULT_FORMAT  # until the layer is built and has a name, see `layers.assign_format`
+        self.cache_format = K8V8  # until the layer is built and has a name, see `layers.assign_format`
         self.key_transform = KeyTransform(rotate=options.rotate_keys)
         self.cpu_isa = options.cpu_isa
         self.prefill_attention = varlen_attention.find(

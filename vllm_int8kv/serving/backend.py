@@ -14,17 +14,16 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, SinkFullAttentionSpec
 
 from vllm_int8kv.cache import library
-from vllm_int8kv.cache.formats import SLOT_GROUP, SUPPORTED_HEAD_SIZES, CacheFormat
+from vllm_int8kv.cache.formats import K8V8, SLOT_GROUP, SUPPORTED_HEAD_SIZES, CacheFormat
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.serving.attention import Int8KVImpl
-from vllm_int8kv.serving.layers import DEFAULT_FORMAT
 from vllm_int8kv.serving.metadata import Int8KVMetadataBuilder
 
 
 class Int8KVBackend(AttentionBackend):
     """Decoder attention over the INT8 cache, on CPU and CUDA; a subclass per format, see `of_format`."""
 
-    cache_format: ClassVar[CacheFormat] = DEFAULT_FORMAT
+    cache_format: ClassVar[CacheFormat] = K8V8
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = [KV_CACHE_DTYPE]

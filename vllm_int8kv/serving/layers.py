@@ -16,13 +16,11 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_int8kv.cache.formats import FORMATS, K8V8, CacheFormat
-from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
+from vllm_int8kv.cache.formats import FORMATS, CacheFormat
+from vllm_int8kv.config import DEFAULT_FORMAT, KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
 
 logger = init_logger("vllm.int8kv")
 
-DEFAULT_FORMAT = K8V8
-"""Of layers that no policy names, and what the word int8 means in a policy."""
 UNQUANTIZED = "auto"
 """What a layer policy calls a layer that keeps the model's dtype."""
 SLIDING_WINDOW = "sliding_window"
@@ -50,8 +48,10 @@ def policy_of(vllm_config: Any, model_config: Any) -> dict[int, str]:
 class Build:
     """What holds for all layers of a model that is being built."""
 
+    uniform_format: CacheFormat = FORMATS[DEFAULT_FORMAT]
+    """Of layers that no policy names."""
     formats: Mapping[int, CacheFormat] = field(default_factory=dict)
-    """By layer index; layers that are not there have `DEFAULT_FORMAT`."""
+    """By layer index, of the others."""
     skipped_elsewhere: frozenset[str] = frozenset()
     """Names in `kv_cache_dtype_skip_layers` that are about another model."""
 
@@ -69,8 +69,8 @@ def building(vllm_config: Any, model_config: Any) -> Iterator[None]:
         policy = read_layer_policy(options.layer_policy, None, FORMATS)
         skipped_elsewhere = frozenset(str(layer) for layer, name in policy.items() if name == UNQUANTIZED)
     policy = policy_of(vllm_config, model_config)
-    formats = {layer: FORMATS.get(name, DEFAULT_FORMAT) for layer, name in policy.items() if name != UNQUANTIZED}
-    before, _build = _build, Build(formats, skipped_elsewhere)
+    formats = {layer: FORMATS[name] for layer, name in policy.items() if name != UNQUANTIZED}
+    before, _build = _build, Build(FORMATS[options.format], formats, skipped_elsewhere)
     try:
         yield
     finally:
@@ -124,8 +124,10 @@ def assign_format(layer: Any) -> None:
     Args:
         layer: vLLM's `Attention` with an `Int8KVImpl`.
     """
-    owner, formats = layer.kv_sharing_target_layer_name or layer.layer_name, _build.formats
-    layer.impl.cache_format = formats.get(extract_layer_index(owner), DEFAULT_FORMAT) if formats else DEFAULT_FORMAT
+    owner, cache_format = layer.kv_sharing_target_layer_name or layer.layer_name, _build.uniform_format
+    if _build.formats:
+        cache_format = _build.formats.get(extract_layer_index(owner), cache_format)
+    layer.impl.cache_format = cache_format
     layer.attn_backend = layer.attn_backend.of_format(layer.impl.cache_format)
 
 

@@ -60,6 +60,10 @@ constexpr int pairs_per_pass(int rows, bool streams) {
 INT8KV_INLINE IntRegister load_pairs(Codes<8>, const int8_t* line, int i) {
   return _mm256_cvtepi8_epi16(load<__m128i>(line + 16 * i));
 }
+// Register i of a line's bytes as 16-bit integers.
+INT8KV_INLINE IntRegister widen_bytes(const int8_t* line, int i) {
+  return _mm256_cvtepu8_epi16(load<__m128i>(line + 16 * i));
+}
 INT8KV_INLINE IntRegister broadcast_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
 INT8KV_INLINE IntRegister add(IntRegister a, IntRegister b) { return _mm256_add_epi32(a, b); }
 INT8KV_INLINE IntRegister add_products(IntRegister sum, IntRegister a, IntRegister b) {

@@ -124,6 +124,10 @@ constexpr int pairs_per_pass(int rows, bool streams) {
 INT8KV_INLINE IntRegister load_pairs(Codes<8>, const int8_t* line, int) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
 }
+// A line's bytes as 16-bit integers.
+INT8KV_INLINE IntRegister widen_bytes(const int8_t* line, int) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
+}
 INT8KV_INLINE IntRegister broadcast_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
 INT8KV_INLINE IntRegister add(IntRegister a, IntRegister b) { return _mm512_add_epi32(a, b); }
 INT8KV_INLINE IntRegister add_products(IntRegister sum, IntRegister a, IntRegister b) {

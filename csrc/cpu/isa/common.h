@@ -14,7 +14,7 @@
 //   narrow_rounding_sum              the integers that a sum with kRoundingSum has rounded to
 //   times_power_of_two               for exp_negative(), with kZeroExponent
 //   exchange                         lane i ^ k of each lane i
-//   load_pairs                       codes of a plane as 16-bit integers, by the plane's trait
+//   load_pairs, widen_bytes          signed codes and bytes of a line as 16-bit integers
 //   add, add_products                sums of integers and of products of pairs
 //   broadcast_pair                   two 16-bit integers to all lanes
 //   kBlockRows, groups_per_pass, pairs_per_pass, kHasDot   loop sizes of dot_pairs.h

@@ -54,6 +54,11 @@ INT8KV_INLINE IntRegister load_pairs(Codes<8>, const int8_t* line, int i) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(line + 8 * i));
   return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
 }
+// Register i of a line's bytes as 16-bit integers.
+INT8KV_INLINE IntRegister widen_bytes(const int8_t* line, int i) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(line + 8 * i));
+  return _mm_unpacklo_epi8(bytes, _mm_setzero_si128());
+}
 INT8KV_INLINE IntRegister broadcast_pair(int32_t pair) { return _mm_set1_epi32(pair); }
 INT8KV_INLINE IntRegister add(IntRegister a, IntRegister b) { return _mm_add_epi32(a, b); }
 INT8KV_INLINE IntRegister add_products(IntRegister sum, IntRegister a, IntRegister b) {

@@ -21,14 +21,19 @@ struct Scratch {
   alignas(64) int32_t products[kMaxTerms * kMaxRows * kMaxHeadSize];
   alignas(64) float out[kMaxRows * (kPartialHeader + kMaxHeadSize)];    // of the split in hand
   alignas(64) float total[kMaxRows * (kPartialHeader + kMaxHeadSize)];  // of the splits before it
-  alignas(64) float k_scales[kTileSlots];  // 0 past the end of the sequence
-  alignas(64) float v_scales[kTileSlots];  // same
+  alignas(64) float k_scales[kTileSlots];   // 0 past the end of the sequence
+  alignas(64) float v_scales[kTileSlots];   // same
+  alignas(64) float k_middles[kTileSlots];  // same; of formats that have midpoints
+  alignas(64) float v_middles[kTileSlots];  // same
   float maxes[kMaxRows + kLanes];  // the softmax states; lanes past the last row are never used
   float sums[kMaxRows];
   float row_scales[kMaxRows];  // of the first term of the queries, softmax_scale included
+  int32_t query_sums[kMaxTerms][kMaxRows];  // of a row's terms
   // Of the rows of the head in hand: the scale of the first term of the weights, and what `out` is
   // multiplied by before a tile is added.
   float weight_scales[kMaxRows];
+  int32_t weight_sums[kMaxTerms][kMaxRows];  // of a row's terms in the tile
+  float middle_sums[kMaxRows];               // of the probabilities times the midpoints of V
   float rescales[kMaxRows + kLanes];
   bool is_finite[kMaxRows];  // whether the query is
   LaneBlock lane_block;
@@ -130,6 +135,7 @@ void load_queries(const PagedAttentionParams& p, const AttentionUnit& unit, char
       s.row_scales[first + lane] = has_signal[lane] * amax[lane] / kMaxTerm * p.softmax_scale;
       s.is_finite[first + lane] = sum[lane] - sum[lane] == 0.0f;
     }
+    i32x16 sums[kMaxTerms] = {};
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
       i32x16 terms[kMaxTerms][kLanes];
       for (int32_t d = 0; d < kLanes; ++d) {
@@ -137,6 +143,7 @@ void load_queries(const PagedAttentionParams& p, const AttentionUnit& unit, char
         const f32x16 term = round_even(x);
         terms[0][d] = to_ints(term);
         terms[1][d] = to_ints(round_even((x - term) * kSecondTerm));
+        for (int t = 0; t < kMaxTerms; ++t) sums[t] += terms[t][d];
       }
       for (int32_t t = 0; t < u.num_terms; ++t) {
         transpose(terms[t]);
@@ -146,6 +153,9 @@ void load_queries(const PagedAttentionParams& p, const AttentionUnit& unit, char
           store(to, narrow_to_16(terms[t][lane]));
         }
       }
+    }
+    for (int32_t lane = 0; lane < lanes; ++lane) {
+      for (int t = 0; t < kMaxTerms; ++t) s.query_sums[t][first + lane] = sums[t][lane];
     }
   }
 }

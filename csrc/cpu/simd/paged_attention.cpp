@@ -1,7 +1,10 @@
 // Attention of up to kMaxRows query rows over a range of keys. Compiled once per instruction set.
 //
-//   s_i = softmax_scale * k_scale_i * (q . k_i)
-//   out = sum_i exp(s_i - lse) * v_scale_i * v_i
+//   s_i = softmax_scale * (k_scale_i * (q . k_i) + k_middle_i * sum(q))
+//   out = sum_i exp(s_i - lse) * (v_scale_i * v_i + v_middle_i)
+//
+// where k_i and v_i are codes, less levels / 2 below 8 bits, and only formats below 8 bits have
+// midpoints: a midpoint costs one multiplication per key or row, not one per element.
 //
 // Both products run on integers (dot_pairs.h): queries as 15 bits and a sign relative to the row's
 // maximum, and exp(s_i - max) * v_scale_i likewise relative to the tile's maximum. fp32 queries get
@@ -11,6 +14,7 @@
 // Tiles start at multiples of kTileSlots and splits at multiples of kSplitSlots, whatever the
 // batch, and splits merge in order: the bits of a row depend on nothing but the row and its keys.
 #include "cpu/simd/attention_unit.h"
+#include "cpu/simd/dot_fields.h"
 #include "cpu/simd/dot_pairs.h"
 #include "cpu/simd/kernels.h"
 #include "format/softmax_state.h"
@@ -45,42 +49,143 @@ const int8_t* next_chunk(const Unit& u, int32_t unit_head, int32_t slot) {
   return slot + kTileSlots < u.seq_len ? u.chunk(slot + kTileSlots, 0) : nullptr;
 }
 
-// The scales of `count` slots of a tile from slot `at` on, 0 up to the end of their last slot
-// group.
+// `count` scales or midpoints from `bytes` on, 0 up to the end of their last slot group.
+INT8KV_INLINE void load_params(float* to, const int8_t* bytes, int32_t count) {
+  const int32_t padded = round_up(count, kSlotGroup);
+  for (int32_t i = 0; i < padded; i += kLanes) {
+    store(to + i, bf16_to_floats(load<u16x16>(bytes + i * sizeof(uint16_t))));
+  }
+  for (int32_t i = count; i < padded; ++i) to[i] = 0.0f;
+}
+
+// The scales and midpoints of `count` slots of a tile from slot `at` on.
 template <typename F>
 INT8KV_INLINE void load_scales(Scratch& s, const KVCache& cache, const int8_t* chunk,
                                int32_t offset, int32_t at, int32_t count) {
-  const int32_t padded = (count + kSlotGroup - 1) / kSlotGroup * kSlotGroup;
-  for (int32_t i = 0; i < padded; i += kLanes) {
-    const auto k_bits = load<u16x16>(chunk + cache.k_scale<F>(offset + i));
-    const auto v_bits = load<u16x16>(chunk + cache.v_scale<F>(offset + i));
-    store(s.k_scales + at + i, bf16_to_floats(k_bits));
-    store(s.v_scales + at + i, bf16_to_floats(v_bits));
+  const int8_t* k_scales = chunk + cache.k_scale<F>(offset);
+  const int8_t* v_scales = chunk + cache.v_scale<F>(offset);
+  load_params(s.k_scales + at, k_scales, count);
+  load_params(s.v_scales + at, v_scales, count);
+  if (F::K::kHasMidpoint) load_params(s.k_middles + at, k_scales + cache.midpoint_offset(), count);
+  if (F::V::kHasMidpoint) load_params(s.v_middles + at, v_scales + cache.midpoint_offset(), count);
+}
+
+// The part of a prefetch of `bytes` of a block's plane that belongs to `count` of its slots.
+INT8KV_INLINE int32_t share_of(int32_t bytes, int32_t count, int32_t block_size) {
+  return static_cast<int32_t>(static_cast<int64_t>(bytes) * count / block_size);
+}
+
+// Products of the terms of a head's queries with `count` keys from slot `offset` of a chunk on.
+template <typename F>
+INT8KV_INLINE void multiply_keys(Unit& u, int32_t unit_head, const int8_t* chunk, int32_t offset,
+                                 int32_t at, int32_t count) {
+  using K = typename F::K;
+  const KVCache& cache = u.p.cache;
+  if constexpr (!K::kHasMidpoint) {
+    DotPairs d;
+    d.a = u.query_terms(unit_head, 0);
+    d.a_stride = u.head_size;
+    d.b = chunk + cache.k_code<F>(offset, 0);
+    d.group_stride = cache.k_group_stride<F>();
+    d.prefetch_ahead = cache.v_codes<F>();  // these slots' V codes are next
+    d.c = u.s.products + at;
+    d.c_stride = kTileSlots;
+    d.num_rows = u.num_terms * u.num_rows;
+    d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
+    d.num_pairs = u.head_size / 2;
+    d.accumulate = false;
+    dot_pairs<K>(d);
+  } else {
+    DotFields d;
+    d.a = u.query_terms(unit_head, 0);
+    d.a_stride = u.head_size;
+    d.low = chunk + K::Low::k_byte(u.head_size, offset, 0);
+    d.low_stride = K::Low::k_group_bytes(u.head_size);
+    d.high = nullptr;
+    d.high_stride = 0;
+    if constexpr (K::kBits > K::kLowBits) {
+      d.high = chunk + K::Low::k_bytes(u.block_size, u.head_size) +
+               K::High::k_byte(u.head_size, offset, 0);
+      d.high_stride = K::High::k_group_bytes(u.head_size);
+    }
+    const int32_t v_bytes = F::V::v_bytes(u.block_size, u.head_size);
+    d.prefetch_bytes = share_of(v_bytes, count, u.block_size);
+    d.prefetch = reinterpret_cast<const char*>(chunk) + cache.v_codes<F>() +
+                 share_of(v_bytes, offset, u.block_size);
+    d.c = u.s.products + at;
+    d.c_stride = kTileSlots;
+    d.num_rows = u.num_terms * u.num_rows;
+    d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
+    d.num_pairs = u.head_size / 2;
+    d.accumulate = false;
+    dot_fields<K, true>(d);
   }
-  for (int32_t i = count; i < padded; ++i) s.k_scales[at + i] = s.v_scales[at + i] = 0.0f;
+}
+
+// Products of the terms of a head's weights with `count` values; `next` is the chunk to read next.
+template <typename F>
+INT8KV_INLINE void multiply_values(Unit& u, const int8_t* chunk, const int8_t* next, int32_t offset,
+                                   int32_t at, int32_t count) {
+  using V = typename F::V;
+  const KVCache& cache = u.p.cache;
+  if constexpr (!V::kHasMidpoint) {
+    DotPairs d;
+    d.a = u.s.weights + at;
+    d.a_stride = kTileSlots;
+    d.b = chunk + cache.v_code<F>(offset, 0);
+    d.group_stride = cache.v_group_stride<F>();
+    d.prefetch_ahead = next ? next - chunk - cache.v_codes<F>() : 0;
+    d.c = u.s.products;
+    d.c_stride = u.head_size;
+    d.num_rows = u.num_terms * u.num_rows;
+    d.num_groups = u.head_size / kDimGroup;
+    d.num_pairs = (count + 1) / 2;
+    d.accumulate = at > 0;
+    dot_pairs<V>(d);
+  } else {
+    DotFields d;
+    d.a = u.s.weights + at;
+    d.a_stride = kTileSlots;
+    const int8_t* codes = chunk + cache.v_codes<F>();
+    d.low = codes + V::Low::v_byte(u.block_size, offset, 0);
+    d.low_stride = V::Low::v_group_bytes(u.block_size);
+    d.high = nullptr;
+    d.high_stride = 0;
+    if constexpr (V::kBits > V::kLowBits) {
+      d.high = codes + V::Low::v_bytes(u.block_size, u.head_size) +
+               V::High::v_byte(u.block_size, offset, 0);
+      d.high_stride = V::High::v_group_bytes(u.block_size);
+    }
+    d.prefetch = reinterpret_cast<const char*>(next);
+    d.prefetch_bytes = share_of(cache.v_codes<F>(), count, u.block_size);
+    d.c = u.s.products;
+    d.c_stride = u.head_size;
+    d.num_rows = u.num_terms * u.num_rows;
+    d.num_groups = u.head_size / kDimGroup;
+    d.num_pairs = (count + 1) / 2;
+    d.accumulate = at > 0;
+    dot_fields<V, false>(d);
+  }
+}
+
+// Products with codes less half the levels: 2 * sum(a * code) - levels * sum(a), which is exact in
+// 32 bits and stands for twice the sum. With 8 bits the products are left as they are.
+template <typename C>
+INT8KV_INLINE f32x16 centered(i32x16 products, [[maybe_unused]] int32_t sum_of_terms) {
+  if constexpr (!C::kHasMidpoint) {
+    return to_floats(products);
+  } else {
+    return to_floats(products + products - C::kLevels * sum_of_terms) * 0.5f;
+  }
 }
 
 // products[term][row][slot] of one head's rows in the tile, and its scales.
 template <typename F>
 void score_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
-  Scratch& s = u.s;
-  const KVCache& cache = u.p.cache;
   for_each_block(u, unit_head, tile_begin, tile_end,
                  [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk) {
-                   DotPairs d;
-                   d.a = u.query_terms(unit_head, 0);
-                   d.a_stride = u.head_size;
-                   d.b = chunk + cache.k_code<F>(offset, 0);
-                   d.group_stride = cache.k_group_stride<F>();
-                   d.prefetch_ahead = cache.v_codes<F>();  // these slots' V codes are next
-                   d.c = s.products + at;
-                   d.c_stride = kTileSlots;
-                   d.num_rows = u.num_terms * u.num_rows;
-                   d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
-                   d.num_pairs = u.head_size / 2;
-                   d.accumulate = false;
-                   dot_pairs<typename F::K>(d);
-                   load_scales<F>(s, cache, chunk, offset, at, count);
+                   multiply_keys<F>(u, unit_head, chunk, offset, at, count);
+                   load_scales<F>(u.s, u.p.cache, chunk, offset, at, count);
                  });
 }
 
@@ -95,11 +200,14 @@ struct TileRow {
 
 // Scores of a row in place of its products, -inf where it sees no key. Returns the maximum, lane by
 // lane. kPlain: one term, all keys in sight, nothing but the scales.
-template <bool kPlain>
+template <typename K, bool kPlain>
 INT8KV_INLINE f32x16 score_row(const Unit& u, const TileRow& t) {
   const PagedAttentionParams& p = u.p;
   const float* k_scales = u.s.k_scales;
   const float row_scale = u.s.row_scales[t.row];
+  const int32_t first_sum = u.s.query_sums[0][t.row], second_sum = u.s.query_sums[1][t.row];
+  [[maybe_unused]] float query_sum = static_cast<float>(first_sum);
+  if (!kPlain && u.num_terms == 2) query_sum += static_cast<float>(second_sum) / kSecondTerm;
   int32_t begin = 0, end = 0;
   if (!kPlain) {
     begin = u.key_begin(t.row) - t.tile_begin;
@@ -108,11 +216,16 @@ INT8KV_INLINE f32x16 score_row(const Unit& u, const TileRow& t) {
   const i32x16 lane = iota();
   f32x16 max_score = splat(kMinusInfinity);
   for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
-    f32x16 x = to_floats(load<i32x16>(t.products + i));
+    f32x16 x = centered<K>(load<i32x16>(t.products + i), first_sum);
     if (!kPlain && u.num_terms == 2) {
-      x += to_floats(load<i32x16>(t.second + i)) * (1.0f / kSecondTerm);
+      x += centered<K>(load<i32x16>(t.second + i), second_sum) * (1.0f / kSecondTerm);
     }
-    x = x * row_scale * load<f32x16>(k_scales + i);
+    if constexpr (K::kHasMidpoint) {
+      x = (x * load<f32x16>(k_scales + i) + load<f32x16>(u.s.k_middles + i) * query_sum) *
+          row_scale;
+    } else {
+      x = x * row_scale * load<f32x16>(k_scales + i);
+    }
     if (!kPlain && p.softcap > 0.0f) x = tanh(x / p.softcap) * p.softcap;
     if (!kPlain && p.alibi_slopes) {
       const i32x16 distance = lane + (t.tile_begin + i - u.position(t.row));
@@ -130,37 +243,55 @@ INT8KV_INLINE f32x16 score_row(const Unit& u, const TileRow& t) {
 }
 
 // exp(score - shift) * v_scale of a row in place of its scores. Returns the sums of the
-// probabilities and leaves the largest weight, lane by lane.
-INT8KV_INLINE f32x16 weigh_row(const float* v_scales, const TileRow& t, float shift,
-                               f32x16& max_weight) {
-  f32x16 sum = {}, largest = {};
+// probabilities and leaves the largest weight and the sums of the midpoints, lane by lane.
+template <typename V>
+INT8KV_INLINE f32x16 weigh_row(const Scratch& s, const TileRow& t, float shift, f32x16& max_weight,
+                               f32x16& middle_sum) {
+  f32x16 sum = {}, largest = {}, middles = {};
   for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
     const f32x16 probability = exp_negative(load<f32x16>(t.products + i) - shift);
     sum += probability;
     // By select, not by the product: keys out of sight may lie in a block that was given back, and
     // their scales may be NaN.
-    const f32x16 weight =
-        select(less(f32x16{}, probability), probability * load<f32x16>(v_scales + i), f32x16{});
+    const auto in_sight = less(f32x16{}, probability);
+    const f32x16 weight = select(in_sight, probability * load<f32x16>(s.v_scales + i), f32x16{});
     largest = max(largest, weight);
     store(t.products + i, weight);
+    if constexpr (V::kHasMidpoint) {
+      middles += select(in_sight, probability * load<f32x16>(s.v_middles + i), f32x16{});
+    }
   }
   max_weight = largest;
+  middle_sum = middles;
   return sum;
 }
 
 // The weights of a row as integer terms relative to `to_term`; `second` is null if there is one.
+// Leaves the sums of the terms where codes are centered by them: whole numbers, exact in fp32.
+template <typename V>
 INT8KV_INLINE void quantize_weights(const TileRow& t, float to_term, int16_t* first,
-                                    int16_t* second) {
+                                    int16_t* second, int32_t* first_sum, int32_t* second_sum) {
+  f32x16 sums[kMaxTerms] = {};
   for (int32_t i = 0; i < t.tile_slots; i += kLanes) {
     const f32x16 x = load<f32x16>(t.products + i) * to_term;
+    const f32x16 rounded = round_even(x), rest = (x - rounded) * kSecondTerm;
     store(first + i, round_to_16(x));
-    if (second) store(second + i, round_to_16((x - round_even(x)) * kSecondTerm));
+    if (second) store(second + i, round_to_16(rest));
+    if constexpr (V::kHasMidpoint) {
+      sums[0] += rounded;
+      if (second) sums[1] += round_even(rest);
+    }
+  }
+  if constexpr (V::kHasMidpoint) {
+    *first_sum = static_cast<int32_t>(reduce_add(sums[0]));
+    *second_sum = static_cast<int32_t>(reduce_add(sums[1]));
   }
 }
 
 // Turns the products of one head's rows into scores, masks them and updates the rows' softmax;
 // leaves the weights exp(s - max) * v_scale as integer terms. Every step goes over all rows before
 // the next: a row is a chain of three reductions, and only other rows can hide their latency.
+template <typename F>
 void weigh_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_slots) {
   Scratch& s = u.s;
   const int32_t first = unit_head * u.num_rows, num_rows = u.num_rows;
@@ -174,7 +305,8 @@ void weigh_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
   float tile_max[kMaxRows + kLanes] = {}, shifts[kMaxRows + kLanes], to_terms[kMaxRows];
   for (int32_t i = 0; i < num_rows; ++i) {
     const TileRow t = row_of(i);
-    tile_max[i] = reduce_max(is_plain ? score_row<true>(u, t) : score_row<false>(u, t));
+    using K = typename F::K;
+    tile_max[i] = reduce_max(is_plain ? score_row<K, true>(u, t) : score_row<K, false>(u, t));
   }
   for (int32_t i = 0; i < num_rows; i += kLanes) {
     const f32x16 old_max = load<f32x16>(s.maxes + first + i);
@@ -187,9 +319,11 @@ void weigh_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
   }
   for (int32_t i = 0; i < num_rows; ++i) {
     const int32_t row = first + i;
-    f32x16 max_weight;
-    const float sum = reduce_add(weigh_row(s.v_scales, row_of(i), shifts[i], max_weight));
+    f32x16 max_weight, middle_sum;
+    const float sum =
+        reduce_add(weigh_row<typename F::V>(s, row_of(i), shifts[i], max_weight, middle_sum));
     const float weight_max = reduce_max(max_weight);
+    if (F::V::kHasMidpoint) s.middle_sums[i] = reduce_add(middle_sum);
     s.maxes[row] = tile_max[i];
     s.sums[row] = s.sums[row] * s.rescales[i] + sum;
     s.weight_scales[i] = weight_max / kMaxTerm;
@@ -197,31 +331,20 @@ void weigh_tile(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_slo
   }
   for (int32_t i = 0; i < num_rows; ++i) {
     int16_t* second = u.num_terms == 2 ? u.weights(i, 1) : nullptr;
-    quantize_weights(row_of(i), to_terms[i], u.weights(i, 0), second);
+    quantize_weights<typename F::V>(row_of(i), to_terms[i], u.weights(i, 0), second,
+                                    &s.weight_sums[0][i], &s.weight_sums[1][i]);
   }
 }
 
 // out = out * rescale + weights * V for the rows of one head.
 template <typename F>
 void add_values(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_end) {
+  using V = typename F::V;
   Scratch& s = u.s;
-  const KVCache& cache = u.p.cache;
   for_each_block(u, unit_head, tile_begin, tile_end,
                  [&](int32_t at, int32_t offset, int32_t count, const int8_t* chunk) {
-                   DotPairs d;
-                   d.a = s.weights + at;
-                   d.a_stride = kTileSlots;
-                   d.b = chunk + cache.v_code<F>(offset, 0);
-                   d.group_stride = cache.v_group_stride<F>();
                    const int8_t* next = next_chunk(u, unit_head, tile_begin + at);
-                   d.prefetch_ahead = next ? next - chunk - cache.v_codes<F>() : 0;
-                   d.c = s.products;
-                   d.c_stride = u.head_size;
-                   d.num_rows = u.num_terms * u.num_rows;
-                   d.num_groups = u.head_size / kDimGroup;
-                   d.num_pairs = (count + 1) / 2;
-                   d.accumulate = at > 0;
-                   dot_pairs<typename F::V>(d);
+                   multiply_values<F>(u, chunk, next, offset, at, count);
                  });
   for (int32_t i = 0; i < u.num_rows; ++i) {
     const int32_t row = unit_head * u.num_rows + i;
@@ -230,11 +353,13 @@ void add_values(Unit& u, int32_t unit_head, int32_t tile_begin, int32_t tile_end
     const int32_t* second = first + static_cast<int64_t>(u.num_rows) * u.head_size;
     const float rescale = s.rescales[i], scale = s.weight_scales[i];
     for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
-      f32x16 x = to_floats(load<i32x16>(first + dim));
+      f32x16 x = centered<V>(load<i32x16>(first + dim), s.weight_sums[0][i]);
       if (u.num_terms == 2) {
-        x += to_floats(load<i32x16>(second + dim)) * (1.0f / kSecondTerm);
+        x += centered<V>(load<i32x16>(second + dim), s.weight_sums[1][i]) * (1.0f / kSecondTerm);
       }
-      store(out + dim, load<f32x16>(out + dim) * rescale + x * scale);
+      x = load<f32x16>(out + dim) * rescale + x * scale;
+      if constexpr (V::kHasMidpoint) x += s.middle_sums[i];
+      store(out + dim, x);
     }
   }
 }
@@ -257,7 +382,7 @@ void attend_split(Unit& u, int32_t split) {
     if (tile >= tile_end || tile + kTileSlots <= key_begin) continue;
     for (int32_t unit_head = 0; unit_head < u.num_unit_heads; ++unit_head) {
       score_tile<F>(u, unit_head, tile, tile_end);
-      weigh_tile(u, unit_head, tile, tile_end - tile);
+      weigh_tile<F>(u, unit_head, tile, tile_end - tile);
       add_values<F>(u, unit_head, tile, tile_end);
     }
   }
@@ -302,9 +427,33 @@ void merge_split(Unit& u, Rows rows, const float* part) {
   }
 }
 
+// Rotates the values of rows of scratch.total back, sixteen rows at a time.
+void rotate_back(Unit& u, Rows rows) {
+  LaneBlock& block = u.s.lane_block;
+  for (int32_t first = rows.begin; first < rows.end; first += kLanes) {
+    const int32_t lanes = rows.end - first < kLanes ? rows.end - first : kLanes;
+    const auto values = [&](int32_t lane) {
+      return u.s.total + (first + lane) * partial_size(u.head_size) + kPartialHeader;
+    };
+    const void* vectors[kLanes];
+    for (int32_t lane = 0; lane < lanes; ++lane) vectors[lane] = values(lane);
+    load_lanes(block, vectors, lanes, DType::kFloat32, u.head_size,
+               [](f32x16 x, int, int32_t) { return x; });
+    hadamard_rotate(block, u.head_size);
+    for (int32_t dim = 0; dim < u.head_size; dim += kLanes) {
+      f32x16 x[kLanes];
+      for (int32_t d = 0; d < kLanes; ++d) x[d] = load<f32x16>(block.x + (dim + d) * kLanes);
+      transpose(x);
+      for (int32_t lane = 0; lane < lanes; ++lane) store(values(lane) + dim, x[lane]);
+    }
+  }
+}
+
 // Writes out = values / sum and lse for rows of scratch.total.
+template <typename F>
 void write_out(Unit& u, Rows rows) {
   const PagedAttentionParams& p = u.p;
+  if (F::kRotatesValues) rotate_back(u, rows);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     const float* total = u.s.total + row * partial_size(u.head_size);
     SoftmaxState state{total[0], total[1]};
@@ -337,9 +486,10 @@ void attend(const PagedAttentionParams& params, const AttentionUnit& unit, int32
     attend_split<F>(u, split);
     if (!partials) merge_split(u, all, u.out);
   }
-  if (!partials) write_out(u, all);
+  if (!partials) write_out<F>(u, all);
 }
 
+template <typename F>
 void combine(const PagedAttentionParams& params, const AttentionUnit& unit, int32_t unit_head,
              int32_t num_splits, const float* partials, char* scratch) {
   Unit u(params, unit, scratch);
@@ -351,7 +501,7 @@ void combine(const PagedAttentionParams& params, const AttentionUnit& unit, int3
   const int64_t size = u.total_rows() * partial_size(u.head_size);
   for (int32_t split = 0; split < num_splits; ++split)
     merge_split(u, rows, partials + split * size);
-  write_out(u, rows);
+  write_out<F>(u, rows);
 }
 
 size_t scratch_bytes() { return sizeof(Scratch); }
@@ -360,7 +510,7 @@ size_t scratch_bytes() { return sizeof(Scratch); }
 
 const Kernels& kernels_for(CacheFormat format) {
   return with_format(format, []<typename F>() -> const Kernels& {
-    static constexpr Kernels kernels{quantize_tokens<F>, load_queries, attend<F>, combine,
+    static constexpr Kernels kernels{quantize_tokens<F>, load_queries, attend<F>, combine<F>,
                                      scratch_bytes};
     return kernels;
   });

@@ -5,6 +5,7 @@
 // consecutive slots of a slot group, their codes are whole lines of the cache; else they are stored
 // one by one.
 #include "cpu/simd/kernels.h"
+#include "cpu/simd/pack_codes.h"
 #include "cpu/simd/vectors.h"
 
 namespace int8kv::cpu::INT8KV_ISA {
@@ -87,15 +88,21 @@ struct Write {
   f32x16 store_scales(f32x16 amax, const ScaleByte& scale_byte) const {
     const u16x16 bits =
         float_to_bf16(select(less(amax, splat(kMinMagnitude)), splat(1.0f), amax / C::kMax));
-    if (is_slot_group) {
-      store(targets[0].chunk + scale_byte(targets[0].slot), bits);
-    } else {
-      for (int i = 0; i < set.count; ++i) {
-        const uint16_t one = bits[i];
-        std::memcpy(targets[i].chunk + scale_byte(targets[i].slot), &one, sizeof(one));
-      }
-    }
+    store_params(bits, scale_byte);
     return bf16_to_floats(bits);
+  }
+
+  // Stores a scale or a midpoint of every vector; `byte(slot)` is where in the chunk it belongs.
+  template <typename Byte>
+  void store_params(u16x16 bits, const Byte& byte) const {
+    if (is_slot_group) {
+      store(targets[0].chunk + byte(targets[0].slot), bits);
+      return;
+    }
+    for (int i = 0; i < set.count; ++i) {
+      const uint16_t one = bits[i];
+      std::memcpy(targets[i].chunk + byte(targets[i].slot), &one, sizeof(one));
+    }
   }
 
   const ReshapeAndCacheParams& p;
@@ -106,17 +113,17 @@ struct Write {
   Target targets[kLanes];  // of a slot group only the first
 };
 
-// Divides by stored scales (bf16, of amax in [kMinMagnitude, 512 * kMaxMagnitude]) and rounds half
-// to even, bit for bit as quantize_value does.
+// Divides by stored scales (bf16, normal), bit for bit as IEEE division does.
 //
 // A division takes as long as ten multiplications. The product with the reciprocal, corrected by
 // its remainder, is the correctly rounded quotient: for every pair of the 2^7 significands of a
 // scale and the 2^23 of a value this was compared with the division. Both are first multiplied by
 // the power of two that brings the scale into [1, 2), so that no remainder is subnormal, unless its
 // quotient rounds to 0 anyway.
-class Quantizer {
+class Quotient {
  public:
-  explicit Quantizer(f32x16 scale) : scale_(scale) {
+  Quotient() = default;
+  explicit Quotient(f32x16 scale) : scale_(scale) {
     if constexpr (kHasFma) {
       const u32x16 exponent = as<u32x16>(scale) & 0x7f800000u;
       power_of_two_ = as<f32x16>((254u << 23) - exponent);
@@ -125,19 +132,67 @@ class Quantizer {
     }
   }
 
-  i32x16 codes(f32x16 x) const {
+  f32x16 operator()(f32x16 x) const {
     if constexpr (kHasFma) {
       x *= power_of_two_;
       const f32x16 quotient = x * reciprocal_;
-      x = fma(fma(-quotient, scale_, x), reciprocal_, quotient);
+      return fma(fma(-quotient, scale_, x), reciprocal_, quotient);
     } else {
-      x = x / scale_;
+      return x / scale_;
     }
-    return to_ints(round_even(x));
   }
 
  private:
   f32x16 scale_, power_of_two_, reciprocal_;
+};
+
+// Codes of 8 bits, as quantize_value does.
+class Quantizer {
+ public:
+  explicit Quantizer(f32x16 scale) : quotient_(scale) {}
+  i32x16 codes(f32x16 x) const { return to_ints(round_even(quotient_(x))); }
+
+ private:
+  Quotient quotient_;
+};
+
+// Codes below 8 bits of one vector per lane (quantizer.h).
+template <typename C>
+class LowBitQuantizer {
+ public:
+  // Stores scales and midpoints; `scale_byte(slot)` is where in the chunk a slot's scale belongs.
+  template <typename ScaleByte>
+  LowBitQuantizer(const Write& w, const LaneBlock& block, const ScaleByte& scale_byte) {
+    f32x16 low = load<f32x16>(block.x), high = low;
+    for (int32_t dim = 1; dim < w.cache.head_size; ++dim) {
+      const f32x16 x = load<f32x16>(block.x + dim * kLanes);
+      low = min(low, x);
+      high = max(high, x);
+    }
+    const u16x16 middle_bits = float_to_bf16((low + high) * 0.5f);
+    middle_ = bf16_to_floats(middle_bits);
+    const f32x16 half = max(high - middle_, middle_ - low);
+    const f32x16 steps = (half + half) / static_cast<float>(C::kLevels);
+    const u16x16 scale_bits =
+        float_to_bf16(select(less(half, splat(kMinMagnitude)), f32x16{}, steps));
+    const f32x16 scale = bf16_to_floats(scale_bits);
+    const auto has_steps = less(f32x16{}, scale);
+    has_steps_ = select(has_steps, splat(1.0f), f32x16{});
+    quotient_ = Quotient(select(has_steps, scale, splat(1.0f)));
+    w.store_params(scale_bits, scale_byte);
+    w.store_params(middle_bits,
+                   [&](int32_t slot) { return scale_byte(slot) + w.cache.midpoint_offset(); });
+  }
+
+  i32x16 codes(f32x16 x) const {
+    constexpr float kLevels = C::kLevels;
+    const f32x16 steps = round_even(quotient_(x - middle_) + kLevels * 0.5f);
+    return to_ints(max(f32x16{}, min(splat(kLevels), steps)) * has_steps_);
+  }
+
+ private:
+  f32x16 middle_, has_steps_;
+  Quotient quotient_;
 };
 
 // The bytes of two int32 vectors of codes, alternating: 16 pairs.
@@ -152,10 +207,8 @@ INT8KV_INLINE f32x16 max_of(f32x16 (&x)[kLanes]) {
   return x[0];
 }
 
-// One vector per lane, so that the rotation needs no exchange between lanes and pairs of dims of a
-// slot group are lines of the cache as they come.
-template <typename F>
-void write_keys(const Write& w, LaneBlock& block) {
+// Transformed keys, one vector per lane: the rotation then needs no exchange between lanes.
+__attribute__((noinline)) void load_keys(const Write& w, LaneBlock& block) {
   const ReshapeAndCacheParams& p = w.p;
   const int32_t head_size = w.cache.head_size;
   const void* vectors[kLanes];
@@ -172,6 +225,23 @@ void write_keys(const Write& w, LaneBlock& block) {
     return saturate(x * as<f32x16>(reciprocals));
   });
   if (p.key_transform.rotate) hadamard_rotate(block, head_size);
+}
+
+// The same of values that are rotated.
+__attribute__((noinline)) void load_values(const Write& w, LaneBlock& block) {
+  const void* vectors[kLanes];
+  for (int i = 0; i < w.set.count; ++i) {
+    vectors[i] = value_of(w.p, w.set.lanes[i].token, w.set.lanes[i].kv_head);
+  }
+  load_lanes(block, vectors, w.set.count, w.p.dtype, w.cache.head_size,
+             [](f32x16 x, int, int32_t) { return sanitize(x); });
+  hadamard_rotate(block, w.cache.head_size);
+}
+
+// Pairs of dims of a slot group are lines of the cache as they come.
+template <typename F>
+void write_int8_keys(const Write& w, const LaneBlock& block) {
+  const int32_t head_size = w.cache.head_size;
   f32x16 largest[kDimGroup] = {};
   for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
     for (int32_t d = 0; d < kDimGroup; ++d) {
@@ -206,7 +276,7 @@ void write_keys(const Write& w, LaneBlock& block) {
 
 // Vector after vector: the 16 dims that lie side by side in the cache do so in a value, too.
 template <typename F>
-void write_values(const Write& w, LaneBlock& block) {
+void write_int8_values(const Write& w, LaneBlock& block) {
   const ReshapeAndCacheParams& p = w.p;
   const int32_t head_size = w.cache.head_size;
   f32x16 largest[kLanes] = {};  // of one lane each
@@ -244,6 +314,87 @@ void write_values(const Write& w, LaneBlock& block) {
   }
 }
 
+// Keys or values below 8 bits, one vector per lane.
+template <typename C, bool kIsKey, typename ScaleByte>
+void write_low_bits(const Write& w, const LaneBlock& block, CodeBytes& bytes, int32_t plane,
+                    const ScaleByte& scale_byte) {
+  const int32_t head_size = w.cache.head_size;
+  const LowBitQuantizer<C> quantizer(w, block, scale_byte);
+  const bool is_slot_group = w.is_slot_group;
+  // Past the head size the planes hold codes of 0.
+  const int32_t unit = kIsKey ? BitPlane<1>::kKDims : BitPlane<1>::kVDims;
+  const int32_t padded = round_up(head_size, unit);
+  if (is_slot_group) {
+    std::memset(bytes.x + head_size * kLanes, 0, (padded - head_size) * kLanes);
+  } else {
+    for (int i = 0; i < w.set.count; ++i) {
+      std::memset(bytes.x + i * kMaxPaddedHeadSize + head_size, 0, padded - head_size);
+    }
+  }
+  for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
+    i32x16 codes[kDimGroup];  // of one dim each, lane by lane
+    for (int32_t d = 0; d < kDimGroup; ++d) {
+      codes[d] = quantizer.codes(load<f32x16>(block.x + (dim + d) * kLanes));
+    }
+    if (kIsKey && is_slot_group) {
+      for (int32_t d = 0; d < kDimGroup; d += 2) {
+        store(bytes.x + (dim + d) / 2 * kLineBytes, interleave(codes[d], codes[d + 1]));
+      }
+      continue;
+    }
+    transpose(codes);  // of one lane each, dim by dim
+    if (is_slot_group) {
+      for (int i = 0; i < kSlotGroup; i += 2) {
+        store(bytes.x + (dim + i) / 2 * kLineBytes, interleave(codes[i], codes[i + 1]));
+      }
+      continue;
+    }
+    for (int i = 0; i < w.set.count; ++i) {
+      store(bytes.x + i * kMaxPaddedHeadSize + dim, narrow_to_8(codes[i]));
+    }
+  }
+  if (is_slot_group) {
+    int8_t* to = w.targets[0].chunk + plane;
+    if constexpr (kIsKey) {
+      pack_k_group<C>(bytes, to, w.cache, w.targets[0].slot);
+    } else {
+      pack_v_group<C>(bytes, to, w.cache, w.targets[0].slot);
+    }
+    return;
+  }
+  for (int i = 0; i < w.set.count; ++i) {
+    const uint8_t* vector = bytes.x + i * kMaxPaddedHeadSize;
+    int8_t* to = w.targets[i].chunk + plane;
+    if constexpr (kIsKey) {
+      pack_k_vector<C>(vector, to, w.cache, w.targets[i].slot);
+    } else {
+      pack_v_vector<C>(vector, to, w.cache, w.targets[i].slot);
+    }
+  }
+}
+
+template <typename F>
+void write_keys(const Write& w, LaneBlock& block, CodeBytes& bytes) {
+  load_keys(w, block);
+  if constexpr (!F::K::kHasMidpoint) {
+    write_int8_keys<F>(w, block);
+  } else {
+    write_low_bits<typename F::K, true>(w, block, bytes, 0,
+                                        [&](int32_t slot) { return w.cache.k_scale<F>(slot); });
+  }
+}
+
+template <typename F>
+void write_values(const Write& w, LaneBlock& block, CodeBytes& bytes) {
+  if constexpr (!F::kRotatesValues) {
+    write_int8_values<F>(w, block);
+  } else {
+    load_values(w, block);
+    write_low_bits<typename F::V, false>(w, block, bytes, w.cache.v_codes<F>(),
+                                         [&](int32_t slot) { return w.cache.v_scale<F>(slot); });
+  }
+}
+
 }  // namespace
 
 // Lanes run over tokens first, so that prefill fills slot groups, and a lane set is closed where a
@@ -251,8 +402,6 @@ void write_values(const Write& w, LaneBlock& block) {
 template <typename F>
 void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_t token_end,
                      int32_t head_begin, int32_t head_end) {
-  static_assert(F::K::kBits == 8 && F::V::kBits == 8,
-                "write_keys and write_values store whole bytes");
   const int32_t head_size = p.cache.head_size;
   const float* factors = p.key_transform.factors(head_begin, head_size);
   const bool powers_of_two =
@@ -260,11 +409,12 @@ void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_
       are_powers_of_two(factors, static_cast<int64_t>(head_end - head_begin) * head_size);
   const int64_t head_bytes = head_size * element_size(p.dtype);
   LaneBlock block;
+  CodeBytes bytes;
   LaneSet set;
   const auto flush = [&] {
     const Write write(p, set, powers_of_two);
-    write_keys<F>(write, block);
-    write_values<F>(write, block);
+    write_keys<F>(write, block, bytes);
+    write_values<F>(write, block, bytes);
     set.count = 0;
   };
   for (int32_t kv_head = head_begin; kv_head < head_end; ++kv_head) {
@@ -285,9 +435,9 @@ void quantize_tokens(const ReshapeAndCacheParams& p, int64_t token_begin, int64_
   if (set.count > 0) flush();
 }
 
-#define INT8KV_INSTANTIATE(F)                                                               \
-  template void quantize_tokens<F>(const ReshapeAndCacheParams&, int64_t, int64_t, int32_t, \
-                                   int32_t);
+#define INT8KV_INSTANTIATE(k, v)                                                                \
+  template void quantize_tokens<FormatOf<k, v>>(const ReshapeAndCacheParams&, int64_t, int64_t, \
+                                                int32_t, int32_t);
 INT8KV_FOR_EACH_FORMAT(INT8KV_INSTANTIATE)
 #undef INT8KV_INSTANTIATE
 

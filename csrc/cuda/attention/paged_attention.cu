@@ -58,8 +58,8 @@ cudaError_t with_kernel(const PagedAttentionParams& params, Use&& use) {
 
 template <typename Use>
 cudaError_t with_kernel(const PagedAttentionParams& params, Use&& use) {
-  return with_format(params.cache.format,
-                     [&]<typename F>() { return with_kernel<F>(params, use); });
+  return with_cuda_format(params.cache.format,
+                          [&]<typename F>() { return with_kernel<F>(params, use); });
 }
 
 bool is_empty(const PagedAttentionParams& params) {

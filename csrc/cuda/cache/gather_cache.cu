@@ -84,7 +84,7 @@ cudaError_t launch_gather_cache(const GatherCacheParams& params, cudaStream_t st
     return cudaSuccess;
   }
   if (!is_vector_aligned(params.cache)) return cudaErrorMisalignedAddress;
-  return with_format(params.cache.format, [&]<typename F>() {
+  return with_cuda_format(params.cache.format, [&]<typename F>() {
     return with_head_pairs(params.cache.head_size,
                            [&]<int kPairs>() { return launch<F, kPairs>(params, stream); });
   });

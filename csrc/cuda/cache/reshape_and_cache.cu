@@ -221,7 +221,7 @@ cudaError_t launch_reshape_and_cache(const ReshapeAndCacheParams& params, cudaSt
   if (params.cache.num_blocks > (int64_t{1} << 32) / params.cache.block_size) {
     return cudaErrorInvalidValue;
   }
-  return with_format(params.cache.format, [&]<typename F>() {
+  return with_cuda_format(params.cache.format, [&]<typename F>() {
     return with_head_pairs(params.cache.head_size,
                            [&]<int kPairs>() { return launch<F, kPairs>(params, stream); });
   });

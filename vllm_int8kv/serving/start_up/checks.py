@@ -7,7 +7,7 @@ depends on a single layer is refused again where vLLM asks its platform for that
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_int8kv.config import KEY, KV_CACHE_DTYPE, Int8KVConfig, check_placement
+from vllm_int8kv.config import DEFAULT_FORMAT, KEY, KV_CACHE_DTYPE, Int8KVConfig, check_placement
 from vllm_int8kv.serving.start_up.connectors import connector_reasons, separate_folders
 
 BACKEND_NAME = "INT8_KV"
@@ -51,6 +51,12 @@ def check_engine(vllm_config: Any, choose_native_backend: Any) -> None:
     _check_backends(vllm_config)
     _check_block_size(vllm_config, choose_native_backend)
     reasons = [*connector_reasons(vllm_config)]
+    formats = {options.format, *policy.values()} - {DEFAULT_FORMAT, UNQUANTIZED}
+    if formats and not current_platform.is_cpu():
+        reasons.append(
+            f"the cache formats {', '.join(sorted(formats))} on this platform: they have CPU kernels only; use "
+            f"{DEFAULT_FORMAT}"
+        )
     num_stages = vllm_config.parallel_config.pipeline_parallel_size
     if current_platform.is_cpu() and num_stages > 1:
         reasons.append(
@@ -80,9 +86,11 @@ def check_other_engine(vllm_config: Any) -> None:
 
 def _check_options(additional_config: object) -> Int8KVConfig:
     from vllm_int8kv.cache import library
+    from vllm_int8kv.cache.formats import check_format
 
     check_placement(additional_config)
     options = Int8KVConfig.from_additional_config(additional_config)
+    check_format(options.format, f'additional_config["{KEY}"]["format"]')
     if options.cpu_isa is not None and options.cpu_isa not in library.cpu_isas():
         raise ValueError(
             f'additional_config["{KEY}"]["cpu_isa"] must be one of {", ".join(library.cpu_isas())} on this machine, '

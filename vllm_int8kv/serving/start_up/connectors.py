@@ -154,6 +154,7 @@ def namespace(vllm_config: Any, layer_formats: Mapping[int, str]) -> str:
         "kv_cache_dtype": [cache_config.cache_dtype, getattr(speculative_config, "kv_cache_dtype", None)],
         "block_size": cache_config.block_size,
         "rotate_keys": options["rotate_keys"],
+        "format": options["format"],
         "layers": sorted(layer_formats.items()),
         "skipped": sorted(cache_config.kv_cache_dtype_skip_layers),
     }

@@ -37,9 +37,10 @@ def log_cache_format(spec: AttentionSpec, vllm_config: VllmConfig, options: Int8
             int8_bytes += native
             skipped += 1
     logger.info_once(
-        "INT8 KV cache: %s, one scale per token and KV head, keys %s, %s kernels; %d bytes per token instead of %d "
-        "(%s), %.2fx the tokens in the same memory; %d layer(s) left unquantized",
+        "INT8 KV cache: %s, %.2f bits in the mean, keys %s, %s kernels; %d bytes per token instead of %d (%s), %.2fx "
+        "the tokens in the same memory; %d layer(s) left unquantized",
         ", ".join(f"{name} in {count} layer(s)" for name, count in sorted(formats.items())),
+        8 * itemsize * int8_bytes / native_bytes,
         "rotated" if options.rotate_keys else "not rotated",
         (options.cpu_isa or library.cpu_isa()) if device.type == "cpu" else device.type,
         int8_bytes,
