@@ -15,6 +15,8 @@ class What(StrEnum):
     prefill = "prefill"
     isa = "isa"
     """decode, with the kernels for older CPUs too"""
+    formats = "formats"
+    """decode and prefill with fewer bits"""
     fp32 = "fp32"
     """decode and prefill of a model in fp32"""
 
@@ -42,6 +44,9 @@ def every_case() -> Iterator[Case]:
                     yield Case(What.decode, Shape(num_seqs, seq_len, 1, num_heads, num_kv_heads, head_size))
     for num_seqs in (1, 8):
         yield Case(What.isa, replace(GQA_4, num_seqs=num_seqs))
+    for model in (replace(GQA_4, num_heads=8), GQA_4, SMOLLM2):
+        yield Case(What.formats, replace(model, num_seqs=8))
+        yield Case(What.formats, replace(model, seq_len=2048, query_len=2048))
     for model in (GQA_4, SMOLLM2):
         for num_seqs in (1, 8):
             yield Case(What.verify, replace(model, num_seqs=num_seqs, query_len=4))
@@ -112,7 +117,7 @@ def bytes_moved(case: Case, peer: Peer) -> int | None:
     """Bytes a perfect implementation of the format moves; None for prefill, which arithmetic bounds."""
     shape = case.shape
     slot = shape.num_kv_heads * peer.slot_bytes(shape.head_size)
-    if case.what == What.prefill or (case.what == What.fp32 and shape.query_len > 1):
+    if case.what == What.prefill or (case.what in (What.fp32, What.formats) and shape.query_len > 1):
         return None
     if case.what == What.write:
         fresh = 2 * shape.num_kv_heads * shape.head_size * shape.torch_dtype.itemsize

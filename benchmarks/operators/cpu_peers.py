@@ -8,7 +8,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.operators.peers import Attend, Batch, Int8Custom, Peer, Shape
 from vllm_int8kv.cache import library
-from vllm_int8kv.cache.formats import native_content_bytes
+from vllm_int8kv.cache.formats import FORMATS, native_content_bytes
 
 
 class VllmCpu(Peer):
@@ -115,12 +115,17 @@ def missing() -> dict[str, str]:
     return {}
 
 
-def load(dtype: torch.dtype, every_isa: bool = False) -> list[Peer]:
+MEASURED_FORMATS = ("k8v6", "k8v4", "k6v6", "k6v4", "k4v4", "k2v2")
+"""Beside k8v8."""
+
+
+def load(dtype: torch.dtype, every_isa: bool = False, every_format: bool = False) -> list[Peer]:
     """The implementations this CPU can run, ours first.
 
     Args:
         dtype: of the model.
         every_isa: ours also with the instruction sets of older CPUs.
+        every_format: ours also with the cache formats `MEASURED_FORMATS`.
 
     Raises:
         RuntimeError: vLLM here is not its CPU build.
@@ -128,7 +133,8 @@ def load(dtype: torch.dtype, every_isa: bool = False) -> list[Peer]:
     if not current_platform.is_cpu():
         raise RuntimeError(f"these benchmarks need vLLM's CPU build, got platform {current_platform.device_name!r}")
     current_platform.import_kernels()
-    slower = [Int8Custom(isa) for isa in library.cpu_isas()[:-1]] if every_isa else []
+    others = [Int8Custom(isa) for isa in library.cpu_isas()[:-1]] if every_isa else []
+    others += [Int8Custom(cache_format=FORMATS[name]) for name in MEASURED_FORMATS] if every_format else []
     not_here = missing()
     caches = [VllmCpu("auto", dtype, tolerance=0.005), VllmCpu("fp8", torch.float8_e4m3fn, tolerance=0.005)]
-    return [Int8Custom(), *slower, *(peer for peer in caches if peer.name not in not_here)]
+    return [Int8Custom(), *others, *(peer for peer in caches if peer.name not in not_here)]

@@ -213,7 +213,8 @@ def load_peers(case: Case, device: Device) -> list[Peer]:
         return cuda_peers.load()
     from benchmarks.operators import cpu_peers  # needs vLLM
 
-    return cpu_peers.load(case.shape.torch_dtype, every_isa=case.what == What.isa)
+    every = {"every_isa": case.what == What.isa, "every_format": case.what == What.formats}
+    return cpu_peers.load(case.shape.torch_dtype, **every)
 
 
 def main(

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from vllm_int8kv.cache import library, ops
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.formats import K8V8, CacheFormat
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.serving import prefill, varlen_attention
 from vllm_int8kv.serving.varlen_attention import VarlenAttention
@@ -134,8 +134,9 @@ class Int8Custom(Peer):
 
     tolerance = 0.005
 
-    def __init__(self, isa: str | None = None, device: str = "cpu") -> None:
-        self.name = f"int8_custom {isa}" if isa else "int8_custom"
+    def __init__(self, isa: str | None = None, device: str = "cpu", cache_format: CacheFormat = K8V8) -> None:
+        self.name = " ".join(["int8_custom", *([isa] if isa else []), *([cache_format.name] * (cache_format != K8V8))])
+        self.cache_format = cache_format
         self.isa = isa or (library.cpu_isas()[-1] if device == "cpu" else None)
         self.device = device
 
@@ -144,20 +145,22 @@ class Int8Custom(Peer):
         return f"INT8_KV {self.isa or self.device}{attention}"
 
     def slot_bytes(self, head_size: int) -> int:
-        return K8V8.content_bytes(head_size)
+        return self.cache_format.content_bytes(head_size)
 
     def allocate(self, shape: Shape) -> torch.Tensor:
         sizes = shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_size
-        return K8V8.allocate(*sizes, self.device)
+        return self.cache_format.allocate(*sizes, self.device)
 
     def stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         transform = self._key_transform(*key.shape[1:], key.device)
-        return transform.undo_keys(K8V8.round_trip_k(transform.keys(key))), K8V8.round_trip_v(value)
+        return transform.undo_keys(self.cache_format.round_trip_k(transform.keys(key))), self.cache_format.round_trip_v(
+            value
+        )
 
     def write(self, shape: Shape, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor):
         key_transform = self._key_transform(shape.num_kv_heads, shape.head_size, key.device)
         self._choose_isa()
-        ops.reshape_and_cache(key, value, cache, slots, cache_format=K8V8, key_transform=key_transform)
+        ops.reshape_and_cache(key, value, cache, slots, cache_format=self.cache_format, key_transform=key_transform)
 
     def plan(self, shape: Shape, batch: Batch) -> Attend:
         key_transform = self._key_transform(shape.num_kv_heads, shape.head_size, batch.seq_lens.device)
@@ -174,7 +177,7 @@ class Int8Custom(Peer):
                 batch.seq_lens,
                 batch.query_start_loc,
                 softmax_scale=shape.softmax_scale,
-                cache_format=K8V8,
+                cache_format=self.cache_format,
                 key_transform=key_transform,
                 out=out,
             )
@@ -209,7 +212,7 @@ class Int8Custom(Peer):
                 (key, value),
                 attention,
                 softmax_scale=shape.softmax_scale,
-                cache_format=K8V8,
+                cache_format=self.cache_format,
                 key_transform=key_transform,
                 out=out,
             )

@@ -170,6 +170,26 @@ def _isa_of(found: list[Group]) -> str:
     return markdown(["sequences x context", "threads", "cache: kernels", "us", "GB/s", "vs bf16"], rows)
 
 
+def formats_table(results: Path) -> str:
+    """Decode and prefill with fewer bits, against eight and against vLLM's own cache."""
+    return per_machine("formats", results, _formats_of)
+
+
+def _formats_of(found: list[Group]) -> str:
+    rows = []
+    for group in sorted(found, key=lambda g: (shape_text(g["auto"]), num_tokens(g) > 1, g["auto"].num_threads)):
+        ours = group["int8_custom"]
+        for impl, line in group.items():
+            decodes = line.case["query_len"] == 1
+            name = impl.removeprefix("int8_custom").strip() or "k8v8"
+            row = [f"decode {batch_text(line.case)}" if decodes else f"prefill {line.case['seq_len']:,}"]
+            row += [shape_text(line), str(line.num_threads), name if impl.startswith("int8_custom") else f"vLLM {impl}"]
+            row += [f"{line.median_us:,.0f}", "-" if line.frac_of_peak is None else f"{line.frac_of_peak:.0%}"]
+            rows.append([*row, times(ours.median_us / line.median_us), times(group["auto"].median_us / line.median_us)])
+    head = ["sequences x context", "query/KV heads x head size", "threads", "format", "us", "of read", "vs k8v8"]
+    return markdown([*head, "vs bf16"], rows)
+
+
 def latency_table(what: str, unit: Callable[[Record], str], head: str, results: Path) -> str:
     """Times of a kind of case side by side."""
     return per_machine(what, results, partial(_latencies_of, unit, head))
@@ -272,6 +292,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "decode": decode_table,
     "decode_ranges": decode_ranges_table,
     "isa": isa_table,
+    "formats": formats_table,
     "gpu": gpu_table,
     "prefill": prefill_table,
     "write": write_table,

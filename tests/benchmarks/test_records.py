@@ -130,6 +130,7 @@ NAMES = (
         "decode",
         "decode_ranges",
         "isa",
+        "formats",
         "gpu",
         "prefill",
         "write",

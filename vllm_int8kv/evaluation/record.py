@@ -54,7 +54,7 @@ class Record:
 
     schema: int = SCHEMA
     what: str
-    """the file it belongs to: decode, isa, fp32, verify, prefill, write, read_bandwidth, end_to_end, quantize,
+    """the file it belongs to: decode, isa, formats, fp32, verify, prefill, write, read_bandwidth, end_to_end, quantize,
     quantize_error, throughput, online, soak, fuzz"""
     case: dict
     """all sizes, dtypes and seeds"""
