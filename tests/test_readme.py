@@ -117,10 +117,14 @@ def test_example_asks_for_the_int8_cache():
 
 def test_options_are_those_of_the_configuration():
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| `([^`]+)` \|", section(README, "Options"), flags=re.MULTILINE)
-    types = {"bool": bool, "str": str | None, "str \\| dict": str | dict | None}  # A bare | would end the cell.
-    assert [(name, types[kind], ast.literal_eval(default)) for name, kind, default in rows] == [
-        (field.name, field.type, field.default) for field in dataclasses.fields(Int8KVConfig)
-    ]
+    options = [(field.name, type_text(field), repr(field.default)) for field in dataclasses.fields(Int8KVConfig)]
+    assert sorted(rows) == sorted(options)
+
+
+def type_text(field: dataclasses.Field) -> str:
+    """The type of an option in a cell of a table, where a bare | would end it."""
+    named = field.type.__name__ if isinstance(field.type, type) else str(field.type).removesuffix(" | None")
+    return named.replace(" | ", " \\| ")
 
 
 def section(page, heading):

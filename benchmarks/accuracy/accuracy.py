@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy engine                     # KV cache dtypes, through vLLM (vllm-int8kv eval)
     python -m benchmarks.accuracy engine --stress 128        # the same on a model whose keys carry outliers
+    python -m benchmarks.accuracy formats                    # cache formats of this plugin and fp8, by decode steps
     python -m benchmarks.accuracy layers                     # what each layer loses (vllm-int8kv eval --sensitivity)
     python -m benchmarks.accuracy schemes                    # quantization schemes, simulated in PyTorch
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.accuracy import accuracy_record
-from benchmarks.accuracy.accuracy_record import CACHES, OURS
+from benchmarks.accuracy.accuracy_record import CACHES, FORMATS, OURS
 from benchmarks.accuracy.stress_model import make_stress_model
 from benchmarks.accuracy.texts import texts
 from benchmarks.operators.peers import name_missing
@@ -79,6 +80,40 @@ def engine(
         accuracy_record.append("engine", case, name, metrics, out)
         kl = metrics["paths"]["decode"]["kl_per_token"]
         console.print(f"{name}: KL {kl['value']:.2e} ({kl['low']:.2e} to {kl['high']:.2e})")
+
+
+@app.command()
+def formats(
+    model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
+    names: Annotated[str, typer.Option(help="cache formats, comma-separated")] = ",".join(FORMATS),
+    tokens: Annotated[int, typer.Option(help="of each text")] = 2048,
+    stress: Annotated[int, typer.Option(help="factor of the outliers put into the keys; 1 for none")] = 1,
+    out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
+) -> None:
+    """Score cache formats through vLLM by decode steps in fp32, beside vLLM's fp8 cache; one line per cache."""
+    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.evaluate import evaluate
+
+    record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
+    caches = [CacheSpec.parse(f"{KV_CACHE_DTYPE}:format={name}") for name in names.split(",")] + [
+        CacheSpec.parse("fp8")
+    ]
+    chosen = texts()
+    with stressed(model, stress) as path:
+        options = {"paths": "decode", "needle_lengths": "", "engine_options": "{}"}
+        plan = make_plan([], model=str(path), max_tokens=tokens, generate_tokens=0, dtype="float32", **options)
+        plan = replace(plan, texts=tuple(chosen.values()))
+        report = evaluate(plan, caches, Console(stderr=True), name=model, optional=["fp8"])
+    name_missing(report["left_out"])
+    sizes = dict(zip(chosen, report["text_tokens"].values(), strict=True))
+    case = {"model": model, "stress": stress, "dtype": "float32", "texts": sizes}
+    for name, metrics in report["caches"].items():
+        if name == "auto":
+            continue
+        impl = name.removeprefix(f"{KV_CACHE_DTYPE}:format=")
+        accuracy_record.append("formats", case, impl, metrics, out)
+        kl = metrics["paths"]["decode"]["kl_per_token"]
+        console.print(f"{impl}: KL {kl['value']:.2e} ({kl['low']:.2e} to {kl['high']:.2e})")
 
 
 @app.command()

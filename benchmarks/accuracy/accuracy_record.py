@@ -24,6 +24,8 @@ CACHES = {
     "fp8": "vLLM `fp8` (e4m3)",
 }
 """How tables name the caches."""
+FORMATS = ("k8v8", "k8v6", "k8v4", "k6v6", "k6v5", "k6v4", "k5v4", "k4v4")
+"""The cache formats of the table, most bits first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,11 @@ class AccuracyRecord:
 
     schema: int = SCHEMA
     what: str
-    """the file it belongs to: engine, schemes or layers"""
+    """the file it belongs to: engine, formats, schemes or layers"""
     case: dict
     """model, texts, sizes, dtypes"""
     impl: str
-    """the KV cache as `vllm-int8kv eval --dtypes` names it, the scheme, or the layer"""
+    """the KV cache as `vllm-int8kv eval --dtypes` names it, the cache format, the scheme, or the layer"""
     metrics: dict
     """numbers; divergences are in nats per token"""
     device: str

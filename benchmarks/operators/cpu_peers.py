@@ -115,7 +115,7 @@ def missing() -> dict[str, str]:
     return {}
 
 
-MEASURED_FORMATS = ("k8v6", "k8v4", "k6v6", "k6v4", "k4v4", "k2v2")
+MEASURED_FORMATS = ("k8v4", "k6v6", "k6v4", "k4v4", "k2v2")
 """Beside k8v8."""
 
 

@@ -41,9 +41,10 @@ class Layers:
         first = {peer.name: peer.allocate(shape) for peer in peers}
         self.expected: dict[str, dict[int, torch.Tensor]] = {peer.name: {} for peer in peers}
         self._fill(first)
-        smallest = min(cache.numel() * cache.itemsize for cache in first.values())
-        self.num_copies = cold_copies(smallest, device)
-        self.caches = {name: copies(cache, self.num_copies) for name, cache in first.items()}
+        # Each as many as it takes itself: as many as the smallest needs would not fit into memory.
+        counts = {name: cold_copies(cache.numel() * cache.itemsize, device) for name, cache in first.items()}
+        self.num_copies = max(counts.values())
+        self.caches = {name: copies(first.pop(name), count) for name, count in counts.items()}
 
     def _normal(self, num_tokens: int, num_heads: int) -> torch.Tensor:
         size = (num_tokens, num_heads, self.shape.head_size)
@@ -100,7 +101,7 @@ class Layers:
         peer.write(self.shape, -self.key, -self.value, self.caches[peer.name][0], self.slots)
         torch.set_num_threads(num_threads)
         write = self.write_call(peer)
-        for copy in range(self.num_copies):
+        for copy in range(len(self.caches[peer.name])):
             write(copy)
         out = torch.full_like(self.query, torch.nan)
         peer.plan(self.shape, self.batch)(self.query, self.caches[peer.name][0], out)

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.accuracy import accuracy_record
-from benchmarks.accuracy.accuracy_record import CACHES, OURS, AccuracyRecord
+from benchmarks.accuracy.accuracy_record import CACHES, FORMATS, OURS, AccuracyRecord
 from benchmarks.accuracy.schemes import SCHEMES
 from benchmarks.report.tables import markdown
+from vllm_int8kv.cache.formats import FORMATS as ALL_FORMATS
 from vllm_int8kv.evaluation.eval_report import PATH_MEANINGS
 
 COMPILED = "auto:enforce_eager=false"
@@ -81,6 +82,30 @@ def paths_table(results: Path) -> str:
     return f"{markdown(head, rows)}\n\n{texts(newest)}\n\n{source(newest)}"
 
 
+def formats_table(results: Path) -> str:
+    """Cache formats through vLLM, most bits first, and vLLM's FP8 cache."""
+    records = accuracy_record.latest(accuracy_record.read("formats", results / "accuracy"))
+    clean = {name: find(records, name, stress=1) for name in (*FORMATS, "fp8")}
+    measured = {name: line for name, line in clean.items() if line is not None}
+    if not measured:
+        return "_Not measured yet: `python -m benchmarks.accuracy formats`._"
+    fp8 = measured.get("fp8")
+    rows = []
+    for name, line in measured.items():
+        path = line.metrics["paths"]["decode"]
+        kl, change = path["kl_per_token"]["value"], path["perplexity_change"]["value"]
+        ratio = "-" if fp8 is None else f"{kl / fp8.metrics['paths']['decode']['kl_per_token']['value']:.2g}x"
+        capacity = [
+            f"{256 * scale / (2 * 64 * scale if name == 'fp8' else ALL_FORMATS[name].content_bytes(64 * scale)):.2f}x"
+            for scale in (1, 2)
+        ]
+        stressed = find(records, name, stress=128)
+        rows.append([name, *capacity, divergence(line), ratio, f"{change:+.2%}", divergence(stressed)])
+    head = ["format", "tokens of bf16, head size 64", "head size 128", "KL per token", "of fp8's", "perplexity"]
+    newest = max(measured.values(), key=lambda line: line.utc)
+    return f"{markdown([*head, 'KL, keys with 128x outliers'], rows)}\n\n{texts(newest)}\n\n{source(newest)}"
+
+
 def texts(line: AccuracyRecord) -> str:
     """What was scored, for below a table."""
     sizes = ", ".join(f"{name} ({count:,})" for name, count in line.case["texts"].items())
@@ -131,5 +156,6 @@ def source(line: AccuracyRecord) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": engine_table,
     "accuracy_paths": paths_table,
+    "accuracy_formats": formats_table,
     "schemes": schemes_table,
 }

@@ -141,7 +141,7 @@ NAMES = (
         "throughput",
         "online",
     ),
-    *("accuracy", "accuracy_paths", "schemes", "support", "soak", "fuzz"),
+    *("accuracy", "accuracy_paths", "accuracy_formats", "schemes", "support", "soak", "fuzz"),
 )
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
 
