@@ -93,8 +93,9 @@ def test_a_policy_is_about_the_target_and_not_about_its_draft(llama, expected_to
     policy = {"int8_kv": {"layer_policy": {0: "auto", 2: "auto"}}}
     with tiny_exact_engine(llama, additional_config=policy) as llm:
         alone = greedy_tokens(llm)
-    for draft_dtype in (None, "auto"):
+    for draft_dtype, backend in ((None, None), ("auto", None), ("auto", "CPU_ATTN")):
         speculative = dict(model=str(draft), num_speculative_tokens=2, kv_cache_dtype=draft_dtype)
+        speculative |= {} if backend is None else {"attention_backend": backend}
         with tiny_exact_engine(llama, additional_config=policy, speculative_config=speculative) as llm:
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
             names = {name: layer.attn_backend.get_name() for name, layer in context.items() if "attn" in name}
@@ -254,7 +255,7 @@ def test_unknown_connector_is_refused(wrapped, create_config):
         connector = dict(kv_connector="MultiConnector", kv_role="kv_both") | {
             "kv_connector_extra_config": {"connectors": [known, connector]}
         }
-    with pytest.raises(ValueError, match=r"kv_connector='DecodeBenchConnector' \(.*the bytes of a slot lie in four"):
+    with pytest.raises(ValueError, match=r"kv_connector='DecodeBenchConnector' \(.*the bytes of a slot lie in several"):
         create_config(kv_transfer_config=connector)
 
 

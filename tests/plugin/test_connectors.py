@@ -10,7 +10,7 @@ import tiny_models
 import vllm_int8kv
 from vllm_int8kv.serving.start_up import connectors
 
-PLANES = "the bytes of a slot lie in four planes of its block"
+PLANES = "the bytes of a slot lie in several planes of its block"
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,41 @@ def test_every_folder_of_a_multi_connector_is_apart(llama, tmp_path):
     (separated,) = offloading["kv_connector_extra_config"]["secondary_tiers"]
     assert separated == {"type": "fs", "root_dir": str(tmp_path / "tier" / name.name)}
     assert tier["root_dir"] == str(tmp_path / "tier")  # what the user gave stays
+
+
+def test_what_the_user_gave_stays(llama, tmp_path):
+    """One object for two engines with different formats, in a folder whose name looks like one of ours."""
+    from vllm.config import KVTransferConfig
+
+    path = tmp_path / "int8kv-cache"
+    given = KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": str(path)},
+    )
+    folders = set()
+    for name in ("k8v8", "k6v4"):
+        config = create_config(llama, None, additional_config={"int8_kv": {"format": name}})
+        config.kv_transfer_config = given
+        connectors.separate_folders(config, {})
+        folders.add(folder_of(config))
+        assert Path(folder_of(config)).parent == path
+    assert len(folders) == 2 and given.kv_connector_extra_config == {"shared_storage_path": str(path)}
+
+
+def test_lmcache_by_another_option_is_refused(llama):
+    with pytest.raises(ValueError, match="kv_offloading_backend='lmcache': use 'native'"):
+        create_config(llama, None, kv_offloading_size=1, kv_offloading_backend="lmcache")
+
+
+def test_a_foreign_offloading_spec_is_refused(llama):
+    config = create_config(llama, None)
+    extra = {"spec_name": "MySpec", "spec_module_path": "my.specs"}
+    config.kv_transfer_config = SimpleNamespace(
+        kv_connector="OffloadingConnector", kv_connector_module_path=None, kv_connector_extra_config=extra
+    )
+    (reason,) = connectors.connector_reasons(config)
+    assert "spec_name='MySpec'" in reason
 
 
 @pytest.mark.parametrize("tier", [{"type": "p2p"}, {"type": "fs", "module_path": "my.tiers"}, {"type": "obj"}])

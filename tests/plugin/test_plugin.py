@@ -210,7 +210,7 @@ def test_unsupported_block_size_is_refused(registered, llama):
         (
             {"rotate": True},
             "additional_config[\"int8_kv\"] has no option 'rotate'; expected one of: cpu_isa, equalize_keys, "
-            "layer_policy, rotate_keys",
+            "format, layer_policy, rotate_keys",
         ),
         ({"rotate_keys": 1}, 'additional_config["int8_kv"]["rotate_keys"] must be bool, got 1 (int)'),
         ({"cpu_isa": True}, 'additional_config["int8_kv"]["cpu_isa"] must be str | None, got True (bool)'),
@@ -233,7 +233,7 @@ def test_layer_policy_becomes_skipped_layers(registered, llama, tmp_path):
     assert config.cache_config.kv_cache_dtype_skip_layers == ["0", "1"]
     # Workers get the policy itself: on another machine there may be no such file, or another one.
     policy.unlink()
-    assert Int8KVConfig.from_additional_config(config.additional_config).layer_policy == {0: "int8", 1: "auto"}
+    assert Int8KVConfig.from_additional_config(config.additional_config).layer_policy == {0: "k8v8", 1: "auto"}
     again = create_config(llama, additional_config={"int8_kv": {"layer_policy": {0: "int8", "1": "auto"}}})
     assert again.cache_config.kv_cache_dtype_skip_layers == ["1"]
 
@@ -372,7 +372,7 @@ def test_a_block_size_must_suit_the_unquantized_layers_too(options, registered, 
         ),
         (
             dict(kv_transfer_config=dict(kv_connector="DecodeBenchConnector", kv_role="kv_both")),
-            "the bytes of a slot lie in four planes",
+            "the bytes of a slot lie in several planes",
         ),
     ],
     ids=["option", "place", "policy", "connector"],

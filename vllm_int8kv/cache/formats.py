@@ -1,11 +1,11 @@
 """The cache formats: how keys and values of one layer lie in its cache. `csrc/format/cache_format.h` states the same.
 
 One layer's cache is an int8 tensor `[num_blocks, num_kv_heads, block_size, content_bytes]`. The bytes of one
-(block, KV head) pair, a chunk, are contiguous and hold four planes, each of which starts on a 16-byte boundary:
+(block, KV head) pair, a chunk, are contiguous and hold planes that each start on a 16-byte boundary:
 
-    K codes | V codes | K scales [block_size] bf16 | V scales [block_size] bf16
+    K codes | V codes | K scales [block_size] bf16 | K midpoints | V scales [block_size] bf16 | V midpoints
 
-The last dimension of the tensor is therefore a count of bytes per slot, not an index with a meaning. Which codes a
+Codes of 8 bits have no midpoints. The last dimension of the tensor is therefore a count of bytes per slot, not an index with a meaning. Which codes a
 plane holds, and in which order, is the layer's `CacheFormat`. It is passed by name, never inferred from sizes.
 """
 

@@ -54,8 +54,8 @@ def gather_cache(
 ) -> None:
     """Dequantize stretches of sequences, for attention libraries that know no INT8 cache.
 
-    Every device gives the same bits: codes times scales, the rotation undone, times the equalizer, in fp32, rounded
-    once.
+    Every device gives the same bits: codes times scales, plus midpoints below 8 bits, the rotation undone, of K times
+    the equalizer, in fp32, rounded once.
 
     Args:
         key, value: [num_rows, num_kv_heads, head_size], fp32, fp16 or bf16, written; any token and head stride.

@@ -73,19 +73,25 @@ def follow(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     if (load_weights := getattr(model, "load_weights", None)) is None:
         return
 
-    # Loaders write through `parameter.data`, which no version counter sees.
+    # Loaders write through `parameter.data`, which no version counter sees. Only a weak reference, or an engine that is
+    # gone would keep its weights until Python looks for cycles.
+    method, this = load_weights.__func__, weakref.ref(model)
+
     @functools.wraps(load_weights)
     def noted(*args: Any, **kwargs: Any) -> Any:
         followed.was_loaded = True
-        return load_weights(*args, **kwargs)
+        return method(this(), *args, **kwargs)
 
     model.load_weights = noted
 
 
 def has_new_weights(worker: Any) -> bool:
     """Whether weights of a worker have changed since its factors were found, and are all there."""
-    # Between `start_weight_update` and `finish_weight_update` a model is half the old one and half the new one.
+    # Between `start_weight_update` and `finish_weight_update` a model is half the old one and half the new one. Some
+    # ways of transfer write to `parameter.data` without a loader.
     if getattr(worker, "_weight_update_active", False):
+        for _, followed in _models_of(worker):
+            followed.was_loaded = True
         return False
     return any(_is_stale(model, followed) for model, followed in _models_of(worker))
 

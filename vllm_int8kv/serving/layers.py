@@ -93,7 +93,7 @@ def settle_cache_config(cache_config: Any, layer_name: str, owner: nn.Module | N
     if not cache_config.kv_cache_dtype_skip_layers and owner is None:
         return cache_config
     skip_layers = [name for name in cache_config.kv_cache_dtype_skip_layers if name not in _build.skipped_elsewhere]
-    index = extract_layer_index(layer_name)
+    index = _index(layer_name)
     window = cache_config.sliding_window if sliding_window is None else sliding_window
     is_skipped = str(index) in skip_layers or (SLIDING_WINDOW in skip_layers and window is not None)
     if owner is not None and is_skipped == is_ours(owner):
@@ -113,6 +113,21 @@ def settle_cache_config(cache_config: Any, layer_name: str, owner: nn.Module | N
     return settled
 
 
+def _index(layer_name: str) -> int:
+    """The index of a layer in its model.
+
+    Raises:
+        ValueError: its name has none, so that no list can be about it.
+    """
+    try:
+        return extract_layer_index(layer_name)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"layer {layer_name!r} has no index that kv_cache_dtype_skip_layers or layer_policy could name ({error}); "
+            "leave them out for this model"
+        ) from error
+
+
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is an attention layer with this cache."""
     return isinstance(getattr(getattr(module, "impl", None), "cache_format", None), CacheFormat)
@@ -126,7 +141,7 @@ def assign_format(layer: Any) -> None:
     """
     owner, cache_format = layer.kv_sharing_target_layer_name or layer.layer_name, _build.uniform_format
     if _build.formats:
-        cache_format = _build.formats.get(extract_layer_index(owner), cache_format)
+        cache_format = _build.formats.get(_index(owner), cache_format)
     layer.impl.cache_format = cache_format
     layer.attn_backend = layer.attn_backend.of_format(layer.impl.cache_format)
 
@@ -143,7 +158,9 @@ def check_layers(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
         if not is_ours(layer):
             others.setdefault(_why_not(layer, vllm_config.cache_config), []).append(layer.layer_name)
     skip_layers = vllm_config.cache_config.kv_cache_dtype_skip_layers
-    if SLIDING_WINDOW in skip_layers and not is_draft(model_config) and all(x.sliding_window is None for x in decoders):
+    # A stage of a pipeline has only some of the layers, and a draft may have none of those that are named.
+    is_whole = vllm_config.parallel_config.pipeline_parallel_size == 1 and not is_draft(model_config)
+    if SLIDING_WINDOW in skip_layers and is_whole and all(layer.sliding_window is None for layer in decoders):
         raise ValueError(
             f"kv_cache_dtype_skip_layers names {SLIDING_WINDOW!r}, but no layer of {type(model).__name__} has a "
             "sliding window"
@@ -151,7 +168,7 @@ def check_layers(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     if not others:
         return
     reasons = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in others.items())
-    if sum(map(len, others.values())) == len(decoders):
+    if is_whole and sum(map(len, others.values())) == len(decoders):
         raise ValueError(
             f"kv_cache_dtype={KV_CACHE_DTYPE!r} would be used by no layer of {type(model).__name__} ({reasons}); use "
             "kv_cache_dtype='auto'"
@@ -172,7 +189,7 @@ def _why_not(layer: Any, cache_config: Any) -> str:
     skip_layers = cache_config.kv_cache_dtype_skip_layers
     if layer.kv_sharing_target_layer_name is not None:
         return "they read the cache of a layer that is left unquantized"
-    if str(extract_layer_index(layer.layer_name)) in skip_layers or SLIDING_WINDOW in skip_layers:
+    if skip_layers and (SLIDING_WINDOW in skip_layers or str(_index(layer.layer_name)) in skip_layers):
         return "left unquantized by kv_cache_dtype_skip_layers or layer_policy"
     return "vLLM's code of this model does not hand the KV cache dtype to them"
 

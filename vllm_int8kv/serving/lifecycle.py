@@ -166,5 +166,8 @@ def follow_weights(engine_core: Any) -> None:
 
     in_workers = engine_core.model_executor.collective_rpc
     # All workers must find factors together, as the pass goes through their collectives.
-    if any(in_workers(calibration.has_new_weights)) and any(in_workers(calibration.calibrate_again)):
+    # Before there is a scheduler, an engine asks its workers for sizes.
+    if getattr(engine_core, "scheduler", None) is None or not any(in_workers(calibration.has_new_weights)):
+        return
+    if any(in_workers(calibration.calibrate_again)):
         engine_core.scheduler.reset_prefix_cache(reset_running_requests=True)

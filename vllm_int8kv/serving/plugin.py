@@ -200,6 +200,10 @@ def _wrap_platform() -> None:
 
     def check_and_update_config(cls, vllm_config):
         update_config(vllm_config)
+        if vllm_config.compilation_config.static_forward_context:
+            # The target has been built: this configuration was derived from its checked one, for a draft, one field
+            # after the other, so that it need not make sense yet.
+            return
         if lifecycle.uses_int8(vllm_config):
             check_engine(vllm_config, choose_backend)
             lifecycle.follow_processes(import_them=True)

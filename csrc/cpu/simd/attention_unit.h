@@ -18,6 +18,7 @@ constexpr int kMaxTerms = 2;
 struct Scratch {
   alignas(64) int16_t queries[kMaxTerms * kMaxRows * kMaxHeadSize];  // see Unit::query_terms
   alignas(64) int16_t weights[kMaxTerms * kMaxRows * kTileSlots];    // [term][row][kTileSlots]
+  alignas(64) int8_t codes[kTileSlots * kMaxHeadSize];               // of a tile, below 8 bits
   alignas(64) int32_t products[kMaxTerms * kMaxRows * kMaxHeadSize];
   alignas(64) float out[kMaxRows * (kPartialHeader + kMaxHeadSize)];    // of the split in hand
   alignas(64) float total[kMaxRows * (kPartialHeader + kMaxHeadSize)];  // of the splits before it

@@ -27,6 +27,7 @@ struct DotFields {
   int32_t num_groups;  // of 16 outputs
   int32_t num_pairs;
   bool accumulate;
+  int8_t* scratch;  // [num_groups][num_pairs][kLineBytes]
 };
 
 // GCC 12 adds up the products of unrolled steps among themselves before it adds them to a sum, runs
@@ -258,16 +259,105 @@ INT8KV_INLINE void dot_fields_rows_of(int32_t rows, const DotFields& d, int32_t 
   }
 }
 
-template <typename C, bool kIsKey>
-static void dot_fields(const DotFields& all) {
-  const int32_t num_blocks = (all.num_rows + kBlockRows - 1) / kBlockRows;
-  DotFields d = all;
-  for (int32_t block = 0, row = 0; block < num_blocks; ++block) {
-    const int32_t rows = (all.num_rows - row + num_blocks - block - 1) / (num_blocks - block);
-    dot_fields_rows_of<C, kIsKey>(rows, d, row);
-    row += rows;
-    d.prefetch = nullptr;  // once is enough
+typedef uint8_t LineBytes __attribute__((vector_size(kLineBytes)));
+
+// Field `low_field` of a line of the lower plane and, where there is one, `high_field` of one of
+// the upper plane, a byte per code.
+template <typename C>
+INT8KV_INLINE void unpack_line(const int8_t* low, int low_field,
+                               [[maybe_unused]] const int8_t* high, [[maybe_unused]] int high_field,
+                               int8_t* to) {
+  LineBytes codes;
+  std::memcpy(&codes, low, sizeof(codes));
+  codes = codes >> static_cast<uint8_t>(low_field * 8 / C::Low::kFields) &
+          static_cast<uint8_t>(C::Low::kMask);
+  if constexpr (C::kBits > C::kLowBits) {
+    LineBytes rest;
+    std::memcpy(&rest, high, sizeof(rest));
+    rest = rest >> static_cast<uint8_t>(high_field * 8 / C::High::kFields) &
+           static_cast<uint8_t>(C::High::kMask);
+    codes |= rest << static_cast<uint8_t>(C::kLowBits);
   }
+  std::memcpy(to, &codes, sizeof(codes));
+}
+
+// All of b as lines of Codes<8>: codes of six bits are the same as signed bytes. Fields of a line
+// are constants in the inner loops.
+template <typename C>
+INT8KV_INLINE void unpack_k(const DotFields& d) {
+  constexpr int kUnits = units_per_line<C>();
+  const int32_t num_units = d.num_pairs / 8;
+  for (int32_t group = 0; group < d.num_groups; ++group) {
+    const int8_t* low = d.low + group * d.low_stride;
+    const int8_t* high = d.high + group * d.high_stride;
+    int8_t* to = d.scratch + static_cast<int64_t>(group) * d.num_pairs * kLineBytes;
+    const auto unpack_unit = [&](int32_t unit, auto in_line) __attribute__((always_inline)) {
+      constexpr int kInLine = decltype(in_line)::value;
+      constexpr int kLowField = kInLine % (C::Low::kFields / 2) * 2;
+      const int8_t* low_lines = low + unit / (C::Low::kFields / 2) * (4 * kLineBytes);
+      const int8_t* high_lines = high + unit / kUnits * (4 * kLineBytes);
+      for (int line = 0; line < 4; ++line) {
+        for (int field = 0; field < 2; ++field) {
+          unpack_line<C>(low_lines + line * kLineBytes, kLowField + field,
+                         high_lines + line * kLineBytes, 2 * kInLine + field,
+                         to + (8 * unit + 4 * field + line) * kLineBytes);
+        }
+      }
+    };
+    for (int32_t unit = 0; unit < num_units; unit += kUnits) {
+      [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
+        ((unit + u < num_units ? unpack_unit(unit + u, std::integral_constant<int, u>{}) : void()),
+         ...);
+      }(std::make_integer_sequence<int, kUnits>{});
+    }
+  }
+}
+
+template <typename C>
+INT8KV_INLINE void unpack_v(const DotFields& d) {
+  constexpr int kFields = 2 * units_per_line<C>();
+  const int64_t group_bytes = static_cast<int64_t>(d.num_pairs) * kLineBytes;
+  for (int32_t first = 0; first < d.num_groups; first += kFields) {
+    const int8_t* high = d.high + first / kFields * d.high_stride;
+    const auto unpack_group = [&](auto in_line) __attribute__((always_inline)) {
+      constexpr int kInLine = decltype(in_line)::value;
+      if (first + kInLine >= d.num_groups) return;
+      const int8_t* low = d.low + (first + kInLine) / C::Low::kFields * d.low_stride;
+      int8_t* to = d.scratch + (first + kInLine) * group_bytes;
+      for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
+        unpack_line<C>(low + pair * kLineBytes, kInLine % C::Low::kFields, high + pair * kLineBytes,
+                       kInLine, to + pair * kLineBytes);
+      }
+    };
+    [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
+      (unpack_group(std::integral_constant<int, u>{}), ...);
+    }(std::make_integer_sequence<int, kFields>{});
+  }
+}
+
+template <typename C, bool kIsKey>
+static void dot_fields(const DotFields& d) {
+  if (d.num_rows <= kBlockRows) {
+    dot_fields_rows_of<C, kIsKey>(d.num_rows, d, 0);
+    return;
+  }
+  // More rows than one pass has, as prompts have them, would unpack everything again in each.
+  if constexpr (kIsKey) {
+    unpack_k<C>(d);
+  } else {
+    unpack_v<C>(d);
+  }
+  dot_pairs<Codes<8>>({.a = d.a,
+                       .a_stride = d.a_stride,
+                       .b = d.scratch,
+                       .group_stride = static_cast<int64_t>(d.num_pairs) * kLineBytes,
+                       .prefetch_ahead = 0,
+                       .c = d.c,
+                       .c_stride = d.c_stride,
+                       .num_rows = d.num_rows,
+                       .num_groups = d.num_groups,
+                       .num_pairs = d.num_pairs,
+                       .accumulate = d.accumulate});
 }
 
 }  // namespace int8kv::cpu::INT8KV_ISA

@@ -97,6 +97,7 @@ INT8KV_INLINE void multiply_keys(Unit& u, int32_t unit_head, const int8_t* chunk
     dot_pairs<K>(d);
   } else {
     DotFields d;
+    d.scratch = u.s.codes;
     d.a = u.query_terms(unit_head, 0);
     d.a_stride = u.head_size;
     d.low = chunk + K::Low::k_byte(u.head_size, offset, 0);
@@ -144,6 +145,7 @@ INT8KV_INLINE void multiply_values(Unit& u, const int8_t* chunk, const int8_t* n
     dot_pairs<V>(d);
   } else {
     DotFields d;
+    d.scratch = u.s.codes;
     d.a = u.s.weights + at;
     d.a_stride = kTileSlots;
     const int8_t* codes = chunk + cache.v_codes<F>();
@@ -266,7 +268,7 @@ INT8KV_INLINE f32x16 weigh_row(const Scratch& s, const TileRow& t, float shift, 
   return sum;
 }
 
-// The weights of a row as integer terms relative to `to_term`; `second` is null if there is one.
+// The weights of a row as integer terms relative to `to_term`; `second` is null if one term is all.
 // Leaves the sums of the terms where codes are centered by them: whole numbers, exact in fp32.
 template <typename V>
 INT8KV_INLINE void quantize_weights(const TileRow& t, float to_term, int16_t* first,

@@ -125,8 +125,10 @@ def _check_backends(vllm_config: Any) -> None:
     """The KV cache dtype decides the backend; another one can only be meant for layers without it."""
     cache_config, speculative_config = vllm_config.cache_config, vllm_config.speculative_config
     if cache_config.cache_dtype == KV_CACHE_DTYPE:
+        # vLLM selects Triton for Gemma-4 by itself, whose heads differ in size; platforms that ask us never get there.
+        by_vllm = "TRITON_ATTN" if vllm_config.model_config.architecture.startswith("Gemma4") else None
         for name, backend in _selected_backends(vllm_config):
-            if backend != BACKEND_NAME and not cache_config.kv_cache_dtype_skip_layers:
+            if backend not in (BACKEND_NAME, by_vllm) and not cache_config.kv_cache_dtype_skip_layers:
                 raise ValueError(
                     f"{name}={backend!r} cannot read kv_cache_dtype={KV_CACHE_DTYPE!r}; leave {name} out, or use "
                     "kv_cache_dtype='auto'"
@@ -145,7 +147,8 @@ def _check_backends(vllm_config: Any) -> None:
 
 
 def _check_block_size(vllm_config: Any, choose_native_backend: Any) -> None:
-    """Blocks are shared by all layers, also those with another cache, so their size must suit both backends."""
+    """Blocks are shared by all layers, also those with another cache, so a size that was asked for must suit both
+    backends; one that vLLM chooses does."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.attention.selector import AttentionSelectorConfig
 

@@ -4,8 +4,10 @@ A page says nothing of its format, so whatever outlives an engine is kept apart 
 bytes mean: a connector that stores pages in a folder gets a subfolder of that name.
 """
 
+import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +26,17 @@ SIMPLE_OFFLOADING = f"{V1}.simple_cpu_offload_connector:SimpleCPUOffloadConnecto
 MULTI = f"{V1}.multi_connector:MultiConnector"
 BLOCK_CONNECTORS = (EXAMPLE, OFFLOADING, SIMPLE_OFFLOADING)
 """Classes of vLLM that copy whole blocks, or the slots of whole blocks."""
+SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
+"""Of vLLM's offloading connector: memory of the engine, and tiers behind it."""
 EXAMPLE_FOLDER = "/tmp"
 """Where the example connector stores pages unless it is told otherwise."""
 
 
 def connector_reasons(vllm_config: Any) -> Iterator[str]:
     """Why the connectors of an engine cannot be used. A MultiConnector is as good as what it combines."""
+    if vllm_config.cache_config.kv_offloading_size and vllm_config.cache_config.kv_offloading_backend != "native":
+        # vLLM makes a connector of it only after this check.
+        yield f"kv_offloading_backend={vllm_config.cache_config.kv_offloading_backend!r}: use 'native'"
     if (given := vllm_config.kv_transfer_config) is None or given.kv_connector is None:
         return
     entries = [("kv_transfer_config", _as_entry(given))]
@@ -56,7 +63,7 @@ def connector_reasons(vllm_config: Any) -> Iterator[str]:
         elif loaded not in BLOCK_CONNECTORS:
             known = ", ".join(name.partition(":")[2] for name in BLOCK_CONNECTORS)
             yield (
-                f"kv_connector={entry['kv_connector']!r} ({loaded}): the bytes of a slot lie in four planes of its "
+                f"kv_connector={entry['kv_connector']!r} ({loaded}): the bytes of a slot lie in several planes of its "
                 f"block, so a connector that copies single slots would corrupt the cache; known to copy whole blocks: "
                 f"vLLM's own {known}"
             )
@@ -92,6 +99,8 @@ def _reasons_of(loaded: str, extra: Mapping[str, Any], vllm_config: Any) -> Iter
                 "ExampleConnector with chunked prefill: it saves a prompt with its first chunk; use "
                 "enable_chunked_prefill=False"
             )
+    if loaded == OFFLOADING and (spec := extra.get("spec_name", SPECS[0])) not in SPECS:
+        yield f"OffloadingConnector with spec_name={spec!r}: nothing tells its pages' formats apart; use {SPECS[1]}"
     tiers = extra.get("secondary_tiers", []) if loaded == OFFLOADING else []
     if not isinstance(tiers, list) or not all(isinstance(tier, Mapping) for tier in tiers):
         yield f"OffloadingConnector: secondary_tiers must be a list of mappings, got {tiers!r}"
@@ -117,9 +126,12 @@ def separate_folders(vllm_config: Any, layer_formats: Mapping[int, str]) -> None
 
     def separate(folder: str) -> str:
         path = Path(folder)
-        return folder if path.name.startswith(FOLDER_PREFIX) else str(path / name)
+        return folder if re.fullmatch(FOLDER_PREFIX + "[0-9a-f]{16}", path.name) else str(path / name)
 
-    config.kv_connector_extra_config = _with_folders(_as_entry(config), separate)
+    # A copy, as the user may start another engine with the same object.
+    separated = copy.copy(config)
+    separated.kv_connector_extra_config = _with_folders(_as_entry(config), separate)
+    vllm_config.kv_transfer_config = separated
 
 
 def _with_folders(entry: Mapping[str, Any], separate: Callable[[str], str]) -> dict[str, Any]:
