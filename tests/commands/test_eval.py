@@ -19,6 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_int8kv.cache import library
+from vllm_int8kv.cache.formats import FORMATS
 from vllm_int8kv.commands import cli, models
 from vllm_int8kv.config import KV_CACHE_DTYPE, read_layer_policy
 from vllm_int8kv.evaluation import engine_options, eval_plan, evaluate, sensitivity
@@ -169,7 +170,7 @@ def test_sensitivity_ranks_layers_and_writes_a_policy(tmp_path, monkeypatch):
     assert all(0 < value < report["kl_all_layers"] for value in divergences)
     assert all(1e-3 < layer["e_o"] < 0.05 for layer in report["layers"])
     assert report["capacity_ratio"] == pytest.approx(256 / 132)
-    assert set(read_layer_policy(policy, 30)) == set(range(30))
+    assert set(read_layer_policy(policy, 30, FORMATS)) == set(range(30))
     assert plot.stat().st_size > 0
 
 
@@ -187,7 +188,7 @@ def test_sensitivity_shows_layers_that_read_the_cache_of_another(tmp_path, monke
     assert report["text_tokens"] == [40, 2]
     policy = tmp_path / "policy.yaml"
     sensitivity.write_policy(report, policy)
-    assert set(read_layer_policy(policy, 5)) == {0, 1, 2}
+    assert set(read_layer_policy(policy, 5, FORMATS)) == {0, 1, 2}
     shown = StringIO()
     sensitivity.print_layers(report, Console(file=shown, width=120))
     assert "reads the cache of layer 2" in shown.getvalue()
@@ -357,4 +358,4 @@ def test_layer_policy_in_the_home_folder(tmp_path, monkeypatch):
 def test_layer_policy_as_json(tmp_path):
     path = tmp_path / "policy.json"
     path.write_text('{"0": "auto", "2": "int8"}')
-    assert read_layer_policy(path, 4) == {0: "auto", 2: "int8"}
+    assert read_layer_policy(path, 4) == {0: "auto", 2: "k8v8"}

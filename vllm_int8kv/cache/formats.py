@@ -5,8 +5,9 @@ One layer's cache is an int8 tensor `[num_blocks, num_kv_heads, block_size, cont
 
     K codes | V codes | K scales [block_size] bf16 | K midpoints | V scales [block_size] bf16 | V midpoints
 
-Codes of 8 bits have no midpoints. The last dimension of the tensor is therefore a count of bytes per slot, not an index with a meaning. Which codes a
-plane holds, and in which order, is the layer's `CacheFormat`. It is passed by name, never inferred from sizes.
+Codes of 8 bits have no midpoints. The last dimension of the tensor is therefore a count of bytes per slot, not an index
+with a meaning. Which codes a plane holds, and in which order, is the layer's `CacheFormat`. It is passed by name, never
+inferred from sizes.
 """
 
 from abc import ABC, abstractmethod

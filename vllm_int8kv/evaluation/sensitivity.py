@@ -105,7 +105,7 @@ def suggest(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def write_policy(report: Mapping[str, Any], path: Path) -> None:
     """Write every layer's format to a file that the option `layer_policy` reads."""
-    formats = {layer["layer"]: "int8" for layer in report["layers"]} | report["policy"]
+    formats = {layer["layer"]: layer["shape"]["cache_format"] for layer in report["layers"]} | report["policy"]
     path.write_text(yaml.safe_dump(dict(sorted(formats.items()))))
 
 
