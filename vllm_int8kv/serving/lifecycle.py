@@ -39,7 +39,7 @@ def follow_processes(*, import_them: bool = False) -> None:
             follow()
 
 
-def uses_int8(vllm_config: Any) -> bool:
+def uses_this_cache(vllm_config: Any) -> bool:
     """Whether the target or the draft model of an engine has the INT8 cache."""
     speculative_config = vllm_config.speculative_config
     dtypes = [vllm_config.cache_config.cache_dtype, getattr(speculative_config, "kv_cache_dtype", None)]
@@ -61,7 +61,7 @@ def _follow_worker() -> None:
 
     def make(init_device: Callable) -> Callable:
         def wrapper(self: Any) -> None:
-            if uses_int8(self.vllm_config):
+            if uses_this_cache(self.vllm_config):
                 follow_layers()
                 follow_loaders()
             init_device(self)
@@ -147,7 +147,7 @@ def _follow_engine_core() -> None:
     def make(collective_rpc: Callable) -> Callable:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
             results = collective_rpc(self, *args, **kwargs)
-            if uses_int8(self.vllm_config):
+            if uses_this_cache(self.vllm_config):
                 follow_weights(self)
             return results
 

@@ -204,7 +204,7 @@ def _wrap_platform() -> None:
             # The target has been built: this configuration was derived from its checked one, for a draft, one field
             # after the other, so that it need not make sense yet.
             return
-        if lifecycle.uses_int8(vllm_config):
+        if lifecycle.uses_this_cache(vllm_config):
             check_engine(vllm_config, choose_backend)
             lifecycle.follow_processes(import_them=True)
         else:
