@@ -126,4 +126,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # the workers of xdist are processes of the run themselves
         config.stash[WATCHDOG] = run_watchdog.start()
     if config.getoption("--write-support"):
+        if getattr(config.option, "numprocesses", None) or "PYTEST_XDIST_WORKER" in os.environ:
+            raise pytest.UsageError("--write-support needs one process, which sees all tests: leave out -n")
         config.pluginmanager.register(Recorder())
