@@ -46,13 +46,14 @@ using FormatOf = Format<Codes<kKBits>, Codes<kVBits>>;
 using K8V8 = FormatOf<8, 8>;
 
 // Bits of K and V of every format. Kernels are instantiated for each of these.
-#define INT8KV_FOR_EACH_FORMAT(CALL)                                                          \
-  CALL(8, 8)                                                                                  \
-  CALL(8, 6)                                                                                  \
-  CALL(8, 5)                                                                                  \
-  CALL(8, 4) CALL(8, 2) CALL(6, 8) CALL(6, 6) CALL(6, 5) CALL(6, 4) CALL(6, 2) CALL(5, 8)     \
-      CALL(5, 6) CALL(5, 5) CALL(5, 4) CALL(5, 2) CALL(4, 8) CALL(4, 6) CALL(4, 5) CALL(4, 4) \
-          CALL(4, 2) CALL(2, 8) CALL(2, 6) CALL(2, 5) CALL(2, 4) CALL(2, 2)
+// clang-format off
+#define INT8KV_FOR_EACH_FORMAT(CALL)                     \
+  CALL(8, 8) CALL(8, 6) CALL(8, 5) CALL(8, 4) CALL(8, 2) \
+  CALL(6, 8) CALL(6, 6) CALL(6, 5) CALL(6, 4) CALL(6, 2) \
+  CALL(5, 8) CALL(5, 6) CALL(5, 5) CALL(5, 4) CALL(5, 2) \
+  CALL(4, 8) CALL(4, 6) CALL(4, 5) CALL(4, 4) CALL(4, 2) \
+  CALL(2, 8) CALL(2, 6) CALL(2, 5) CALL(2, 4) CALL(2, 2)
+// clang-format on
 
 #define INT8KV_ENUMERATOR(k, v) kK##k##V##v,
 enum class CacheFormat : int32_t { INT8KV_FOR_EACH_FORMAT(INT8KV_ENUMERATOR) };
