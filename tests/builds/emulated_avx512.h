@@ -16,6 +16,7 @@ namespace int8kv::emulated_avx512 {
 
 typedef int8_t I8x16 __attribute__((vector_size(16)));
 typedef int8_t I8x32 __attribute__((vector_size(32)));
+typedef uint8_t U8x32 __attribute__((vector_size(32)));
 typedef int16_t I16x32 __attribute__((vector_size(64)));
 typedef int32_t I32x16 __attribute__((vector_size(64)));
 typedef uint32_t U32x16 __attribute__((vector_size(64)));
@@ -47,6 +48,9 @@ INT8KV_EMULATED __m512i dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
 
 INT8KV_EMULATED __m512i cvtepi8_epi16(__m256i a) {
   return (__m512i) __builtin_convertvector((I8x32)a, I16x32);
+}
+INT8KV_EMULATED __m512i cvtepu8_epi16(__m256i a) {
+  return (__m512i) __builtin_convertvector((U8x32)a, I16x32);
 }
 INT8KV_EMULATED __m512i maskz_cvtepi8_epi32(__mmask16 mask, __m128i a) {
   const I8x16 x = (I8x16)a;
@@ -96,6 +100,7 @@ INT8KV_EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
 #define _mm512_madd_epi16 int8kv::emulated_avx512::madd_epi16
 #define _mm512_dpwssd_epi32 int8kv::emulated_avx512::dpwssd_epi32
 #define _mm512_cvtepi8_epi16 int8kv::emulated_avx512::cvtepi8_epi16
+#define _mm512_cvtepu8_epi16 int8kv::emulated_avx512::cvtepu8_epi16
 #define _mm512_maskz_cvtepi8_epi32 int8kv::emulated_avx512::maskz_cvtepi8_epi32
 #define _mm512_maskz_cvtepi32_epi8 int8kv::emulated_avx512::maskz_cvtepi32_epi8
 #define _mm512_fmadd_ps int8kv::emulated_avx512::fmadd_ps
