@@ -185,8 +185,10 @@ void paged_attention(Tensor out, Tensor query, Tensor kv_cache, Tensor block_tab
 
 std::string cache_formats() {
   std::string names;
-  for (const auto& [name, format] : kCacheFormats)
-    names += (names.empty() ? "" : ",") + std::string(name);
+  for (const auto& [name, format] : kCacheFormats) {
+    if (!names.empty()) names += ',';
+    names += name;
+  }
   return names;
 }
 
