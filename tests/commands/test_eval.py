@@ -69,6 +69,8 @@ def test_eval_of_the_shortest_texts(tmp_path, monkeypatch):
     two.write_text("one two")
     sizes = ["--tokens", "9", "--generate-tokens", "4", "--needle-lengths", "80", "--dtypes", "auto"]
     options = ["--text", str(nine), "--text", str(two), *sizes, "--json", str(report_file)]
+    # As in a file; the workers of xdist say in COLUMNS that they are a terminal of 80.
+    monkeypatch.setattr(cli.console, "width", cli.LOG_WIDTH)
     result = runner.invoke(cli.app, ["eval", "smollm2", *options])
     assert result.exit_code == 0, result.output
     report = json.loads(report_file.read_text())
