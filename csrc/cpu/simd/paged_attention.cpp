@@ -75,6 +75,36 @@ INT8KV_INLINE int32_t share_of(int32_t bytes, int32_t count, int32_t block_size)
   return static_cast<int32_t>(static_cast<int64_t>(bytes) * count / block_size);
 }
 
+// The shape, the terms and the products of a multiplication with `count` slots of K, or of V; the
+// codes are the caller's to fill in.
+template <typename Dot>
+INT8KV_INLINE Dot dot_of_keys(Unit& u, int32_t unit_head, int32_t at, int32_t count) {
+  Dot d;
+  d.a = u.query_terms(unit_head, 0);
+  d.a_stride = u.head_size;
+  d.c = u.s.products + at;
+  d.c_stride = kTileSlots;
+  d.num_rows = u.num_terms * u.num_rows;
+  d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
+  d.num_pairs = u.head_size / 2;
+  d.accumulate = false;
+  return d;
+}
+
+template <typename Dot>
+INT8KV_INLINE Dot dot_of_values(Unit& u, int32_t at, int32_t count) {
+  Dot d;
+  d.a = u.s.weights + at;
+  d.a_stride = kTileSlots;
+  d.c = u.s.products;
+  d.c_stride = u.head_size;
+  d.num_rows = u.num_terms * u.num_rows;
+  d.num_groups = u.head_size / kDimGroup;
+  d.num_pairs = (count + 1) / 2;
+  d.accumulate = at > 0;
+  return d;
+}
+
 // Products of the terms of a head's queries with `count` keys from slot `offset` of a chunk on.
 template <typename F>
 INT8KV_INLINE void multiply_keys(Unit& u, int32_t unit_head, const int8_t* chunk, int32_t offset,
@@ -82,24 +112,14 @@ INT8KV_INLINE void multiply_keys(Unit& u, int32_t unit_head, const int8_t* chunk
   using K = typename F::K;
   const KVCache& cache = u.p.cache;
   if constexpr (!K::kHasMidpoint) {
-    DotPairs d;
-    d.a = u.query_terms(unit_head, 0);
-    d.a_stride = u.head_size;
+    auto d = dot_of_keys<DotPairs>(u, unit_head, at, count);
     d.b = chunk + cache.k_code<F>(offset, 0);
     d.group_stride = cache.k_group_stride<F>();
     d.prefetch_ahead = cache.v_codes<F>();  // these slots' V codes are next
-    d.c = u.s.products + at;
-    d.c_stride = kTileSlots;
-    d.num_rows = u.num_terms * u.num_rows;
-    d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
-    d.num_pairs = u.head_size / 2;
-    d.accumulate = false;
     dot_pairs<K>(d);
   } else {
-    DotFields d;
+    auto d = dot_of_keys<DotFields>(u, unit_head, at, count);
     d.scratch = u.s.codes;
-    d.a = u.query_terms(unit_head, 0);
-    d.a_stride = u.head_size;
     d.low = chunk + K::Low::k_byte(u.head_size, offset, 0);
     d.low_stride = K::Low::k_group_bytes(u.head_size);
     d.high = nullptr;
@@ -113,12 +133,6 @@ INT8KV_INLINE void multiply_keys(Unit& u, int32_t unit_head, const int8_t* chunk
     d.prefetch_bytes = share_of(v_bytes, count, u.block_size);
     d.prefetch = reinterpret_cast<const char*>(chunk) + cache.v_codes<F>() +
                  share_of(v_bytes, offset, u.block_size);
-    d.c = u.s.products + at;
-    d.c_stride = kTileSlots;
-    d.num_rows = u.num_terms * u.num_rows;
-    d.num_groups = (count + kSlotGroup - 1) / kSlotGroup;
-    d.num_pairs = u.head_size / 2;
-    d.accumulate = false;
     dot_fields<K, true>(d);
   }
 }
@@ -130,24 +144,14 @@ INT8KV_INLINE void multiply_values(Unit& u, const int8_t* chunk, const int8_t* n
   using V = typename F::V;
   const KVCache& cache = u.p.cache;
   if constexpr (!V::kHasMidpoint) {
-    DotPairs d;
-    d.a = u.s.weights + at;
-    d.a_stride = kTileSlots;
+    auto d = dot_of_values<DotPairs>(u, at, count);
     d.b = chunk + cache.v_code<F>(offset, 0);
     d.group_stride = cache.v_group_stride<F>();
     d.prefetch_ahead = next ? next - chunk - cache.v_codes<F>() : 0;
-    d.c = u.s.products;
-    d.c_stride = u.head_size;
-    d.num_rows = u.num_terms * u.num_rows;
-    d.num_groups = u.head_size / kDimGroup;
-    d.num_pairs = (count + 1) / 2;
-    d.accumulate = at > 0;
     dot_pairs<V>(d);
   } else {
-    DotFields d;
+    auto d = dot_of_values<DotFields>(u, at, count);
     d.scratch = u.s.codes;
-    d.a = u.s.weights + at;
-    d.a_stride = kTileSlots;
     const int8_t* codes = chunk + cache.v_codes<F>();
     d.low = codes + V::Low::v_byte(u.block_size, offset, 0);
     d.low_stride = V::Low::v_group_bytes(u.block_size);
@@ -160,12 +164,6 @@ INT8KV_INLINE void multiply_values(Unit& u, const int8_t* chunk, const int8_t* n
     }
     d.prefetch = reinterpret_cast<const char*>(next);
     d.prefetch_bytes = share_of(cache.v_codes<F>(), count, u.block_size);
-    d.c = u.s.products;
-    d.c_stride = u.head_size;
-    d.num_rows = u.num_terms * u.num_rows;
-    d.num_groups = u.head_size / kDimGroup;
-    d.num_pairs = (count + 1) / 2;
-    d.accumulate = at > 0;
     dot_fields<V, false>(d);
   }
 }
