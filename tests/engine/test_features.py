@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import engines
 import pytest
 import tiny_models
 import torch
@@ -234,14 +235,8 @@ def test_decoder_as_an_embedding_model():
 
 @pytest.fixture(scope="module")
 def create_config(llama: Path) -> Callable[..., object]:
-    import vllm_int8kv
-
-    vllm_int8kv.register()
-    from vllm.engine.arg_utils import EngineArgs
-
     def create(model: Path = llama, **options):
-        options = dict(skip_tokenizer_init=True, max_model_len=256, kv_cache_dtype="int8_custom") | options
-        return EngineArgs(model=str(model), **options).create_engine_config()
+        return engines.create_config(model, **options)
 
     return create
 

@@ -17,6 +17,17 @@ KV_CACHE_MEMORY = 48 << 20
 PROMPT_LENS = (5, 33, 70, 120)
 
 
+def create_config(model: Path, **options) -> "VllmConfig":  # noqa: F821
+    """What `LLM(...)` does before it starts any process."""
+    import vllm_int8kv
+
+    vllm_int8kv.register()
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = dict(skip_tokenizer_init=True, max_model_len=256, kv_cache_dtype="int8_custom") | options
+    return EngineArgs(model=str(model), **options).create_engine_config()
+
+
 @contextlib.contextmanager
 def engine(model: Path, *, own_process: bool = False, **options) -> Iterator["LLM"]:  # noqa: F821
     """An engine that is gone afterwards; options are those of `LLM`."""

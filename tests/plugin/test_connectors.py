@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import engines
 import pytest
 import tiny_models
 
@@ -20,12 +21,9 @@ def llama(tmp_path_factory) -> Path:
 
 
 def create_config(model: Path, connector: dict | None, **options):
-    from vllm.engine.arg_utils import EngineArgs
-
-    options = dict(skip_tokenizer_init=True, max_model_len=256, kv_cache_dtype="int8_custom") | options
     options = dict(enable_chunked_prefill=False, max_num_batched_tokens=2048) | options
     transfer = None if connector is None else {"kv_role": "kv_both"} | connector
-    return EngineArgs(model=str(model), kv_transfer_config=transfer, **options).create_engine_config()
+    return engines.create_config(model, kv_transfer_config=transfer, **options)
 
 
 @pytest.fixture

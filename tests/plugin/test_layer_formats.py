@@ -67,12 +67,14 @@ def test_page_sizes_follow_the_format_of_each_layer(policy, tmp_path):
 )
 def test_formats_that_do_not_exist_are_refused(given, message, tmp_path):
     with pytest.raises(ValueError) as caught:
-        create_config(tiny_models.llama(tmp_path), additional_config={"int8_kv": given})
+        engines.create_config(tiny_models.llama(tmp_path), additional_config={"int8_kv": given})
     assert message in str(caught.value)
 
 
 def test_formats_without_kernels_for_the_platform_are_refused(tmp_path, monkeypatch):
-    config = create_config(tiny_models.llama(tmp_path), additional_config={"int8_kv": {"layer_policy": {1: "k6v4"}}})
+    config = engines.create_config(
+        tiny_models.llama(tmp_path), additional_config={"int8_kv": {"layer_policy": {1: "k6v4"}}}
+    )
     from vllm.platforms import current_platform
 
     from vllm_int8kv.serving.start_up import checks
@@ -80,16 +82,6 @@ def test_formats_without_kernels_for_the_platform_are_refused(tmp_path, monkeypa
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(ValueError, match="the cache formats k6v4 on this platform: they have CPU kernels only; use k8"):
         checks.check_engine(config, None)
-
-
-def create_config(model, **options):
-    import vllm_int8kv
-
-    vllm_int8kv.register()
-    from vllm.engine.arg_utils import EngineArgs
-
-    options = dict(skip_tokenizer_init=True, max_model_len=256, kv_cache_dtype="int8_custom") | options
-    return EngineArgs(model=str(model), **options).create_engine_config()
 
 
 @pytest.fixture

@@ -169,14 +169,6 @@ def registered() -> None:
     vllm_int8kv.register()
 
 
-def create_config(model: Path, **options):
-    """What `LLM(...)` does before it starts any process."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    options = dict(skip_tokenizer_init=True, max_model_len=256, kv_cache_dtype="int8_custom") | options
-    return EngineArgs(model=str(model), **options).create_engine_config()
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     return tiny_models.llama(tmp_path_factory.mktemp("llama"))
@@ -184,7 +176,7 @@ def llama(tmp_path_factory) -> Path:
 
 def test_mla_model_is_refused(registered, tmp_path):
     with pytest.raises(ValueError, match="MLA not supported, as its cache holds one latent vector") as caught:
-        create_config(tiny_models.deepseek_v2(tmp_path))
+        engines.create_config(tiny_models.deepseek_v2(tmp_path))
     assert OTHER_CACHE in str(caught.value)
 
 
@@ -195,13 +187,13 @@ def test_unsupported_head_size_is_refused(registered, tmp_path):
         "head size unquantized with kv_cache_dtype_skip_layers"
     )
     with pytest.raises(ValueError) as caught:
-        create_config(tiny_models.unsupported_head_size(tmp_path))
+        engines.create_config(tiny_models.unsupported_head_size(tmp_path))
     assert expected in str(caught.value)
 
 
 def test_unsupported_block_size_is_refused(registered, llama):
     with pytest.raises(ValueError, match="block_size 24 not supported; use a multiple of 16"):
-        create_config(llama, block_size=24)
+        engines.create_config(llama, block_size=24)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +213,7 @@ def test_unsupported_block_size_is_refused(registered, llama):
 )
 def test_wrong_option_is_refused(options, message, registered, llama):
     with pytest.raises(ValueError) as caught:
-        create_config(llama, additional_config={"int8_kv": options})
+        engines.create_config(llama, additional_config={"int8_kv": options})
     assert message in str(caught.value)
 
 
@@ -229,12 +221,12 @@ def test_layer_policy_becomes_skipped_layers(registered, llama, tmp_path):
     policy = tmp_path / "policy.yaml"
     policy.write_text("0: int8\n1: auto\n")
     options = {"int8_kv": {"layer_policy": str(policy)}}
-    config = create_config(llama, additional_config=options, kv_cache_dtype_skip_layers=["0"])
+    config = engines.create_config(llama, additional_config=options, kv_cache_dtype_skip_layers=["0"])
     assert config.cache_config.kv_cache_dtype_skip_layers == ["0", "1"]
     # Workers get the policy itself: on another machine there may be no such file, or another one.
     policy.unlink()
     assert Int8KVConfig.from_additional_config(config.additional_config).layer_policy == {0: "k8v8", 1: "auto"}
-    again = create_config(llama, additional_config={"int8_kv": {"layer_policy": {0: "int8", "1": "auto"}}})
+    again = engines.create_config(llama, additional_config={"int8_kv": {"layer_policy": {0: "int8", "1": "auto"}}})
     assert again.cache_config.kv_cache_dtype_skip_layers == ["1"]
 
 
@@ -255,9 +247,9 @@ def test_layer_policy_becomes_skipped_layers(registered, llama, tmp_path):
 )
 def test_misplaced_options_are_refused(additional_config, message, registered, llama):
     with pytest.raises(ValueError) as caught:
-        create_config(llama, additional_config=additional_config)
+        engines.create_config(llama, additional_config=additional_config)
     assert message in str(caught.value)
-    create_config(llama, additional_config={"of_another_plugin": 1, "int8": 2})
+    engines.create_config(llama, additional_config={"of_another_plugin": 1, "int8": 2})
 
 
 @pytest.mark.parametrize("name", ["-1", "3", "layer0", "0 ", "model.layers.0.self_attn.attn", "full_attention"])
@@ -267,7 +259,7 @@ def test_skipped_layers_that_do_not_exist_are_refused(name, registered, llama):
         "'sliding_window'"
     )
     with pytest.raises(ValueError, match=re.escape(expected)):
-        create_config(llama, kv_cache_dtype_skip_layers=["0", name])
+        engines.create_config(llama, kv_cache_dtype_skip_layers=["0", name])
 
 
 @pytest.mark.engine
@@ -316,16 +308,16 @@ def test_an_engine_without_any_quantized_layer_is_refused(llama):
 )
 def test_a_backend_that_would_be_ignored_is_refused(options, message, registered, llama):
     with pytest.raises(ValueError) as caught:
-        create_config(llama, **with_draft(options, llama))
+        engines.create_config(llama, **with_draft(options, llama))
     assert message in str(caught.value)
 
 
 def test_backends_that_fit_are_accepted(registered, llama):
-    create_config(llama, attention_backend="INT8_KV")
-    create_config(llama, attention_backend="CPU_ATTN", kv_cache_dtype="auto")
-    create_config(llama, attention_backend="CPU_ATTN", kv_cache_dtype_skip_layers=["0"])  # meant for that layer
+    engines.create_config(llama, attention_backend="INT8_KV")
+    engines.create_config(llama, attention_backend="CPU_ATTN", kv_cache_dtype="auto")
+    engines.create_config(llama, attention_backend="CPU_ATTN", kv_cache_dtype_skip_layers=["0"])  # meant for that layer
     draft = {"attention_backend": "CPU_ATTN", "kv_cache_dtype": "auto"}
-    create_config(llama, **with_draft({"speculative_config": draft}, llama))
+    engines.create_config(llama, **with_draft({"speculative_config": draft}, llama))
 
 
 def with_draft(options: dict, model: Path) -> dict:
@@ -354,10 +346,10 @@ def test_a_block_size_must_suit_the_unquantized_layers_too(options, registered, 
     )
     options = with_draft(options, llama)
     with pytest.raises(ValueError, match=re.escape(expected)):
-        create_config(llama, block_size=16, **options)
+        engines.create_config(llama, block_size=16, **options)
     for block_size in (32, 96, None):
-        create_config(llama, block_size=block_size, **options)
-    create_config(llama, block_size=16)
+        engines.create_config(llama, block_size=block_size, **options)
+    engines.create_config(llama, block_size=16)
 
 
 @pytest.mark.parametrize(
@@ -379,20 +371,22 @@ def test_a_block_size_must_suit_the_unquantized_layers_too(options, registered, 
 )
 def test_a_quantized_draft_is_checked_like_a_target(options, message, registered, llama):
     draft = with_draft({"speculative_config": {"kv_cache_dtype": "int8_custom"}}, llama)
-    create_config(llama, kv_cache_dtype="auto", **draft)
+    engines.create_config(llama, kv_cache_dtype="auto", **draft)
     with pytest.raises(ValueError) as caught:
-        create_config(llama, kv_cache_dtype="auto", **draft, **options)
+        engines.create_config(llama, kv_cache_dtype="auto", **draft, **options)
     assert message in str(caught.value)
 
 
 def test_a_draft_with_an_unsupported_head_size_is_refused(registered, llama, tmp_path):
     draft = {"model": str(tiny_models.unsupported_head_size(tmp_path)), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match="head_size 40 not supported"):
-        create_config(llama, kv_cache_dtype="auto", speculative_config=draft | {"kv_cache_dtype": "int8_custom"})
+        engines.create_config(
+            llama, kv_cache_dtype="auto", speculative_config=draft | {"kv_cache_dtype": "int8_custom"}
+        )
 
 
 def test_options_are_not_looked_at_for_other_dtypes(registered, llama):
-    create_config(llama, kv_cache_dtype="auto", additional_config={"int8_kv": {"rotate": True}})
+    engines.create_config(llama, kv_cache_dtype="auto", additional_config={"int8_kv": {"rotate": True}})
 
 
 def test_options_from_any_additional_config():

@@ -79,6 +79,7 @@ def follow_layers() -> None:
     local attention get the quantized backend; drafts are built by the target's list. And a layer must know its name
     before its format can be looked up. Remove when a backend is asked for its class layer by layer.
     """
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
     from vllm_int8kv.serving import layers
@@ -87,8 +88,6 @@ def follow_layers() -> None:
         signature = inspect.signature(init)
 
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-            from vllm.config import get_current_vllm_config
-
             bound = signature.bind(self, *args, **kwargs)
             given = bound.arguments
             context = get_current_vllm_config().compilation_config.static_forward_context
@@ -164,10 +163,12 @@ def follow_weights(engine_core: Any) -> None:
     """
     from vllm_int8kv.serving import calibration
 
+    # Before there is a scheduler, an engine asks its workers for sizes.
+    if getattr(engine_core, "scheduler", None) is None:
+        return
     in_workers = engine_core.model_executor.collective_rpc
     # All workers must find factors together, as the pass goes through their collectives.
-    # Before there is a scheduler, an engine asks its workers for sizes.
-    if getattr(engine_core, "scheduler", None) is None or not any(in_workers(calibration.has_new_weights)):
+    if not any(in_workers(calibration.has_new_weights)):
         return
     if any(in_workers(calibration.calibrate_again)):
         engine_core.scheduler.reset_prefix_cache(reset_running_requests=True)
