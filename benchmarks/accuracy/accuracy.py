@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy engine                     # KV cache dtypes, through vLLM (vllm-int8kv eval)
     python -m benchmarks.accuracy engine --stress 128        # the same on a model whose keys carry outliers
-    python -m benchmarks.accuracy formats                    # cache formats of this plugin and fp8, by decode steps
+    python -m benchmarks.accuracy formats                    # cache formats of this plugin and fp8, on both models
     python -m benchmarks.accuracy layers                     # what each layer loses (vllm-int8kv eval --sensitivity)
     python -m benchmarks.accuracy schemes                    # quantization schemes, simulated in PyTorch
 
@@ -40,6 +40,14 @@ def stressed(model: str, stress: int) -> Iterator[Path]:
     path = Path(resolve(model))
     with tempfile.TemporaryDirectory() as folder:
         yield make_stress_model(path, Path(folder, "model"), stress) if stress > 1 else path
+
+
+def stress_factors(text: str) -> list[int]:
+    """The factors of `--stress` where a command takes several."""
+    parts = text.split(",")
+    if wrong := [part for part in parts if not part.isdecimal() or int(part).bit_count() != 1]:
+        raise typer.BadParameter(f"--stress must be powers of two like 1,128, got {wrong[0]!r}")
+    return [int(part) for part in parts]
 
 
 @app.command()
@@ -87,10 +95,10 @@ def formats(
     model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
     names: Annotated[str, typer.Option(help="cache formats, comma-separated")] = ",".join(FORMATS),
     tokens: Annotated[int, typer.Option(help="of each text")] = 2048,
-    stress: Annotated[int, typer.Option(help="factor of the outliers put into the keys; 1 for none")] = 1,
+    stress: Annotated[str, typer.Option(help="factors of the outliers put into the keys; 1 for none")] = "1,128",
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
-    """Score cache formats through vLLM by decode steps in fp32, beside vLLM's fp8 cache; one line per cache."""
+    """Score cache formats and vLLM's fp8 cache by decode steps in fp32; one line per cache and factor."""
     from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
     from vllm_int8kv.evaluation.evaluate import evaluate
 
@@ -99,21 +107,22 @@ def formats(
         CacheSpec.parse("fp8")
     ]
     chosen = texts()
-    with stressed(model, stress) as path:
-        options = {"paths": "decode", "needle_lengths": "", "engine_options": "{}"}
-        plan = make_plan([], model=str(path), max_tokens=tokens, generate_tokens=0, dtype="float32", **options)
-        plan = replace(plan, texts=tuple(chosen.values()))
-        report = evaluate(plan, caches, Console(stderr=True), name=model, optional=["fp8"])
-    name_missing(report["left_out"])
-    sizes = dict(zip(chosen, report["text_tokens"].values(), strict=True))
-    case = {"model": model, "stress": stress, "dtype": "float32", "texts": sizes}
-    for name, metrics in report["caches"].items():
-        if name == "auto":
-            continue
-        impl = name.removeprefix(f"{KV_CACHE_DTYPE}:format=")
-        accuracy_record.append("formats", case, impl, metrics, out)
-        kl = metrics["paths"]["decode"]["kl_per_token"]
-        console.print(f"{impl}: KL {kl['value']:.2e} ({kl['low']:.2e} to {kl['high']:.2e})")
+    for factor in stress_factors(stress):
+        with stressed(model, factor) as path:
+            options = {"paths": "decode", "needle_lengths": "", "engine_options": "{}"}
+            plan = make_plan([], model=str(path), max_tokens=tokens, generate_tokens=0, dtype="float32", **options)
+            plan = replace(plan, texts=tuple(chosen.values()))
+            report = evaluate(plan, caches, Console(stderr=True), name=model, optional=["fp8"])
+        name_missing(report["left_out"])
+        sizes = dict(zip(chosen, report["text_tokens"].values(), strict=True))
+        case = {"model": model, "stress": factor, "dtype": "float32", "texts": sizes}
+        for name, metrics in report["caches"].items():
+            if name == "auto":
+                continue
+            impl = name.removeprefix(f"{KV_CACHE_DTYPE}:format=")
+            accuracy_record.append("formats", case, impl, metrics, out)
+            kl = metrics["paths"]["decode"]["kl_per_token"]
+            console.print(f"{impl}, stress {factor}: KL {kl['value']:.2e} ({kl['low']:.2e} to {kl['high']:.2e})")
 
 
 @app.command()
@@ -155,33 +164,32 @@ def schemes(
     from transformers import AutoTokenizer
 
     from benchmarks.accuracy.schemes import SCHEMES
-    from benchmarks.accuracy.simulator import Simulator
+    from benchmarks.accuracy.simulator import Simulator, summarize
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     names = {scheme.name for scheme in SCHEMES}
     if unknown := sorted(set(filter(None, only.split(","))) - names):
         sys.exit(f"--only: no scheme {unknown[0]!r}; there are {', '.join(sorted(names))}")
+    factors = stress_factors(stress)
     folder, chosen = resolve(model), texts()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     simulator = Simulator(folder, [tokenizer.encode(text)[:tokens] for text in chosen.values()])
     sizes = {name: ids.shape[1] for name, ids in zip(chosen, simulator.token_ids, strict=True)}
     config = simulator.model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    todo = [
-        (scheme, int(s)) for scheme in SCHEMES for s in stress.split(",") if not only or scheme.name in only.split(",")
-    ]
+    todo = [(scheme, s) for scheme in SCHEMES for s in factors if not only or scheme.name in only.split(",")]
     for scheme, factor in track(todo, console=Console(stderr=True)):
-        kl = simulator.kl_per_token(scheme, factor)
         weight_errors, output_errors = simulator.layer_errors(scheme, factor)
-        metrics = {
-            "kl_per_token": sum(kl) / len(kl),
-            "kl_by_text": dict(zip(chosen, kl, strict=True)),
+        metrics = summarize(dict(zip(chosen, simulator.divergences(scheme, factor), strict=True))) | {
             "e_a": weight_errors,
             "e_o": output_errors,
             "bytes_per_token": scheme.bytes_per_token(head_size),
+            "bits_per_element": scheme.bits_per_element(head_size),
         }
         accuracy_record.append("schemes", {"model": model, "stress": factor, "texts": sizes}, scheme.name, metrics, out)
-        console.print(f"{scheme.name}, stress {factor}: KL {metrics['kl_per_token']:.2e}")
+        console.print(
+            f"{scheme.name}, stress {factor}: KL {metrics['kl_per_token']:.2e}, 99.9% tail {metrics['kl_p999']:.2e}"
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ layer by layer with everything before them exact, and the KL divergence per toke
 errors of all layers meet. e_o is relative to the norm of the output: elementwise ratios blow up near zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,6 +18,8 @@ from benchmarks.accuracy.stress_model import LAYERS, PAIRS
 from vllm_int8kv.cache.equalization import calibration_positions, calibration_token_ids
 from vllm_int8kv.cache.reference import relative_error
 
+TAIL = 0.999
+"""Formats whose means are alike differ in their worst tokens."""
 QUERY_STRIDE = 16
 """Attention weights are compared for every n-th query, whose rows are [num_heads, num_tokens]."""
 
@@ -66,14 +69,14 @@ class Simulator:
         self._run(self.token_ids[-1], capture)
         return [Calibration.from_tensors(q, k, key, value) for q, k, _, _, key, value in seen]
 
-    def kl_per_token(self, scheme: Scheme, stress: int) -> list[float]:
-        """Mean KL(unquantized || scheme) of each text, in nats."""
+    def divergences(self, scheme: Scheme, stress: int) -> list[torch.Tensor]:
+        """KL(unquantized || scheme) of each token of each text, in nats."""
 
         def quantized(layer, q, k, v, scale):
             return attend(q, *self._cached(scheme, stress, layer, k, v), scale)
 
         return [
-            (base.exp() * (base - self._run(ids, quantized))).sum(dim=-1).mean().item()
+            (base.exp() * (base - self._run(ids, quantized))).sum(dim=-1)
             for ids, base in zip(self.token_ids, self.reference, strict=True)
         ]
 
@@ -103,6 +106,16 @@ class Simulator:
         stressed = Calibration(calibration.equalizer * factors, calibration.k_amax * factors, calibration.v_amax)
         k_cached, v_cached = scheme.apply(k * factors, v, stressed)
         return k_cached / factors, v_cached
+
+
+def summarize(divergences: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What is recorded of the divergences of each token, by text: their mean, their tail, and the mean by text."""
+    every = torch.cat(list(divergences.values())).double()
+    return {
+        "kl_per_token": every.mean().item(),
+        "kl_p999": every.quantile(TAIL).item(),
+        "kl_by_text": {name: kl.double().mean().item() for name, kl in divergences.items()},
+    }
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

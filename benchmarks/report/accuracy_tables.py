@@ -5,13 +5,15 @@ from pathlib import Path
 
 from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.accuracy_record import CACHES, FORMATS, OURS, AccuracyRecord
-from benchmarks.accuracy.schemes import SCHEMES
+from benchmarks.accuracy.schemes import SCHEMES, SECTIONS
 from benchmarks.report.tables import markdown
 from vllm_int8kv.cache.formats import FORMATS as ALL_FORMATS
 from vllm_int8kv.evaluation.eval_report import PATH_MEANINGS
 
 COMPILED = "auto:enforce_eager=false"
 """The same cache, but other arithmetic: models are not compiled for these measurements."""
+STRESS = 128
+"""Factor of the outliers in keys that tables show."""
 
 
 def find(records: list[AccuracyRecord], impl: str, **case: object) -> AccuracyRecord | None:
@@ -35,7 +37,7 @@ def engine_table(results: Path) -> str:
     if any(line is None for line in clean.values()):
         return "_Not measured yet: `python -m benchmarks.accuracy engine`._"
     head = ["KV cache", "KL per token", "perplexity", "same top token", "equal greedy tokens"]
-    columns = {"KL, bf16 arithmetic": ("bfloat16", 1), "KL, keys with 128x outliers": ("float32", 128)}
+    columns = {"KL, bf16 arithmetic": ("bfloat16", 1), f"KL, keys with {STRESS}x outliers": ("float32", STRESS)}
     rows = []
     for impl, label in CACHES.items():
         line = clean[impl]
@@ -92,18 +94,24 @@ def formats_table(results: Path) -> str:
     fp8 = measured.get("fp8")
     rows = []
     for name, line in measured.items():
-        path = line.metrics["paths"]["decode"]
-        kl, change = path["kl_per_token"]["value"], path["perplexity_change"]["value"]
-        ratio = "-" if fp8 is None else f"{kl / fp8.metrics['paths']['decode']['kl_per_token']['value']:.2g}x"
+        kl, change = decode_kl(line), line.metrics["paths"]["decode"]["perplexity_change"]["value"]
+        ratio = "-" if fp8 is None else f"{kl / decode_kl(fp8):.2g}x"
         capacity = [
             f"{256 * scale / (2 * 64 * scale if name == 'fp8' else ALL_FORMATS[name].content_bytes(64 * scale)):.2f}x"
             for scale in (1, 2)
         ]
-        stressed = find(records, name, stress=128)
-        rows.append([name, *capacity, divergence(line), ratio, f"{change:+.2%}", divergence(stressed)])
+        stressed = find(records, name, stress=STRESS, texts=line.case["texts"])
+        growth = "-" if stressed is None else f"{decode_kl(stressed) / kl:.2f}x"
+        rows.append([name, *capacity, divergence(line), ratio, f"{change:+.2%}", divergence(stressed), growth])
     head = ["format", "tokens of bf16, head size 64", "head size 128", "KL per token", "of fp8's", "perplexity"]
+    head += [f"KL, keys with {STRESS}x outliers", "of its own without"]
     newest = max(measured.values(), key=lambda line: line.utc)
-    return f"{markdown([*head, 'KL, keys with 128x outliers'], rows)}\n\n{texts(newest)}\n\n{source(newest)}"
+    return f"{markdown(head, rows)}\n\n{texts(newest)}\n\n{source(newest)}"
+
+
+def decode_kl(line: AccuracyRecord) -> float:
+    """KL per token of the decode steps."""
+    return line.metrics["paths"]["decode"]["kl_per_token"]["value"]
 
 
 def texts(line: AccuracyRecord) -> str:
@@ -121,27 +129,31 @@ def needles(line: AccuracyRecord) -> str:
 def schemes_table(results: Path) -> str:
     """Quantization schemes in the simulator."""
     records = accuracy_record.latest(accuracy_record.read("schemes", results / "accuracy"))
-    if not records:
+    clean = {scheme.name: find(records, scheme.name, stress=1) for scheme in SCHEMES}
+    measured = {name: line for name, line in clean.items() if line is not None}
+    if not measured:
         return "_Not measured yet: `python -m benchmarks.accuracy schemes`._"
-    rows = []
-    for scheme in SCHEMES:
-        by_stress = {factor: find(records, scheme.name, stress=factor) for factor in (1, 128)}
-        if (line := by_stress[1]) is None:
-            continue
-        e_a, e_o = (sum(line.metrics[name]) / len(line.metrics[name]) for name in ("e_a", "e_o"))
-        stressed = by_stress[128]
-        rows.append(
-            [
-                scheme.meaning,
-                f"{line.metrics['bytes_per_token']:.0f}",
-                f"{line.metrics['kl_per_token']:.1e}",
-                "-" if stressed is None else f"{stressed.metrics['kl_per_token']:.1e}",
-                f"{e_a:.1e}",
-                f"{e_o:.1e}",
-            ]
-        )
-    head = ["scheme", "bytes per token and KV head", "KL per token", "with 128x outliers", "e_a", "e_o"]
-    return f"{markdown(head, rows)}\n\n{source(next(line for line in records if line.impl == 'int8_custom'))}"
+    meanings = {scheme.name: scheme.meaning for scheme in SCHEMES}
+    head = ["scheme", "bits per element", "KL per token", "99.9% tail"]
+    head += [f"KL, {STRESS}x outliers", f"99.9% tail, {STRESS}x outliers", "e_a", "e_o"]
+    blocks = []
+    for title, names in SECTIONS.items():
+        rows = []
+        for name in filter(measured.__contains__, names):
+            line = measured[name]
+            stressed = find(records, name, stress=STRESS, texts=line.case["texts"])
+            errors = [f"{sum(line.metrics[key]) / len(line.metrics[key]):.1e}" for key in ("e_a", "e_o")]
+            bits = f"{line.metrics['bits_per_element']:.2f}"
+            rows.append([meanings[name], bits, *mean_and_tail(line), *mean_and_tail(stressed), *errors])
+        if rows:
+            blocks += [f"**{title}**", markdown(head, rows)]
+    newest = max(measured.values(), key=lambda line: line.utc)
+    return "\n\n".join([*blocks, texts(newest), source(newest)])
+
+
+def mean_and_tail(line: AccuracyRecord | None) -> list[str]:
+    """KL per token and its 99.9 % quantile."""
+    return ["-", "-"] if line is None else [f"{line.metrics[key]:.1e}" for key in ("kl_per_token", "kl_p999")]
 
 
 def source(line: AccuracyRecord) -> str:

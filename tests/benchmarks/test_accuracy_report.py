@@ -31,6 +31,42 @@ def test_paths_table_takes_runs_of_every_path(tmp_path):
     assert rows[1].startswith("| vLLM `fp8` (e4m3) | 1.0e+00") and rows[1].endswith("| - |")
 
 
+def test_schemes_table_has_bits_and_tails(tmp_path):
+    assert "Not measured yet" in accuracy_tables.schemes_table(tmp_path)
+
+    def simulated(kl, bits):
+        errors = {"e_a": [1e-4, 3e-4], "e_o": [0.1]}
+        return errors | {"kl_per_token": kl, "kl_p999": 50 * kl, "bits_per_element": bits}
+
+    append("schemes", "bf16", simulated(1e-5, 16.0), tmp_path)
+    append("schemes", "k6v4", simulated(8e-3, 5.5), tmp_path)
+    append("schemes", "k6v4", simulated(9e-3, 5.5), tmp_path, stress=128)
+    append("schemes", "fp8", simulated(1e-2, 8.0), tmp_path)
+    append("schemes", "fp8", simulated(7.0, 8.0), tmp_path, stress=128, tokens=15)
+    table = accuracy_tables.schemes_table(tmp_path)
+    eight, fewer = table.split("**Fewer bits**")
+    assert eight.startswith("**8 bits and more**") and "| bf16 | 16.00 | 1.0e-05 | 5.0e-04 | - | - |" in eight
+    assert "| k6v4 | 5.50 | 8.0e-03 | 4.0e-01 | 9.0e-03 | 4.5e-01 | 2.0e-04 | 1.0e-01 |" in fewer
+    assert "| 8.00 | 1.0e-02 | 5.0e-01 | - | - |" in fewer, "other texts are not compared"
+    assert fewer.count("| k6v4 |") == 2, "beside its alternatives once more"
+    assert "Texts and their tokens: prose (16)." in table
+
+
+def test_formats_table_compares_a_format_with_itself_on_the_same_texts(tmp_path):
+    assert "Not measured yet" in accuracy_tables.formats_table(tmp_path)
+
+    def decoded(kl):
+        return {"paths": {"decode": scores(decode=kl)["paths"]["decode"] | {"perplexity_change": {"value": 0.01}}}}
+
+    append("formats", "k6v4", decoded(2e-3), tmp_path)
+    append("formats", "k6v4", decoded(3e-3), tmp_path, stress=128)
+    append("formats", "fp8", decoded(4e-3), tmp_path)
+    append("formats", "fp8", decoded(9e-3), tmp_path, stress=128, tokens=99)
+    _, _, k6v4, fp8, *_ = accuracy_tables.formats_table(tmp_path).splitlines()
+    assert k6v4 == "| k6v4 | 2.91x | 3.05x | 2.0e-03 ± 2e-03 | 0.5x | +1.00% | 3.0e-03 ± 2e-03 | 1.50x |"
+    assert fp8 == "| fp8 | 2.00x | 2.00x | 4.0e-03 ± 3e-03 | 1x | +1.00% | - | - |"
+
+
 def test_layers_plot_marks_what_is_skipped_and_notices_other_records(tmp_path):
     layers = [{"layer": layer, "kl_per_token": kl, "e_o": 0.01, "shape": SHAPE} for layer, kl in ((0, 1.0), (1, 9.0))]
     report = {"layers": layers, "kl_all_layers": 11.0, "policy": {1: "auto"}}
