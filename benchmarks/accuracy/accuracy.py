@@ -57,7 +57,8 @@ def engine(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score KV cache dtypes through vLLM; one line per cache."""
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.evaluate import evaluate
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
@@ -66,7 +67,7 @@ def engine(
     chosen = texts()
     with stressed(model, stress) as path:
         plan = replace(make_plan([], model=str(path), **options, **sizes), texts=tuple(chosen.values()))
-        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
+        caches = [CacheSpec.parse(name, "--dtypes") for name in dtypes.split(",")]
         optional = [cache.name for cache in caches if cache.kv_cache_dtype not in ("auto", KV_CACHE_DTYPE)]
         report = evaluate(plan, caches, Console(stderr=True), name=model, optional=optional)
     name_missing(report["left_out"])
@@ -91,13 +92,13 @@ def formats(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score cache formats through vLLM by decode steps in fp32, beside vLLM's fp8 cache; one line per cache."""
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.evaluate import evaluate
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
-    caches = [CacheSpec.parse(f"{KV_CACHE_DTYPE}:format={name}") for name in names.split(",")] + [
-        CacheSpec.parse("fp8")
-    ]
+    caches = [CacheSpec.parse(f"{KV_CACHE_DTYPE}:format={name}", "--names") for name in names.split(",")]
+    caches.append(CacheSpec("fp8", "fp8"))
     chosen = texts()
     with stressed(model, stress) as path:
         options = {"paths": "decode", "needle_lengths": "", "engine_options": "{}"}
@@ -126,7 +127,8 @@ def layers(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score the model with one layer in INT8 at a time; one line for all layers."""
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.sensitivity import measure_layers, print_layers
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
@@ -135,7 +137,7 @@ def layers(
         plan = make_plan(
             [], paths="prefill", needle_lengths="", engine_options="{}", model=str(path), max_tokens=tokens, dtype=dtype
         )
-        plan = replace(plan, texts=tuple(chosen.values()), int8_kv=CacheSpec.parse(cache).int8_kv)
+        plan = replace(plan, texts=tuple(chosen.values()), int8_kv=CacheSpec.parse(cache, "--cache").int8_kv)
         report = measure_layers(plan, Console(stderr=True), name=model)
     print_layers(report, console)
     sizes = dict(zip(chosen, report.pop("text_tokens"), strict=True))

@@ -146,8 +146,9 @@ def evaluate(
 ) -> None:
     """Measure what each KV cache dtype costs in accuracy: KL divergence, perplexity, greedy answers, needles."""
     from vllm_int8kv.commands.models import resolve
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
     from vllm_int8kv.evaluation.engines.process import EngineError
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.eval_report import print_report
     from vllm_int8kv.evaluation.evaluate import evaluate
     from vllm_int8kv.evaluation.progress import say
@@ -175,7 +176,7 @@ def evaluate(
         optional = []
         if dtypes is None:
             dtypes, optional = f"auto,{KV_CACHE_DTYPE},fp8", ["fp8"]
-        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
+        caches = [CacheSpec.parse(name, "--dtypes") for name in dtypes.split(",")]
         plan = replace(plan, model=resolve(model, partial(say, error_console)))
         if sensitivity:
             report = measure_layers(plan, error_console, name=model, verbose=verbose)
