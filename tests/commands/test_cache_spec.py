@@ -94,3 +94,8 @@ def test_options_of_a_cache_stand_beside_others():
 def test_options_of_a_cache_may_not_contradict_others(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         CacheSpec.parse(K6V4, "--dtypes").llm_arguments({"int8_kv": options})
+
+
+def test_other_options_must_be_a_mapping():
+    with pytest.raises(ValueError, match=r"^additional_config must be a mapping, got \['int8_kv'\]$"):
+        CacheSpec.parse(K6V4, "--dtypes").llm_arguments(["int8_kv"])

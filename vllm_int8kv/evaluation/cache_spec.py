@@ -66,11 +66,14 @@ class CacheSpec:
             additional_config: what else the engine is given as this argument; it stays beside the cache's options.
 
         Raises:
-            ValueError: an option of this plugin in it is unknown, has the wrong type, or another value than here.
+            ValueError: it is no mapping, or an option of this plugin in it is unknown, has the wrong type, or another
+                value than here.
         """
         arguments = {"kv_cache_dtype": self.kv_cache_dtype, **self.engine_options}
         if not (additional_config or self.int8_kv):
             return arguments
+        if not isinstance(additional_config or {}, Mapping):
+            raise ValueError(f"additional_config must be a mapping, got {additional_config!r}")
         others = dict(additional_config or {})
         Int8KVConfig.from_additional_config(others)
         given = others.get(KEY) or {}

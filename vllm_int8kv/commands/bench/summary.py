@@ -1,4 +1,4 @@
-"""From the runs of a sweep to its records: one per case and kv_cache_dtype, over all rounds."""
+"""From the runs of a sweep to its records: one per case and cache, over all rounds."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vllm_int8kv.commands.bench.config import BenchConfig, Case, Device, Mode
 from vllm_int8kv.commands.bench.sweep import FOLDER, Run, Sweep
+from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation import record
 from vllm_int8kv.evaluation.record import LABELS, Group, Record, by_case, summarize
 
@@ -28,7 +29,7 @@ def records(config: BenchConfig, sweep: Sweep) -> tuple[list[Record], list[str]]
     """The records of a sweep and, for each that may not be one, why."""
     lines, problems = [], []
     for case in config.cases:
-        for impl in config.kv_cache_dtypes:
+        for impl in (cache.name for cache in config.kv_cache_dtypes):
             runs = [run for run in sweep.runs.values() if run.impl == impl and run.case == asdict(case)]
             found = list(_problems(config, case, runs, sweep))
             if found:
@@ -177,13 +178,19 @@ def table(title: str, lines: list[Record]) -> Table:
 
 
 def groups(what: str, results: Path) -> dict[str, list[Group]]:
-    """By configuration: the newest records of its cases on the device measured last, by kv_cache_dtype."""
+    """By configuration: the newest records of its cases on the device measured last, by cache."""
     found: dict[str, list[Group]] = {}
     for group in by_case(record.read(what, results)):
         # Without its baseline a case compares nothing; one sweep may have been cut short.
         if "auto" in group:
             found.setdefault(group["auto"].case["config"], []).append(group)
     return found
+
+
+def by_cache(cases: list[Group]) -> dict[str, list[Record | None]]:
+    """The records of each cache by case, for a line of a plot; None, a gap in it, where the cache was not measured."""
+    names = dict.fromkeys(impl for group in cases for impl in group)
+    return {impl: [group.get(impl) for group in cases] for impl in names}
 
 
 def capacity(line: Record) -> float:
@@ -193,4 +200,5 @@ def capacity(line: Record) -> float:
 
 
 def label(impl: str) -> str:
-    return LABELS.get(impl, f"vLLM {impl}")
+    """How tables and plots name a cache: those of this plugin as they are spelled."""
+    return impl if impl.startswith(KV_CACHE_DTYPE) else LABELS.get(impl, f"vLLM {impl}")
