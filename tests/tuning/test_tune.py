@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from vllm_int8kv.cache.formats import FORMATS
-from vllm_int8kv.commands import cli
+from vllm_int8kv.commands import cli, configs
 from vllm_int8kv.commands import tune as command
 from vllm_int8kv.config import read_layer_policy
 from vllm_int8kv.evaluation.demo import TEXT
@@ -178,6 +178,22 @@ def test_policies_of_others_stand_in_one_table(tmp_path):
     assert report["pick"] is None and plot.stat().st_size > 0
 
 
+def test_policies_that_come_with_the_package_are_found_by_name(tmp_path):
+    """KVTuner's for Llama-3.1-8B names layers that a model of four has not."""
+    output = run(tmp_path, "--evaluate", "llama_3_1_8b_kvtuner_c5_44", exit_code=1)
+    assert "llama_3_1_8b_kvtuner_c5_44.yaml names layer 4; the model has layers 0 to 3" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_layers", "mean_bits"),
+    [("llama_3_1_8b_kvtuner_c5_44", 32, 5.44), ("qwen2_5_7b_kvtuner_c4_00", 28, 4.0)],
+)
+def test_policies_of_kvtuner_have_the_bits_of_the_paper(name, num_layers, mean_bits):
+    policy = read_layer_policy(configs.find("policies", name), num_layers, FORMATS)
+    bits = [sum(map(int, (found[1], found[3]))) / 2 for found in policy.values()]
+    assert len(bits) == num_layers and sum(bits) / num_layers == pytest.approx(mean_bits, abs=5e-3)
+
+
 def test_a_file_for_kivi_is_warned_of(tmp_path):
     path = tmp_path / "Qwen_kivi_KVTuner4_0.yaml"
     path.write_text(yaml.safe_dump({layer: {"nbits_key": 4, "nbits_value": 2} for layer in range(4)}))
@@ -206,7 +222,10 @@ def test_a_model_that_has_changed_is_noticed(tmp_path, monkeypatch):
         (["--pairs", "k8v8,k8v8"], "--pairs names k8v8 twice"),
         (["--search", "random"], "--search must be one of additive, nsga2, got 'random'"),
         (["--text", "/dev/null"], "--text: /dev/null holds no text"),
-        (["--evaluate", "missing.yaml"], "missing.yaml cannot be read"),
+        (
+            ["--evaluate", "missing.yaml"],
+            "missing.yaml is no file, and none that comes with the package: llama_3_1_8b_kvtuner_c5_44, ",
+        ),
         (["--evaluate", "{layers}"], "names layer 4; the model has layers 0 to 3"),
         (["--evaluate", "{layers}", "--policy", "x.yaml"], "--policy: --evaluate searches for no policy"),
         (["--policy", "no/such/folder/x.yaml"], "--policy: the folder"),

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_int8kv.commands import configs
 from vllm_int8kv.commands.terminal import check_files, console, error_console, fail
 
 PACKAGES = {"optuna": "optuna", "scipy": "scipy", "sklearn": "scikit-learn"}
@@ -43,8 +44,11 @@ def tune(
     trials: Annotated[int, typer.Option(min=1, help="Policies that nsga2 measures.")] = 100,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     evaluate: Annotated[
-        list[Path] | None,
-        typer.Option(help="Measure this layer policy, of tune or of KVTuner, instead of a search; may be given again."),
+        list[str] | None,
+        typer.Option(
+            help="Measure this layer policy, of tune or of KVTuner, instead of a search: a file, or the name of one in "
+            "configs/policies, as smollm2; may be given again."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=4, help="Longer texts are cut to this.")] = 1024,
     samples: Annotated[int, typer.Option(min=1, help="Texts that the model writes when none is given.")] = 2,
@@ -100,7 +104,7 @@ def tune(
             search=search,
             num_trials=trials,
             seed=seed,
-            policies=tuple(evaluate or ()),
+            policies=tuple(configs.find("policies", name) for name in evaluate or ()),
             journal=journal,
         )
         check_options(plan, partial(say, error_console))

@@ -83,7 +83,7 @@ class RestartableModel:
     def check(self, prompt: int, input_ids: torch.Tensor, middle: int) -> None:
         """Give up restarts if one at `middle` does not end as the whole run does, bit for bit."""
         restarted = self.run(prompt, input_ids, middle)
-        if not torch.equal(restarted, self.run(prompt, input_ids)):
+        if not self.can_restart or not torch.equal(restarted, self.run(prompt, input_ids)):
             self.can_restart = False
             self._kept.clear()
 

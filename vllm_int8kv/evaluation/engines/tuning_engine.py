@@ -143,6 +143,8 @@ class Tuner:
                 hidden = self.runs.keep(number, piece) if half == "search" else self.runs.run(-1, piece)
                 self.exact[half].append(self._expect(piece, hidden))
         self.seconds_per_token = (time.perf_counter() - begin) / sum(map(len, token_ids))
+        if self.hooks.sharing:  # they read what a block stored that a restart leaves out
+            self.runs.can_restart = False
         self.runs.check(0, self.halves["search"][0], max(self.hooks.layers))
 
     def _problem(self) -> str | None:
