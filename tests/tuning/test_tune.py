@@ -224,7 +224,7 @@ def test_a_model_that_has_changed_is_noticed(tmp_path, monkeypatch):
         (["--text", "/dev/null"], "--text: /dev/null holds no text"),
         (
             ["--evaluate", "missing.yaml"],
-            "missing.yaml is no file, and none that comes with the package: llama_3_1_8b_kvtuner_c5_44, ",
+            "missing.yaml is no file, and none that comes with the package: llama_3_1",
         ),
         (["--evaluate", "{layers}"], "names layer 4; the model has layers 0 to 3"),
         (["--evaluate", "{layers}", "--policy", "x.yaml"], "--policy: --evaluate searches for no policy"),
