@@ -225,7 +225,7 @@ def test_serve_forgets_the_options_of_a_dtype_that_another_one_replaces(served, 
     [
         (["int8_custom:format=k3v4"], "--kv-cache-dtype int8_custom:format=k3v4: format must be one of k8v8, "),
         (["int8_custom:k6v4"], "--kv-cache-dtype int8_custom:k6v4: expected OPTION=VALUE after int8_custom:, got"),
-        (["fp8:block_size=64"], "--kv-cache-dtype fp8:block_size=64: only int8_custom takes options here; vLLM takes"),
+        (["fp8:block_size=64"], "--kv-cache-dtype fp8:block_size=64: only int8_custom takes options here; use"),
         (
             [K6V4, "--additional-config", '{"int8_kv": {"format": "k8v8"}}'],
             f"{K6V4} sets format, and additional_config[\"int8_kv\"] sets it to 'k8v8': leave out one of the two",

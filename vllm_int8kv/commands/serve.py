@@ -81,7 +81,7 @@ def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
         if cache.engine_options:
             names = ", ".join(cache.engine_options)
             raise ValueError(
-                f"{DTYPE_OPTION} {cache.name}: only {KV_CACHE_DTYPE} takes options here; vLLM takes {names} by itself"
+                f"{DTYPE_OPTION} {cache.name}: only {KV_CACHE_DTYPE} takes options here; use vLLM's own for {names}"
             )
         vars(options).update(cache.llm_arguments(options.additional_config))
     return command, options

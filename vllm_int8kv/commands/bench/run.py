@@ -190,7 +190,7 @@ class Bench:
         )
 
 
-def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
+def run_bench(config_file: Path, out: Path, address: str, fresh: bool, table_console: Console) -> int:
     """Measure a configuration: records, per-request rows, a table and a report with plots.
 
     Args:
@@ -198,6 +198,7 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
         out: folder of the records; an unfinished sweep in it goes on.
         address: of a Ray cluster; empty starts one on this machine.
         fresh: start anew instead.
+        table_console: where the table goes; everything else goes to stderr, or to files.
 
     Returns:
         The exit status: 0, 1 if something was not measured, or 130 if it was interrupted.
@@ -230,7 +231,7 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
     lines, problems = summary.records(config, sweep_)
     for line in lines:
         record.append(line, out)
-    Console().print(summary.table(config_file.stem, lines))
+    table_console.print(summary.table(config_file.stem, lines))
     html_report.write(out, out / "report.html")
     console.print(f"records, requests and report.html are in {out}")
     for problem in problems:

@@ -155,12 +155,12 @@ def case_text(case: dict) -> str:
 
 
 def table(title: str, lines: list[Record]) -> Table:
-    """For the console."""
-    head = ("case", "cache", "output tokens/s", "vs auto", "TTFT p50, ms", "ITL p50, ms", "requests", "failed")
+    """For the console: where it is narrow, names are folded before a number is cut off."""
+    head = ("case", "cache", "output\ntokens/s", "vs auto", "TTFT\np50, ms", "ITL\np50, ms", "failed")
     found = Table(*head, title=title, caption=lines[0].device if lines else None)
-    found.columns[1].no_wrap = True
+    found.columns[1].overflow = "fold"
     for column in found.columns[2:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     baselines = {case_text(line.case): line.tok_per_s for line in lines if line.impl == "auto"}
     for line in lines:
         baseline = baselines.get(case_text(line.case))
@@ -171,8 +171,7 @@ def table(title: str, lines: list[Record]) -> Table:
             f"{line.tok_per_s / baseline:.2f}x" if baseline else "",
             f"{line.metrics['ttft_ms_p50']:,.0f}",
             f"{line.metrics.get('itl_ms_p50', float('nan')):,.1f}",
-            str(line.metrics["num_requests"]),
-            str(line.metrics["failed_requests"]),
+            f"{line.metrics['failed_requests']} of {line.metrics['num_requests']}",
         )
     return found
 
