@@ -12,8 +12,8 @@ from sklearn.cluster import DBSCAN
 
 from vllm_int8kv.evaluation.tuning.search import Choices
 
-EPS_DECADES = 0.05
-"""Layers are neighbours if the losses of their choices differ by a factor of 10^0.05, 12 %, in the root mean square.
+EPS_DECADES = 0.1
+"""Layers are neighbours if the losses of their choices differ by a factor of 10^0.1, 26 %, in the root mean square.
 KVTuner takes differences of 0.05 of e_o itself, which elementwise ratios bring to the order of 1; ours, relative to
 norms, span four decades."""
 MIN_SAMPLES = 2

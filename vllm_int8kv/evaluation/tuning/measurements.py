@@ -1,5 +1,6 @@
 """What the engine measures, each thing once in the life of a journal."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,15 @@ class Measurements:
         return self._journal.answer(message, lambda: self._ask(message))
 
     def kl(self, policy: Mapping[int, str]) -> float:
-        """Nats per token on the half of the texts that the search sees."""
-        return self.summary(policy)["kl_per_token"]["value"]
+        """Nats per token on the half of the texts that the search sees.
+
+        Raises:
+            ValueError: it is no number, so that no comparison with it means anything.
+        """
+        kl = self.summary(policy)["kl_per_token"]["value"]
+        if not math.isfinite(kl):
+            raise ValueError(f"the divergence of {dict(policy)} is {kl}; the model itself computes NaN or infinity")
+        return kl
 
     def layer_errors(self, pairs: Sequence[str]) -> list[dict[str, Any]]:
         """`Tuner.layer_errors` of the engine."""

@@ -141,6 +141,7 @@ class TuneRun:
         points = []
         for number, policy in enumerate(found):
             if all(policy != point.policy for point in points):
+                self.measured.kl(policy)
                 points.append(self._tuned_point(policy))
             self.stages.update("search", 1.0 if number + 1 == len(found) else 0.99)
         return frontier.frontier(points)
