@@ -5,6 +5,7 @@
     python -m benchmarks.accuracy formats                    # cache formats of this plugin and fp8, by decode steps
     python -m benchmarks.accuracy layers                     # what each layer loses (vllm-int8kv eval --sensitivity)
     python -m benchmarks.accuracy schemes                    # quantization schemes, simulated in PyTorch
+    python -m benchmarks.accuracy tune                       # bits by layer (vllm-int8kv tune), and KVTuner's claims
 
 Four texts (`texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
 """
@@ -25,6 +26,7 @@ from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.accuracy_record import CACHES, FORMATS, OURS
 from benchmarks.accuracy.stress_model import make_stress_model
 from benchmarks.accuracy.texts import texts
+from benchmarks.accuracy.tuning import tune_model
 from benchmarks.operators.peers import name_missing
 from vllm_int8kv.commands.models import resolve
 from vllm_int8kv.config import KV_CACHE_DTYPE
@@ -185,6 +187,8 @@ def schemes(
         accuracy_record.append("schemes", {"model": model, "stress": factor, "texts": sizes}, scheme.name, metrics, out)
         console.print(f"{scheme.name}, stress {factor}: KL {metrics['kl_per_token']:.2e}")
 
+
+app.command("tune")(tune_model)
 
 if __name__ == "__main__":
     app()
