@@ -147,7 +147,7 @@ report: setup  ## Rewrite the tables and plots from the records; benchmarks/resu
 
 .PHONY: lock
 lock: $(VENV)/.dependencies  ## Resolve requirements-cpu.lock anew from pyproject.toml
-	@$(UV) pip compile -q pyproject.toml --extra cpu --extra models --extra dev --extra bench --extra ray \
+	@$(UV) pip compile -q pyproject.toml --extra cpu --extra models --extra dev --extra bench --extra ray --extra tune \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --upgrade -o requirements-cpu.lock
 
 .PHONY: clean

@@ -5,6 +5,7 @@
     python -m benchmarks.accuracy formats                    # cache formats of this plugin and fp8, on both models
     python -m benchmarks.accuracy layers                     # what each layer loses (vllm-int8kv eval --sensitivity)
     python -m benchmarks.accuracy schemes                    # quantization schemes, simulated in PyTorch
+    python -m benchmarks.accuracy tune                       # bits by layer (vllm-int8kv tune), and KVTuner's claims
 
 Four texts (`texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
 """
@@ -25,6 +26,7 @@ from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.accuracy_record import CACHES, FORMATS, OURS
 from benchmarks.accuracy.stress_model import make_stress_model
 from benchmarks.accuracy.texts import texts
+from benchmarks.accuracy.tuning import tune_model
 from benchmarks.operators.peers import name_missing
 from vllm_int8kv.commands.models import resolve
 from vllm_int8kv.config import KV_CACHE_DTYPE
@@ -65,7 +67,8 @@ def engine(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score KV cache dtypes through vLLM; one line per cache."""
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.evaluate import evaluate
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
@@ -74,7 +77,7 @@ def engine(
     chosen = texts()
     with stressed(model, stress) as path:
         plan = replace(make_plan([], model=str(path), **options, **sizes), texts=tuple(chosen.values()))
-        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
+        caches = [CacheSpec.parse(name, "--dtypes") for name in dtypes.split(",")]
         optional = [cache.name for cache in caches if cache.kv_cache_dtype not in ("auto", KV_CACHE_DTYPE)]
         report = evaluate(plan, caches, Console(stderr=True), name=model, optional=optional)
     name_missing(report["left_out"])
@@ -99,13 +102,13 @@ def formats(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score cache formats and vLLM's fp8 cache by decode steps in fp32; one line per cache and factor."""
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.evaluate import evaluate
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
-    caches = [CacheSpec.parse(f"{KV_CACHE_DTYPE}:format={name}") for name in names.split(",")] + [
-        CacheSpec.parse("fp8")
-    ]
+    caches = [CacheSpec.parse(f"{KV_CACHE_DTYPE}:format={name}", "--names") for name in names.split(",")]
+    caches.append(CacheSpec("fp8", "fp8"))
     chosen = texts()
     for factor in stress_factors(stress):
         with stressed(model, factor) as path:
@@ -135,7 +138,8 @@ def layers(
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score the model with one layer in INT8 at a time; one line for all layers."""
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.sensitivity import measure_layers, print_layers
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
@@ -144,7 +148,7 @@ def layers(
         plan = make_plan(
             [], paths="prefill", needle_lengths="", engine_options="{}", model=str(path), max_tokens=tokens, dtype=dtype
         )
-        plan = replace(plan, texts=tuple(chosen.values()), int8_kv=CacheSpec.parse(cache).int8_kv)
+        plan = replace(plan, texts=tuple(chosen.values()), int8_kv=CacheSpec.parse(cache, "--cache").int8_kv)
         report = measure_layers(plan, Console(stderr=True), name=model)
     print_layers(report, console)
     sizes = dict(zip(chosen, report.pop("text_tokens"), strict=True))
@@ -191,6 +195,8 @@ def schemes(
             f"{scheme.name}, stress {factor}: KL {metrics['kl_per_token']:.2e}, 99.9% tail {metrics['kl_p999']:.2e}"
         )
 
+
+app.command("tune")(tune_model)
 
 if __name__ == "__main__":
     app()

@@ -12,7 +12,7 @@ from benchmarks.accuracy.accuracy_record import OURS, PLAIN, AccuracyRecord
 from benchmarks.report.accuracy_tables import find
 from benchmarks.report.tables import gpu_decode_groups, impls_of, machines, sizes
 from benchmarks.report.throughput_tables import pressure_data
-from vllm_int8kv.commands.bench.summary import capacity
+from vllm_int8kv.commands.bench.summary import by_cache, capacity, label
 from vllm_int8kv.evaluation.record import LABELS, Group
 from vllm_int8kv.evaluation.sensitivity import draw_bars
 
@@ -73,10 +73,10 @@ def _draw_bandwidth(found: list[Group], labels: dict[str, str], bound_label: str
     axes.plot(contexts, bound, "--", color="black")
     beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(bound_label, (contexts[-1], bound[-1]), **beside)
-    for impl, label in labels.items():
+    for impl, name in labels.items():
         points = [(x, group[impl].gb_per_s) for x, group in zip(contexts, found, strict=True) if impl in group]
         (line,) = axes.plot(*zip(*points, strict=True), marker="o")
-        axes.annotate(label, points[-1], **beside, color=line.get_color())
+        axes.annotate(name, points[-1], **beside, color=line.get_color())
     case = found[-1]["int8_custom"].case
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [str(context) for context in contexts])
@@ -96,11 +96,11 @@ def draw_pressure(found: list[Group], path: Path) -> None:
     flights = [group["auto"].case["max_concurrency"] for group in found]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-    for impl in found[-1]:
-        rates = [group[impl].tok_per_s for group in found]
-        (line,) = axes.plot(flights, rates, marker="o")
-        axes.annotate(LABELS[impl], (flights[-1], rates[-1]), **beside, color=line.get_color())
-        fits = capacity(found[-1][impl])
+    for impl, measured in by_cache(found).items():
+        points = [(record.case["max_concurrency"], record.tok_per_s) for record in measured if record]
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o")
+        axes.annotate(label(impl), points[-1], **beside, color=line.get_color())
+        fits = capacity(next(record for record in reversed(measured) if record))
         axes.axvline(fits, linestyle="--", color=line.get_color())
         axes.annotate(f" {fits:.1f} fit", (fits, 0), xytext=(2, 6), textcoords="offset points", color=line.get_color())
     newest = found[-1]["int8_custom"]

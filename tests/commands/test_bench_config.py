@@ -9,7 +9,8 @@ import yaml
 
 from vllm_int8kv.commands import models, serve
 from vllm_int8kv.commands.bench import config as bench_config
-from vllm_int8kv.commands.bench import workload
+from vllm_int8kv.commands.bench import sweep, workload
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = sorted((ROOT / "configs" / "bench").glob("*.yaml"))
@@ -22,6 +23,7 @@ GOOD = {
     "cases": [{"num_requests": 8, "input_len": 64, "output_len": 16}],
 }
 CASE = GOOD["cases"][0]
+K6V4 = "int8_custom:format=k6v4"
 
 
 def load(tmp_path, **changes):
@@ -37,7 +39,7 @@ def test_bench_configurations_load_and_vllm_knows_their_arguments(path):
     config = bench_config.load(path)
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     assert config.engine_args.keys() <= known
-    assert config.kv_cache_dtypes[0] == "auto", "the baseline"
+    assert config.kv_cache_dtypes[0].name == "auto", "the baseline"
 
 
 def test_every_key_is_documented_and_frozen(tmp_path):
@@ -64,7 +66,22 @@ def test_every_key_is_documented_and_frozen(tmp_path):
         ({"dataset_path": "a.json"}, "dataset random takes no dataset_path"),
         ({"cases": [{"num_requests": 1}]}, "dataset random needs input_len and output_len"),
         ({"cases": [CASE, CASE]}, "cases repeats an entry"),
-        ({"kv_cache_dtypes": ["auto", "auto"]}, "kv_cache_dtypes repeats an entry"),
+        ({"kv_cache_dtypes": ["auto", "auto"]}, "kv_cache_dtypes repeats an entry: \\['auto', 'auto'\\]"),
+        (
+            {"kv_cache_dtypes": ["auto", "int8_costum"]},
+            "yaml: kv_cache_dtypes: expected some of auto, .* 'int8_costum'$",
+        ),
+        (
+            {"kv_cache_dtypes": ["auto", K6V4 + "2"]},
+            f"kv_cache_dtypes {K6V4}2: format must be one of k8v8, .* 'k6v42'$",
+        ),
+        ({"kv_cache_dtypes": [8]}, "kv_cache_dtypes must be strings like int8_custom:format=k6v4, got 8"),
+        ({"kv_cache_dtypes": ["fp8:model=x"]}, "fp8:model=x: model cannot be set here; set it with the key 'model'"),
+        ({"kv_cache_dtypes": ["int8_custom:layer_policy=a.yaml"]}, r"layer_policy=a.yaml: .*/a.yaml cannot be read"),
+        (
+            {"kv_cache_dtypes": [K6V4], "engine_args": {"additional_config": {"int8_kv": {"format": "k8v8"}}}},
+            f"yaml: {K6V4} sets format, and .* sets it to 'k8v8': leave out one of the two",
+        ),
         ({"engine_args": {"model": "x"}}, "engine_args has 'model'; set it with the key 'model'"),
         ({"kv_cache_seqs": 1, "engine_args": {"kv_cache_memory_bytes": 1}}, "both set the KV memory"),
         ({"goodput_ms": {"ttft": 100}}, "goodput_ms needs mode online"),
@@ -85,6 +102,29 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
 def test_a_dataset_lies_beside_its_configuration(tmp_path):
     config = load(tmp_path, dataset="custom", dataset_path="a.jsonl", cases=[{"num_requests": 1}])
     assert config.dataset_path == str(tmp_path / "a.jsonl")
+
+
+def test_a_cache_is_a_dtype_with_options(tmp_path):
+    config = load(tmp_path, kv_cache_dtypes=["auto", K6V4, "fp8:block_size=64"])
+    assert config.kv_cache_dtypes == (
+        CacheSpec("auto", "auto"),
+        CacheSpec(K6V4, "int8_custom", int8_kv={"format": "k6v4"}),
+        CacheSpec("fp8:block_size=64", "fp8", engine_options={"block_size": 64}),
+    )
+    assert dataclasses.replace(config, seed=1).kv_cache_dtypes == config.kv_cache_dtypes
+
+
+def test_a_layer_policy_lies_beside_its_configuration_and_is_part_of_it(tmp_path):
+    """The name stays as it is written, without the folders of a machine; a sweep does not go on with another policy."""
+    name, policy = "int8_custom:layer_policy=policies/a.yaml", tmp_path / "policies" / "a.yaml"
+    policy.parent.mkdir()
+    policy.write_text("{0: auto}")
+    before = load(tmp_path, kv_cache_dtypes=["auto", name])
+    assert before.kv_cache_dtypes[1] == CacheSpec(name, "int8_custom", int8_kv={"layer_policy": {0: "auto"}})
+    policy.write_text("{0: k4v4}")
+    after = load(tmp_path, kv_cache_dtypes=["auto", name])
+    assert after.kv_cache_dtypes[1].int8_kv == {"layer_policy": {0: "k4v4"}}
+    assert sweep.sha256(before) != sweep.sha256(after)
 
 
 @pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)

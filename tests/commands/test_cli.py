@@ -1,24 +1,21 @@
-"""The command line: doctor, the messages for bad input, and the whole demo on a tiny scale."""
+"""The command line: doctor, serve, and their messages for bad input."""
 
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from argparse import Namespace
-from io import StringIO
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_int8kv.cache import library, ops
 from vllm_int8kv.commands import cli, doctor, models
-from vllm_int8kv.evaluation import demo, machine
+from vllm_int8kv.evaluation import machine
 
 runner = CliRunner()
+K6V4 = "int8_custom:format=k6v4"
 
 
 def test_doctor_finds_nothing_wrong():
@@ -176,6 +173,77 @@ def test_serve_leaves_a_given_dtype_alone(served, tmp_path, where):
     assert [options.kv_cache_dtype for options in served] == ["fp8"]
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--kv-cache-dtype", K6V4],
+        [f"--kv-cache-dtype={K6V4}"],
+        ["--kv_cache_dtype", K6V4],
+        ["--kv-cache-dtype", "int8_custom", "--kv-cache-dtype", K6V4],
+        ["--config", "CONFIG"],
+        ["--config", "CONFIG", "--additional-config", '{"int8_kv": {"format": "k6v4"}}'],
+    ],
+)
+def test_serve_takes_options_of_the_cache(served, tmp_path, args):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"kv-cache-dtype: {K6V4}\n")
+    args = [str(config) if arg == "CONFIG" else arg for arg in args]
+    result = runner.invoke(cli.app, ["serve", "some/model", *args])
+    assert result.exit_code == 0, result.output
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    arguments = AsyncEngineArgs.from_cli_args(served[0])
+    assert arguments.kv_cache_dtype == "int8_custom"
+    assert arguments.additional_config == {"int8_kv": {"format": "k6v4"}}
+
+
+def test_serve_follows_a_layer_policy_beside_other_options(served, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("{0: auto, 3: k4v4}")
+    others = ["--additional-config", '{"another": 1}', "--additional-config.int8_kv.rotate_keys", "false"]
+    for args in ([], others[:2], others[2:]):
+        dtype = f"int8_custom:layer_policy={policy}"
+        assert runner.invoke(cli.app, ["serve", "some/model", "--kv-cache-dtype", dtype, *args]).exit_code == 0
+    found = {"layer_policy": {0: "auto", 3: "k4v4"}}
+    assert [options.additional_config for options in served] == [
+        {"int8_kv": found},
+        {"another": 1, "int8_kv": found},
+        {"int8_kv": {"rotate_keys": False, **found}},
+    ]
+
+
+def test_serve_forgets_the_options_of_a_dtype_that_another_one_replaces(served, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"kv-cache-dtype: {K6V4}\n")
+    args = ["serve", "some/model", "--config", str(config), "--kv-cache-dtype", "int8_custom"]
+    assert runner.invoke(cli.app, args).exit_code == 0
+    assert (served[0].kv_cache_dtype, served[0].additional_config) == ("int8_custom", {})
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["int8_custom:format=k3v4"], "--kv-cache-dtype int8_custom:format=k3v4: format must be one of k8v8, "),
+        (["int8_custom:k6v4"], "--kv-cache-dtype int8_custom:k6v4: expected OPTION=VALUE after int8_custom:, got"),
+        (["fp8:block_size=64"], "--kv-cache-dtype fp8:block_size=64: only int8_custom takes options here; use"),
+        (
+            [K6V4, "--additional-config", '{"int8_kv": {"format": "k8v8"}}'],
+            f"{K6V4} sets format, and additional_config[\"int8_kv\"] sets it to 'k8v8': leave out one of the two",
+        ),
+    ],
+)
+def test_serve_refuses_wrong_options_of_the_cache(served, args, message):
+    result = runner.invoke(cli.app, ["serve", "some/model", "--kv-cache-dtype", *args])
+    assert result.exit_code == 1 and not served
+    assert result.stderr.startswith(f"Error: {message}")
+
+
+def test_serve_leaves_a_wrong_dtype_to_vllm(served):
+    result = runner.invoke(cli.app, ["serve", "some/model", "--kv-cache-dtype", "int8_costum:format=k6v4"])
+    assert result.exit_code == 2 and not served
+    assert "argument --kv-cache-dtype: invalid choice: 'int8_costum'" in result.stderr
+
+
 def test_serve_refuses_an_unknown_option(served):
     assert runner.invoke(cli.app, ["serve", "some/model", "--no-such-option"]).exit_code == 2
     assert not served
@@ -186,103 +254,3 @@ def test_serve_with_the_plugin_filtered_out(monkeypatch):
     result = runner.invoke(cli.app, ["serve", "smollm2"])
     assert result.exit_code == 1
     assert result.stderr == "Error: VLLM_PLUGINS='another' leaves out this plugin: add int8kv to it, or unset it\n"
-
-
-def test_demo_refuses_a_json_file_in_no_folder(tmp_path):
-    result = runner.invoke(cli.app, ["demo", "--json", str(tmp_path / "missing" / "report.json")])
-    assert result.exit_code == 1
-    assert result.stderr == f"Error: --json: the folder {tmp_path / 'missing'} does not exist\n"
-
-
-def test_demo_shows_the_error_of_an_engine(tmp_path):
-    result = runner.invoke(cli.app, ["demo", str(tmp_path / "no-model")])
-    assert result.exit_code == 1
-    dtype = "auto" if machine.has_fast_bf16() else "float32"
-    assert f"Error: the engine with kv_cache_dtype='auto' and dtype='{dtype}' ended with exit code 1" in result.stderr
-    assert result.stderr.startswith("auto: load ...\nError: ")
-    assert "no-model" in result.stderr.split("Its last lines:")[1]
-
-
-@pytest.mark.engine
-def test_demo_on_a_tiny_scale(capsys, monkeypatch):
-    """All engines and the report, with a short text and context."""
-    # Threads of a pool wait for one another; on a busy machine that takes longer than the work.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plan = demo.DemoPlan(
-        str(models.smollm2()),
-        prompts=demo.PROMPTS[:1],
-        answer_tokens=12,
-        text=demo.TEXT.read_text()[:600],
-        num_seqs=2,
-        context_len=256,
-        decode_steps=4,
-    )
-    log = StringIO()
-    report = demo.run_demo(plan, Console(file=log), name="smollm2")
-
-    begun = re.findall(r"^(.+) \.\.\.$", log.getvalue(), flags=re.MULTILINE)
-    assert begun[0] == "auto: load" and {"auto: decode", "int8_custom: decode"} < set(begun)
-    assert re.findall(r"^(.+), \d+ s$", log.getvalue(), flags=re.MULTILINE) == begun
-    assert report["model"] == "smollm2"
-    (answers,) = report["prompts"]
-    assert answers["prompt"] == demo.PROMPTS[0]
-    assert "Paris" in answers["auto"] and "Paris" in answers["int8_custom"]
-    tokens, speed = report["kv_cache_tokens"], report["decode_tok_per_s"]
-    assert report["capacity_ratio"] == tokens["int8_custom"] / tokens["auto"] > 1.8, "few blocks, hence not 1.94"
-    assert 0 < report["kl_per_token"] < 2e-3
-    assert 0.9 < report["top1_agreement"] <= 1
-    assert speed["auto"] > 0 and speed["int8_custom"] > 0
-    assert report["dtype"] == ("bfloat16" if machine.has_fast_bf16() else "float32")
-    assert report["context_len"] == 256
-    assert json.loads(json.dumps(report)) == report
-
-    cli.print_demo(report)
-    shown = capsys.readouterr().out
-    assert "capital of France" in shown and f"{report['capacity_ratio']:.2f}x" in shown
-
-
-@pytest.mark.parametrize(
-    ("dtype", "has_fast_bf16", "engines"),
-    [
-        ("auto", True, [("auto", "answer decode"), ("float32", "text")]),
-        ("bfloat16", False, [("bfloat16", "answer decode"), ("float32", "text")]),
-        ("auto", False, [("float32", "answer text decode")]),
-        ("float32", True, [("float32", "answer text decode")]),
-    ],
-)
-def test_engines_of_the_demo(dtype, has_fast_bf16, engines, monkeypatch):
-    """The text is scored in fp32; engines that would have the same dtype are one."""
-    monkeypatch.setattr(demo, "has_fast_bf16", lambda: has_fast_bf16)
-    plans = demo.make_plans(demo.DemoPlan("model", dtype=dtype), "/folder")
-    assert [(plan.dtype, plan.kv_cache_dtype, " ".join(plan.stages())) for plan in plans] == [
-        (dtype, kv_cache_dtype, f"load {stages}") for dtype, stages in engines for kv_cache_dtype in demo.DTYPES
-    ]
-    assert [plan.is_reference for plan in plans if plan.text] == [True, False]
-    assert len({plan.scores_path for plan in plans if plan.text}) == 2
-
-
-@pytest.mark.parametrize(
-    ("seconds_per_prompt", "longest", "context_len"),
-    [(0.5, 4096, 4096), (5.0, 4096, 1280), (100.0, 4096, 256), (100.0, 1000, 1000)],
-)
-def test_contexts_of_the_demo_are_as_long_as_there_is_time_for(monkeypatch, seconds_per_prompt, longest, context_len):
-    """50 seconds for eight sequences; one prompt of 1,024 tokens is timed, if contexts are longer than that."""
-    demo_engine = importlib.import_module("vllm_int8kv.evaluation.engines.demo_engine")
-    now, prompts = [0.0], []
-
-    class Engine:
-        def generate(self, prompt, params, use_tqdm):
-            prompts.append(len(prompt["prompt_token_ids"]))
-            now[0] += seconds_per_prompt
-
-    monkeypatch.setattr(demo_engine.time, "perf_counter", lambda: now[0])
-    found = demo_engine.choose_context(Engine(), demo.DemoPlan("model"), longest, vocab_size=1000)
-    assert found == context_len
-    assert prompts == ([1024] if longest > 1024 else [])
-
-
-def test_text_of_the_demo_is_long_enough():
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(Path(models.smollm2()) / "tokenizer.json"))
-    assert len(tokenizer.encode(demo.TEXT.read_text()).ids) >= 1500

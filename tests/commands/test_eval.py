@@ -7,7 +7,6 @@ import json
 import os
 import re
 from dataclasses import asdict
-from importlib import metadata
 from io import StringIO
 from types import SimpleNamespace
 
@@ -23,9 +22,10 @@ from vllm_int8kv.cache.formats import FORMATS
 from vllm_int8kv.commands import cli, models
 from vllm_int8kv.config import KV_CACHE_DTYPE, read_layer_policy
 from vllm_int8kv.evaluation import engine_options, eval_plan, evaluate, sensitivity
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.demo import TEXT
 from vllm_int8kv.evaluation.engines.process import EngineError
-from vllm_int8kv.evaluation.eval_plan import PATHS, CacheSpec, EvalPlan
+from vllm_int8kv.evaluation.eval_plan import PATHS, EvalPlan
 from vllm_int8kv.evaluation.evaluate import first_divergence
 from vllm_int8kv.evaluation.scoring import TextFiles
 
@@ -122,7 +122,7 @@ def test_arguments_of_an_engine_and_an_engine_that_fails(monkeypatch):
     options = {"paths": "decode", "needle_lengths": "", "engine_options": "{}", "model": str(models.smollm2())}
     plan = eval_plan.make_plan([], **options, max_tokens=24, num_samples=1, generate_tokens=0)
     larger, too_small = f"auto:kv_cache_memory_bytes={2**28}", "auto:kv_cache_memory_bytes=1000"
-    caches, quiet = [CacheSpec.parse(larger), CacheSpec.parse(too_small)], Console(quiet=True)
+    caches, quiet = [CacheSpec.parse(name, "--dtypes") for name in (larger, too_small)], Console(quiet=True)
     report = evaluate.evaluate(plan, caches, quiet, name="smollm2", optional=[too_small])
     assert list(report["caches"]) == ["auto", larger]
     assert report["caches"][larger]["kv_cache_tokens"] == 2**28 // (2 * 30 * 3 * 64 * 4) // 128 * 128
@@ -155,7 +155,7 @@ def test_an_engine_that_fails_and_is_not_optional_ends_the_comparison(monkeypatc
 
     monkeypatch.setattr(evaluate, "_run_cache", run_cache)
     with pytest.raises(EngineError, match="no fp8 here") as error:
-        evaluate.evaluate(EvalPlan("model"), [CacheSpec.parse("fp8")], Console(quiet=True), name="model")
+        evaluate.evaluate(EvalPlan("model"), [CacheSpec("fp8", "fp8")], Console(quiet=True), name="model")
     assert error.value.last_line == "NotImplementedError: no fp8 here"
 
 
@@ -216,32 +216,33 @@ def test_first_divergence():
     [
         (
             ["--dtypes", "int8_custom:rotate_keys"],
-            "--dtypes: expected OPTION=VALUE after int8_custom:, got 'rotate_keys'",
+            "--dtypes int8_custom:rotate_keys: expected OPTION=VALUE after int8_custom:, got 'rotate_keys'",
         ),
         (["--dtypes", "int8_custom:rotate=true"], "has no option 'rotate'"),
+        (["--dtypes", "int8_custom:format=k3v4"], "--dtypes int8_custom:format=k3v4: format must be one of k8v8, "),
         (["--paths", "decode,verify"], "--paths must be some of decode, prefill, chunked, prefix, got 'verify'"),
         (["--dtypes", "auto,int8_costum"], "--dtypes: expected some of auto, bfloat16, float16, fp8, "),
         (["--dtypes", "auto,,fp8"], ", turboquant_k8v4, ultraquant_4bit, got ''"),
-        (["--dtypes", "fp8:block_size=["], "--dtypes: the value of block_size must be YAML, got '['"),
+        (["--dtypes", "fp8:block_size=["], "--dtypes fp8:block_size=[: the value of block_size must be YAML, got '['"),
         (["--dtypes", "fp8:foo=1"], "--dtypes fp8:foo=1: vLLM's LLM has no argument 'foo'"),
         (
             ["--dtypes", "fp8:calculate_kv_scales=true"],
             "--dtypes fp8:calculate_kv_scales=true: vLLM's LLM has no argument 'calculate_kv_scales'",
         ),
-        (["--dtypes", "auto:dtype=half"], "--dtypes auto:dtype=half: dtype is set by eval itself; use --dtype"),
+        (["--dtypes", "auto:dtype=half"], "--dtypes auto:dtype=half: dtype cannot be set here; use --dtype"),
         (["--dtypes", "int8_custom:layer_policy=/no/such.yaml"], "/no/such.yaml cannot be read"),
         (
             ["--dtypes", "int8_custom:cpu_isa=sse9"],
-            f"--dtypes: cpu_isa must be one of {', '.join(library.cpu_isas())} on this CPU, got 'sse9'",
+            f"cpu_isa=sse9: cpu_isa must be one of {', '.join(library.cpu_isas())} on this CPU, got 'sse9'",
         ),
         (["--needle-lengths", "1k"], "--needle-lengths must be numbers of tokens like 512,1024, got '1k'"),
         (["--needle-lengths", "512,64"], "--needle-lengths must be above 64, which hidden number, question and answer"),
         (["--engine-options", "[]"], "--engine-options must be a JSON object, got '[]'"),
         (
             ["--engine-options", '{"kv_cache_dtype": "fp8"}'],
-            "--engine-options: kv_cache_dtype is set by eval itself; use --dtypes",
+            "--engine-options: kv_cache_dtype cannot be set here; use --dtypes",
         ),
-        (["--engine-options", '{"max_model_len": 99}'], "max_model_len is set by eval itself; use --tokens"),
+        (["--engine-options", '{"max_model_len": 99}'], "max_model_len cannot be set here; use --tokens"),
         (
             ["--engine-options", '{"enforce_eagre": false}'],
             "--engine-options: vLLM's LLM has no argument 'enforce_eagre'; did you mean enforce_eager?",
@@ -269,23 +270,6 @@ def test_eval_refuses_a_plot_without_matplotlib(monkeypatch):
     assert result.stderr.startswith("Error: --plot needs matplotlib, which is not installed")
 
 
-def test_cache_spec():
-    spec = CacheSpec.parse(PLAIN)
-    assert (spec.kv_cache_dtype, spec.int8_kv) == ("int8_custom", {"rotate_keys": False, "equalize_keys": False})
-    assert CacheSpec.parse("fp8_e5m2") == CacheSpec("fp8_e5m2", "fp8_e5m2")
-    assert CacheSpec.parse("fp8:block_size=64").engine_options == {"block_size": 64}
-
-
-def test_layer_policy_of_a_cache_is_read_when_it_is_named(tmp_path):
-    policy = tmp_path / "policy.yaml"
-    policy.write_text("{0: auto, 200: k8v8}")  # the model, and how many layers it has, is not known yet
-    name = f"int8_custom:layer_policy={policy}"
-    assert CacheSpec.parse(name).int8_kv == {"layer_policy": str(policy)}
-    policy.write_text("{0: fp8}")
-    with pytest.raises(ValueError, match="gives layer 0 the format 'fp8'"):
-        CacheSpec.parse(name)
-
-
 def test_names_that_an_engine_knows_are_those_of_this_vllm():
     from dataclasses import fields
     from typing import get_args
@@ -300,19 +284,13 @@ def test_names_that_an_engine_knows_are_those_of_this_vllm():
     assert set(engine_options.OWN) <= engine_options.engine_arguments()
 
 
-def test_a_dtype_of_another_plugin_is_left_to_the_engine(monkeypatch):
-    theirs = metadata.EntryPoint("theirs", "their_cache:register", "vllm.general_plugins")
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [theirs])
-    assert CacheSpec.parse("their_dtype").kv_cache_dtype == "their_dtype"
-
-
 def test_every_option_of_a_cache_that_help_names_exists():
     options = typer.main.get_command(cli.app).commands["eval"].params
     (shown,) = (option.help for option in options if option.name == "dtypes")
     named = re.findall(r"(\w+):(\w+=\w+)", shown)
     assert [dtype for dtype, _ in named] == ["int8_custom", "fp8"]
     for dtype, option in named:
-        CacheSpec.parse(f"{dtype}:{option}")
+        CacheSpec.parse(f"{dtype}:{option}", "--dtypes")
 
 
 def test_sizes_that_a_text_is_too_short_for():

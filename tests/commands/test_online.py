@@ -10,8 +10,10 @@ from time import sleep
 
 import pytest
 
+from vllm_int8kv.commands import serve
 from vllm_int8kv.commands.bench import config as bench_config
 from vllm_int8kv.commands.bench import online, workload
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS, STEP_S = 4, 0.05
@@ -55,6 +57,27 @@ def server() -> Iterator[ThreadingHTTPServer]:
 @pytest.fixture
 def config():
     return bench_config.load(ROOT / "configs" / "bench" / "cpu_online.yaml")
+
+
+def test_the_server_gets_the_options_of_the_cache(config, monkeypatch):
+    """As its file of options comes through the command that serves."""
+    commands = []
+    monkeypatch.setattr(online, "bind_cores", lambda config, core_start: None)
+    monkeypatch.setattr(online.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(online.subprocess, "Popen", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(online.Server, "_wait_until_healthy", lambda server: None)
+    engine_args = {"additional_config": {"another": 1}, "max_model_len": 512}
+    config = replace(config, kv_cache_seqs=None, engine_args=engine_args)
+    policy = CacheSpec("int8_custom:layer_policy=a.yaml", "int8_custom", {"layer_policy": {0: "auto", 3: "k4v4"}})
+    for cache in (CacheSpec("auto", "auto"), CacheSpec("fp8:block_size=64", "fp8", {}, {"block_size": 64}), policy):
+        server = online.Server(config, cache, 0, "127.0.0.1")
+        _, options = serve.parse(commands[-1][commands[-1].index("serve") + 1 :])
+        assert options.kv_cache_dtype == cache.kv_cache_dtype
+        assert options.block_size == cache.engine_options.get("block_size")
+        # In JSON, which vLLM makes of the mapping, layers are strings; the option takes those too.
+        layers = {str(layer): name for layer, name in cache.int8_kv.get("layer_policy", {}).items()}
+        assert options.additional_config == {"another": 1} | ({"int8_kv": {"layer_policy": layers}} if layers else {})
+        assert (options.max_model_len, options.port) == (512, server.port)
 
 
 def measure(config, server, prompts):

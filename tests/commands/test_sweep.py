@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from vllm_int8kv.commands.bench import config as bench_config
-from vllm_int8kv.commands.bench import summary, sweep
+from vllm_int8kv.commands.bench import figures, summary, sweep
 from vllm_int8kv.evaluation import record
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+K6V4 = "int8_custom:format=k6v4"
 
 
 @pytest.fixture
@@ -97,6 +100,52 @@ def test_clean_runs_become_records(config, origin, tmp_path):
     assert lines[0].metrics["output_tokens"] == 256
     # All requests decode from 5 to 35 ms, 16 of them, a token every 2 ms.
     assert lines[0].metrics["decode_tok_per_s"] == pytest.approx(8000, rel=0.1)
+
+
+def test_records_carry_the_whole_name_of_a_cache(config, origin, tmp_path):
+    config = replace(config, kv_cache_dtypes=("auto", "int8_custom", K6V4))
+    started = sweep.open_sweep(tmp_path, origin, 3, fresh=False)
+    for impl, seconds in (("auto", 2.0), ("int8_custom", 1.0), (K6V4, 0.5)):
+        started.append(make_run(config, impl, duration_s=seconds))
+    lines, problems = summary.records(config, sweep.read(started.path))
+    assert not problems
+    assert [(line.impl, line.tok_per_s) for line in lines] == [("auto", 128.0), ("int8_custom", 256.0), (K6V4, 512.0)]
+    shown = StringIO()
+    Console(file=shown, width=100).print(summary.table("cpu_smoke", lines))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.getvalue().splitlines()]
+    assert ["128 in, 16 out", K6V4, "512.0", "4.00x", "5", "2.0", "0 of 16"] in rows
+
+    for line in lines:
+        record.append(line, tmp_path)
+    (cases,) = summary.groups("throughput", tmp_path).values()
+    bars = {bar.name: bar.y for bar in figures.bar_figure(cases).data}
+    assert (bars["vLLM bf16 (auto)"], bars["int8_custom"], bars[K6V4]) == ((128.0,), (256.0,), (512.0,))
+
+
+def test_a_cache_that_was_not_measured_in_every_case_leaves_gaps(config, origin, tmp_path):
+    started = sweep.open_sweep(tmp_path, origin, 3, fresh=False)
+    for impl in ("auto", K6V4):
+        started.append(make_run(config, impl))
+    lines, _ = summary.records(replace(config, kv_cache_dtypes=("auto", K6V4)), started)
+    two, four, eight = ([replace(line, case=line.case | {"max_concurrency": n}) for line in lines] for n in (2, 4, 8))
+    cases = [{line.impl: line for line in group} for group in (two, four[:1], eight[:1])]
+    rates = {curve.name: curve.y for curve in figures.flight_figure(cases).data}
+    assert rates["vLLM bf16 (auto)"] == (128.0, 128.0, 128.0)
+    assert rates[K6V4] == (128.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("impl", "name"),
+    [
+        ("auto", "vLLM bf16 (auto)"),
+        ("fp8", "vLLM fp8"),
+        ("fp8:block_size=64", "vLLM fp8:block_size=64"),
+        ("int8_custom", "int8_custom"),
+        (K6V4, K6V4),
+    ],
+)
+def test_what_tables_call_a_cache(impl, name):
+    assert summary.label(impl) == name
 
 
 @pytest.mark.parametrize(

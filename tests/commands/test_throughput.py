@@ -19,9 +19,11 @@ from vllm_int8kv.commands import models
 from vllm_int8kv.commands.bench import cluster, dispatch, replica, sweep, workload
 from vllm_int8kv.commands.bench import config as bench_config
 from vllm_int8kv.evaluation import record
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ROOT / "configs" / "bench" / "cpu_smoke.yaml"
+AUTO, K6V4 = (CacheSpec.parse(name, "name") for name in ("auto", "int8_custom:format=k6v4"))
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +148,7 @@ def test_gpu_engines_use_vllms_ray_executor():
     """As far as a machine without a GPU can tell: what is asked of Ray and what vLLM is told."""
     load = bench_config.load
     parallel = load(SMOKE.with_name("gpu_tensor_parallel.yaml"))
-    args = replica.engine_args(parallel, parallel.model)
+    args = replica.engine_args(parallel, parallel.model, AUTO)
     assert args["distributed_executor_backend"] == "ray"
     assert (args["tensor_parallel_size"], args["pipeline_parallel_size"]) == (4, 2)
     assert cluster.bundles(parallel) == [{"GPU": 1, "CPU": 1}] * 8
@@ -154,10 +156,22 @@ def test_gpu_engines_use_vllms_ray_executor():
     assert (options["num_gpus"], options["num_cpus"]) == (0, 0), "the GPUs are for its workers"
     assert options["scheduling_strategy"].placement_group_capture_child_tasks
     single = load(SMOKE.with_name("gpu_kvtuner.yaml"))
-    assert "distributed_executor_backend" not in replica.engine_args(single, single.model)
+    assert "distributed_executor_backend" not in replica.engine_args(single, single.model, AUTO)
     assert cluster.Place(None, 0).options(single)["num_gpus"] == 1
     served = replace(load(SMOKE.with_name("gpu_online.yaml")), tensor_parallel_size=2)
     assert cluster.bundles(served) == [{"GPU": 2, "CPU": 2}], "one process tree on one node"
+
+
+def test_an_engine_gets_the_options_of_its_cache(config):
+    """Beside what is the same for every cache."""
+    config = replace(config, kv_cache_seqs=None, engine_args={"additional_config": {"another": 1}, "block_size": 32})
+    args = {cache.name: replica.engine_args(config, "model", cache) for cache in (AUTO, K6V4)}
+    assert args[AUTO.name]["additional_config"] == {"another": 1}
+    assert args[K6V4.name]["additional_config"] == {"another": 1, "int8_kv": {"format": "k6v4"}}
+    assert [found["kv_cache_dtype"] for found in args.values()] == ["auto", "int8_custom"]
+    larger = CacheSpec("fp8:block_size=64", "fp8", engine_options={"block_size": 64})
+    assert replica.engine_args(config, "model", larger)["block_size"] == 64
+    assert args[AUTO.name]["block_size"] == 32
 
 
 @pytest.fixture
@@ -185,6 +199,8 @@ def test_a_node_without_the_plugin_is_named(two_nodes, config):
             cluster.check_nodes(config)
         without = next(node for node in ray.nodes() if node["NodeID"] != ray.get_runtime_context().get_node_id())
         assert str(error.value) == (f"node {cluster.node_name(without)}: VLLM_PLUGINS='another' leaves out int8kv")
+        with pytest.raises(cluster.ClusterError, match="leaves out int8kv"):
+            cluster.check_nodes(replace(config, kv_cache_dtypes=("auto", K6V4)))
         cluster.check_nodes(replace(config, kv_cache_dtypes=("auto",)))
 
 
@@ -204,10 +220,12 @@ def test_a_lost_node_costs_no_request(two_nodes, config):
 
 
 @pytest.mark.engine
-def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
+def test_smoke_sweep_interrupted_and_continued(tmp_path):
     """What CI must show: two replicas, both caches, every request answered once, Ctrl-C clean, the rest continued."""
     models.smollm2()
-    command = [sys.executable, "-m", "vllm_int8kv.commands.cli", "bench", str(SMOKE), "--out", str(tmp_path)]
+    file = tmp_path / "cpu_smoke_k6v4.yaml"
+    file.write_text(SMOKE.read_text().replace("[auto, int8_custom]", f'[auto, "{K6V4.name}"]'))
+    command = [sys.executable, "-m", "vllm_int8kv.commands.cli", "bench", str(file), "--out", str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     log_file = tmp_path / "log.txt"
     with log_file.open("w") as log:
@@ -231,7 +249,7 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     assert "1 of 2 runs are there" in done.stderr
     (file,) = tmp_path.glob("requests/*.jsonl.gz")
     runs = sweep.read(file).runs.values()
-    assert [run.impl for run in runs] == ["auto", "int8_custom"]
+    assert [run.impl for run in runs] == ["auto", K6V4.name]
     for run in runs:
         assert [replica["backends"] for replica in run.replicas] == [
             ["CPU_ATTN" if run.impl == "auto" else "INT8_KV"]
@@ -242,8 +260,8 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path, config):
     lines = record.read("throughput", tmp_path)
     assert [(line.impl, line.metrics["num_requests"], line.metrics["failed_requests"]) for line in lines] == [
         ("auto", 16, 0),
-        ("int8_custom", 16, 0),
+        (K6V4.name, 16, 0),
     ]
-    assert lines[1].metrics["kv_cache_tokens_per_replica"] > 1.8 * lines[0].metrics["kv_cache_tokens_per_replica"]
-    assert "int8_custom" in done.stdout
+    assert lines[1].metrics["kv_cache_tokens_per_replica"] > 5 * lines[0].metrics["kv_cache_tokens_per_replica"]
+    assert K6V4.name in done.stdout
     assert (tmp_path / "report.html").stat().st_size > 1_000_000

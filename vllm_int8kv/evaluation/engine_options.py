@@ -1,4 +1,4 @@
-"""What `vllm-int8kv eval` passes on to vLLM's `LLM`, checked before an engine starts.
+"""What is passed on to vLLM's `LLM`, checked before an engine starts.
 
 The names that vLLM knows are read from its source: importing it takes ten seconds and hundreds of megabytes, in a
 process that only waits for its engines. A vLLM that does not state them where 0.32 and 0.33 do is asked by its engines.
@@ -6,7 +6,7 @@ process that only waits for its engines. A vLLM that does not state them where 0
 
 import ast
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +23,10 @@ OWN = {
     "max_num_scheduled_tokens": "use --chunk-tokens",
     "enable_chunked_prefill": "use --paths to leave out the path chunked",
     "enable_prefix_caching": "use --paths to leave out the path prefix",
-    "logits_processors": "decode steps are scored by one of its own",
-    "worker_extension_cls": "prefill is scored by one of its own",
-    "logprobs_mode": "it compares log-probabilities as the model gives them",
-    "skip_tokenizer_init": "it reads texts with the tokenizer",
+    "logits_processors": "eval scores decode steps by one of its own",
+    "worker_extension_cls": "eval scores prefill by one of its own",
+    "logprobs_mode": "eval compares log-probabilities as the model gives them",
+    "skip_tokenizer_init": "eval reads texts with the tokenizer",
 }
 """Arguments that eval sets, or without which its scores would not be what they are called, and what to do instead."""
 
@@ -62,8 +62,8 @@ def _statements(*path: str) -> list[ast.stmt]:
     return ast.parse(Path(spec.submodule_search_locations[0], *path).read_text()).body
 
 
-def check_cache_dtype(name: str) -> None:
-    """Check a value of `kv_cache_dtype`, as far as no other plugin may add some.
+def check_cache_dtype(name: str, option: str) -> None:
+    """Check a value of `kv_cache_dtype` that an option names, as far as no other plugin may add some.
 
     Raises:
         ValueError: vLLM has none of this name.
@@ -74,18 +74,21 @@ def check_cache_dtype(name: str) -> None:
         return
     known = cache_dtypes()
     if known and name not in {*known, KV_CACHE_DTYPE}:
-        raise ValueError(f"--dtypes: expected some of {', '.join(sorted({*known, KV_CACHE_DTYPE}))}, got {name!r}")
+        raise ValueError(f"{option}: expected some of {', '.join(sorted({*known, KV_CACHE_DTYPE}))}, got {name!r}")
 
 
-def check_engine_options(names: Collection[str], option: str) -> None:
-    """Check the arguments of `LLM` that an option of the command line names.
+def check_engine_options(names: Collection[str], option: str, reserved: Mapping[str, str] = OWN) -> None:
+    """Check the arguments of `LLM` that an option names.
+
+    Args:
+        reserved: those that it may not name, and what to do instead.
 
     Raises:
-        ValueError: `LLM` has no such argument, or it is one of eval's own.
+        ValueError: `LLM` has no such argument, or it is a reserved one.
         ImportError: vLLM is not installed.
     """
-    if own := [name for name in names if name in OWN]:
-        raise ValueError(f"{option}: {own[0]} is set by eval itself; {OWN[own[0]]}")
+    if found := [name for name in names if name in reserved]:
+        raise ValueError(f"{option}: {found[0]} cannot be set here; {reserved[found[0]]}")
     known = engine_arguments() if names else ()
     if known and (unknown := [name for name in names if name not in known]):
         similar = difflib.get_close_matches(unknown[0], known, n=1)

@@ -4,13 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import yaml
-
-from vllm_int8kv.cache.formats import FORMATS, check_format
-from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
-from vllm_int8kv.evaluation.engine_options import check_cache_dtype, check_engine_options
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
+from vllm_int8kv.evaluation.engine_options import check_engine_options
 
 REFERENCE = "auto"
 PATHS = ("decode", "prefill", "chunked", "prefix")
@@ -23,58 +20,6 @@ MIN_TEXT_TOKENS = 2
 """A token is scored by what the model expects after the tokens before it, so the first one has no score."""
 NEEDLE_ROOM = 64
 """Tokens of needle, question and answer."""
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """One column of the comparison: a KV cache dtype and options."""
-
-    name: str
-    kv_cache_dtype: str
-    int8_kv: dict[str, Any] = field(default_factory=dict)
-    """Options of this plugin, for its own dtype."""
-    engine_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `LLM`, for other dtypes."""
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `DTYPE` or `DTYPE:OPTION=VALUE:...`.
-
-        `int8_custom:rotate_keys=false` sets an option of this plugin, `fp8:block_size=64` an argument of vLLM's `LLM`.
-
-        Raises:
-            ValueError: vLLM has no such dtype; an option has no value, is unknown or has the wrong type; or the file
-                of a layer policy cannot be followed.
-            ImportError: vLLM is not installed.
-        """
-        kv_cache_dtype, *options = text.split(":")
-        check_cache_dtype(kv_cache_dtype)
-        chosen = {}
-        for option in options:
-            name, separator, value = option.partition("=")
-            if not separator:
-                raise ValueError(f"--dtypes: expected OPTION=VALUE after {kv_cache_dtype}:, got {option!r}")
-            try:
-                chosen[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ValueError(f"--dtypes: the value of {name} must be YAML, got {value!r}") from None
-        if kv_cache_dtype != KV_CACHE_DTYPE:
-            check_engine_options(chosen, f"--dtypes {text}")
-            return cls(text, kv_cache_dtype, engine_options=chosen)
-        config = Int8KVConfig.from_mapping(chosen)
-        check_format(config.format, "--dtypes: format")
-        if config.layer_policy is not None:
-            read_layer_policy(config.layer_policy, None, FORMATS)
-        if config.cpu_isa is not None:
-            _check_cpu_isa(config.cpu_isa)
-        return cls(text, kv_cache_dtype, int8_kv=chosen)
-
-
-def _check_cpu_isa(isa: str) -> None:
-    from vllm_int8kv.cache import library
-
-    if isa not in library.cpu_isas():
-        raise ValueError(f"--dtypes: cpu_isa must be one of {', '.join(library.cpu_isas())} on this CPU, got {isa!r}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +60,11 @@ class EvalPlan:
     label: str = ""
     """Of this engine's files."""
     is_reference: bool = False
+
+    @property
+    def cache(self) -> CacheSpec:
+        """The cache of this engine, with what else the plan says of the arguments of `LLM`."""
+        return CacheSpec(self.kv_cache_dtype, self.kv_cache_dtype, self.int8_kv, self.engine_options)
 
     def stages(self) -> dict[str, int]:
         """The stages in order and their shares of the progress bar."""

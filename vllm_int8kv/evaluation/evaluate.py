@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.engines.process import EngineError, run_engine
-from vllm_int8kv.evaluation.eval_plan import PATHS, REFERENCE, CacheSpec, EvalPlan, scores_path
+from vllm_int8kv.evaluation.eval_plan import PATHS, REFERENCE, EvalPlan, scores_path
 from vllm_int8kv.evaluation.progress import ProgressDisplay
 from vllm_int8kv.evaluation.scoring import LOG_PROB, every, load_scores, summarize
 
@@ -48,7 +49,7 @@ def evaluate(
         EngineError: an engine failed that is not optional.
         ValueError: a text is too short to be scored.
     """
-    caches = [CacheSpec.parse(REFERENCE), *(cache for cache in caches if cache.name != REFERENCE)]
+    caches = [CacheSpec(REFERENCE, REFERENCE), *(cache for cache in caches if cache.name != REFERENCE)]
     progress = ProgressDisplay(console, is_hidden=verbose)
     with tempfile.TemporaryDirectory(prefix="vllm-int8kv-") as folder, progress:
         results: dict[str, dict[str, Any]] = {}

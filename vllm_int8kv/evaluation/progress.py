@@ -78,7 +78,7 @@ class ProgressDisplay:
     def __init__(self, console: Console, is_hidden: bool = False) -> None:
         self._has_lines = not (is_hidden or console.is_interactive)
         times = TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left", style="progress.remaining")
-        columns = TextColumn("{task.description:<33}"), BarColumn(), *times
+        columns = TextColumn("{task.description:<40}"), BarColumn(bar_width=30), *times
         is_disabled = is_hidden or self._has_lines
         self._bars = Progress(*columns, console=console, disable=is_disabled, speed_estimate_period=SPEED_PERIOD)
 

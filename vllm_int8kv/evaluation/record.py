@@ -59,8 +59,8 @@ class Record:
     case: dict
     """all sizes, dtypes and seeds"""
     impl: str
-    """a kv_cache_dtype (int8_custom, auto, fp8), int8_custom with an instruction set, or the method for
-    read_bandwidth"""
+    """a kv_cache_dtype (int8_custom, auto, fp8), with its options in throughput and online (int8_custom:format=k6v4),
+    int8_custom with an instruction set, or the method for read_bandwidth"""
     resolved_backend: str
     """the code that really ran, with its instruction set"""
     median_us: float

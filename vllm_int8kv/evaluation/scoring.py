@@ -121,7 +121,7 @@ def summarize(scores: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> 
 
     Returns:
         num_tokens; kl_per_token, top1_agreement, perplexity_change (relative), each with `value`, `low` and `high`;
-        perplexity; kl_p99 and kl_max, quantiles over the tokens.
+        perplexity; kl_p99, kl_p999 and kl_max, quantiles over the tokens.
     """
     change = mean_interval(
         [base[:, LOG_PROB] - text[:, LOG_PROB] for base, text in zip(reference, scores, strict=True)]
@@ -131,6 +131,7 @@ def summarize(scores: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> 
         "num_tokens": len(rows),
         "kl_per_token": vars(mean_interval([text[:, KL] for text in scores])),
         "kl_p99": float(np.quantile(rows[:, KL], 0.99)),
+        "kl_p999": float(np.quantile(rows[:, KL], 0.999)),
         "kl_max": float(rows[:, KL].max()),
         "top1_agreement": vars(mean_interval([text[:, TOP1] for text in scores])),
         "perplexity": float(np.exp(-rows[:, LOG_PROB].mean())),

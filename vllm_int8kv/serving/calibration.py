@@ -24,6 +24,7 @@ from vllm.logger import init_logger
 from vllm_int8kv.cache.equalization import NUM_TOKENS, calibration_positions, calibration_token_ids
 from vllm_int8kv.config import Int8KVConfig
 from vllm_int8kv.serving.layers import is_ours
+from vllm_int8kv.serving.start_up.connectors import is_store
 
 logger = init_logger("vllm.int8kv")
 
@@ -172,7 +173,7 @@ def _keep(layer: nn.Module, before: torch.Tensor | None, *, is_found: bool) -> b
 
 def _why_not(model: nn.Module, vllm_config: Any) -> str | None:
     """Why a model cannot be run here, if so."""
-    if vllm_config.kv_transfer_config is not None:
+    if vllm_config.kv_transfer_config is not None and not is_store(vllm_config):
         # The pages of one engine are read by another, which on other hardware may have rounded a factor otherwise.
         return "a KV connector moves the cache between engines, whose factors may differ"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:

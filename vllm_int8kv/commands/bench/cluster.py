@@ -105,8 +105,9 @@ def check_nodes(config: BenchConfig) -> None:
         except (ray.exceptions.RayError, ModuleNotFoundError) as error:
             last = str(error).strip().splitlines()[-1]
             problems.append(f"node {node_name(node)} cannot run the check: {last}")
+    is_needed = any(cache.kv_cache_dtype == KV_CACHE_DTYPE for cache in config.kv_cache_dtypes)
     for name, node in found.items():
-        if KV_CACHE_DTYPE in config.kv_cache_dtypes and node["problem"]:
+        if is_needed and node["problem"]:
             problems.append(f"node {name}: {node['problem']}")
     newest = Counter(tuple(sorted(node["versions"].items())) for node in found.values()).most_common(1)
     for name, node in found.items():

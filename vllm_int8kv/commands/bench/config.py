@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
 from pydantic.dataclasses import dataclass
 
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.record import Device
 
 OPTIONS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -24,6 +25,19 @@ RESERVED_ENGINE_ARGS = {
     "distributed_executor_backend": "tensor_parallel_size",
 }
 """Arguments of vLLM that another key sets."""
+
+
+def _parse_cache(value: object, info: ValidationInfo) -> CacheSpec:
+    """An entry of `kv_cache_dtypes`; the path of a layer policy is relative to the folder that the context names."""
+    if isinstance(value, CacheSpec):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"kv_cache_dtypes must be strings like int8_custom:format=k6v4, got {value!r}")
+    reserved = {name: f"set it with the key {key!r}" for name, key in RESERVED_ENGINE_ARGS.items()}
+    return CacheSpec.parse(value, "kv_cache_dtypes", reserved=reserved, folder=(info.context or {}).get("folder"))
+
+
+Cache = Annotated[CacheSpec, BeforeValidator(_parse_cache)]
 
 
 class Mode(StrEnum):
@@ -66,8 +80,9 @@ class BenchConfig:
     """what an engine runs on"""
     model: str
     """path or name as vLLM takes it, or smollm2 for the embedded one; every node must be able to load it"""
-    kv_cache_dtypes: Annotated[tuple[str, ...], Field(min_length=1)]
-    """the caches compared"""
+    kv_cache_dtypes: Annotated[tuple[Cache, ...], Field(min_length=1)]
+    """the caches compared, with options as `int8_custom:format=k6v4` or `int8_custom:layer_policy=FILE`, where the file
+    is relative to the configuration"""
     cases: Annotated[tuple[Case, ...], Field(min_length=1)]
     """the points of the sweep"""
     dataset: Dataset = Dataset.random
@@ -106,8 +121,8 @@ class BenchConfig:
     def _check(self) -> Self:
         for index, case in enumerate(self.cases):
             self._check_case(case, f"cases[{index}]")
-        for name in ("kv_cache_dtypes", "cases"):
-            values = getattr(self, name)
+        names = [cache.name for cache in self.kv_cache_dtypes]
+        for name, values in (("kv_cache_dtypes", names), ("cases", self.cases)):
             if any(value in values[:index] for index, value in enumerate(values)):
                 raise ValueError(f"{name} repeats an entry: {values}")
         if self.device == Device.cpu and self.world_size > 1:
@@ -120,6 +135,8 @@ class BenchConfig:
             raise ValueError(f"dataset {self.dataset} {wanted} dataset_path, got {self.dataset_path!r}")
         for name in self.engine_args.keys() & RESERVED_ENGINE_ARGS.keys():
             raise ValueError(f"engine_args has {name!r}; set it with the key {RESERVED_ENGINE_ARGS[name]!r}")
+        for cache in self.kv_cache_dtypes:
+            cache.llm_arguments(self.engine_args.get("additional_config"))  # raises if they contradict each other
         if self.kv_cache_seqs is not None and "kv_cache_memory_bytes" in self.engine_args:
             raise ValueError("kv_cache_seqs and engine_args.kv_cache_memory_bytes both set the KV memory")
         if self.kv_cache_seqs is not None and self.longest is None:
@@ -178,14 +195,14 @@ def load(path: Path) -> BenchConfig:
         data["dataset_path"] = str((path.parent / data["dataset_path"]).resolve())
     try:
         # Through JSON, where strict means what it says and a list still becomes a tuple.
-        return TypeAdapter(BenchConfig).validate_json(json.dumps(data), strict=True)
+        return TypeAdapter(BenchConfig).validate_json(json.dumps(data), strict=True, context={"folder": path.parent})
     except ValidationError as error:
         raise ValueError("\n".join(f"{path}: {_problem(item)}" for item in error.errors())) from None
 
 
 def _problem(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "value_error" and not where:
+    if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     if item["type"] == "unexpected_keyword_argument":
         return f"unknown key {where!r}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from vllm_int8kv.commands.bench.summary import capacity, case_text, groups, label
+from vllm_int8kv.commands.bench.summary import by_cache, capacity, case_text, groups, label
 from vllm_int8kv.evaluation.record import Group
 
 DASHED = {"dash": "dash", "color": "black"}
@@ -30,9 +30,10 @@ def flight_figure(cases: list[Group]) -> go.Figure:
     flights = [group["auto"].case["max_concurrency"] or group["auto"].case["num_requests"] for group in cases]
     figure = go.Figure()
     highest = max(line.tok_per_s for group in cases for line in group.values())
-    for impl in cases[-1]:
-        figure.add_scatter(x=flights, y=[group[impl].tok_per_s for group in cases], name=label(impl))
-        fits = capacity(cases[-1][impl])
+    for impl, lines in by_cache(cases).items():
+        rates = [line and line.tok_per_s for line in lines]
+        figure.add_scatter(x=flights, y=rates, name=label(impl))
+        fits = capacity(next(line for line in reversed(lines) if line))
         name = f"{fits:.1f} fit: {label(impl)}"
         figure.add_scatter(x=[fits, fits], y=[0, highest], name=name, mode="lines", line=DASHED)
     figure.update_xaxes(tickvals=flights)
@@ -43,8 +44,8 @@ def bar_figure(cases: list[Group]) -> go.Figure:
     """Output tokens per second by case; the mark is twice the unquantized cache: half the bytes."""
     names = [case_text(group["auto"].case) for group in cases]
     figure = go.Figure()
-    for impl in cases[-1]:
-        figure.add_bar(x=names, y=[group[impl].tok_per_s for group in cases], name=label(impl))
+    for impl, lines in by_cache(cases).items():
+        figure.add_bar(x=names, y=[line and line.tok_per_s for line in lines], name=label(impl))
     bound = [2 * group["auto"].tok_per_s for group in cases]
     mark = {"symbol": "line-ew", "size": 90, "line": {"width": 2, "color": "black"}}
     figure.add_scatter(x=names, y=bound, name="2 x bf16: half the bytes", mode="markers", marker=mark)
@@ -56,8 +57,9 @@ def rate_figure(cases: list[Group]) -> go.Figure:
     cases = sorted(cases, key=lambda group: group["auto"].case["request_rate"])
     rates = [group["auto"].case["request_rate"] for group in cases]
     figure = go.Figure()
-    for impl in cases[-1]:
-        figure.add_scatter(x=rates, y=[group[impl].metrics["ttft_ms_p50"] for group in cases], name=label(impl))
+    for impl, lines in by_cache(cases).items():
+        times = [line and line.metrics["ttft_ms_p50"] for line in lines]
+        figure.add_scatter(x=rates, y=times, name=label(impl))
     if limit := cases[0]["auto"].case["goodput_ms"].get("ttft"):
         figure.add_hline(y=limit, line=DASHED, annotation_text="objective")
     return titled(figure, "requests per second", "TTFT p50, ms")

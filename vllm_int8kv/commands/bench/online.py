@@ -24,6 +24,7 @@ from vllm_int8kv.commands.bench.config import BenchConfig, Case
 from vllm_int8kv.commands.bench.replica import Row, bind_cores, engine_args, environment, milliseconds
 from vllm_int8kv.commands.bench.sweep import Run
 from vllm_int8kv.commands.bench.workload import Request
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.engines.process import die_with_parent
 from vllm_int8kv.evaluation.engines.worker_extension import WorkerExtension, merged
 
@@ -41,7 +42,7 @@ class Server:
         client_ip: of the driver; a server on the same node listens on the loopback address only.
     """
 
-    def __init__(self, config: BenchConfig, kv_cache_dtype: str, core_start: int, client_ip: str) -> None:
+    def __init__(self, config: BenchConfig, cache: CacheSpec, core_start: int, client_ip: str) -> None:
         from vllm_int8kv.commands.models import resolve
 
         self.config = config
@@ -51,7 +52,7 @@ class Server:
         with socket.socket() as sock:
             sock.bind((self.ip, 0))
             self.port = sock.getsockname()[1]
-        options = engine_args(config, model) | {"model": model, "kv_cache_dtype": kv_cache_dtype}
+        options = engine_args(config, model, cache) | {"model": model}
         options |= {"host": self.ip, "port": self.port, "served_model_name": config.model}
         self.folder = tempfile.TemporaryDirectory()
         file = Path(self.folder.name) / "serve.yaml"
@@ -185,7 +186,7 @@ def measure(
     requests: list[Request],
     on_progress: OnProgress,
 ) -> Run:
-    """One run against a server; `key` is the kv_cache_dtype and the round."""
+    """One run against a server; `key` is the name of the cache and the round."""
     result, rows = load(config, case, replica["url"], requests, case.request_rate, on_progress)
     names = ("request_throughput", "request_goodput", "output_throughput", "max_output_tokens_per_s")
     return Run(

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_int8kv.commands.bench.config import BenchConfig, Device, Mode
 from vllm_int8kv.commands.bench.workload import Request
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.engines import worker_extension
 
 PERIOD_S = 0.5
@@ -56,7 +57,7 @@ class Replica:
         core_start: how many cores of this node belong to replicas before this one.
     """
 
-    def __init__(self, config: BenchConfig, kv_cache_dtype: str, core_start: int) -> None:
+    def __init__(self, config: BenchConfig, cache: CacheSpec, core_start: int) -> None:
         self.config = config
         bind_cores(config, core_start)
         if config.world_size > 1:
@@ -67,7 +68,7 @@ class Replica:
         from vllm_int8kv.commands.models import resolve
 
         model = resolve(config.model)
-        self.llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **engine_args(config, model))
+        self.llm = LLM(model, **engine_args(config, model, cache))
 
     def describe(self) -> dict[str, Any]:
         """Where this replica runs and what it got."""
@@ -166,8 +167,8 @@ def as_vllm(request: Request) -> tuple:
     return {"prompt_token_ids": request.prompt_token_ids}, params
 
 
-def engine_args(config: BenchConfig, model: str) -> dict[str, Any]:
-    """The arguments of vLLM beside model and kv_cache_dtype, the same for every cache."""
+def engine_args(config: BenchConfig, model: str, cache: CacheSpec) -> dict[str, Any]:
+    """The arguments of vLLM beside the model: the same for every cache, but for what the cache itself sets."""
     args: dict[str, Any] = {"max_num_seqs": config.max_num_seqs, "seed": config.seed}
     args["worker_extension_cls"] = worker_extension.CLASS
     args["disable_log_stats"] = config.mode == Mode.offline  # a server's metrics say how large its cache is
@@ -181,7 +182,8 @@ def engine_args(config: BenchConfig, model: str) -> dict[str, Any]:
         args["distributed_executor_backend"] = "ray" if config.mode == Mode.offline else "mp"
         args["tensor_parallel_size"] = config.tensor_parallel_size
         args["pipeline_parallel_size"] = config.pipeline_parallel_size
-    return args | config.engine_args
+    args |= config.engine_args
+    return args | cache.llm_arguments(args.get("additional_config"))
 
 
 def kv_cache_bytes(config: BenchConfig, model: str) -> int:

@@ -29,6 +29,7 @@ from vllm_int8kv.commands.bench.dispatch import Dispatch, reason
 from vllm_int8kv.commands.bench.replica import Replica
 from vllm_int8kv.commands.bench.sweep import Run, Sweep
 from vllm_int8kv.evaluation import record
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.progress import say
 
 STOP_TIMEOUT_S = 30.0
@@ -74,18 +75,18 @@ class Bars:
 
 
 @contextmanager
-def started(config: BenchConfig, impl: str) -> Iterator[tuple[list[Any], list[dict[str, Any]]]]:
+def started(config: BenchConfig, cache: CacheSpec) -> Iterator[tuple[list[Any], list[dict[str, Any]]]]:
     """Running replicas and their descriptions. Raises StartError."""
     with cluster.reserve(config) as places:
         actors = []
         try:
             for place in places:
-                args = [config, impl, place.core_start]
+                args = [config, cache, place.core_start]
                 if config.mode == Mode.online:
                     args.append(ray.util.get_node_ip_address())
                 actor = ray.remote(Replica if config.mode == Mode.offline else online.Server)
                 actors.append(actor.options(**place.options(config)).remote(*args))
-            yield actors, describe(config, impl, actors)
+            yield actors, describe(config, cache.name, actors)
             # In order, so that shared memory is freed; after an error they may be busy or gone.
             stopping = [actor.stop.remote() for actor in actors]
             ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
@@ -131,24 +132,24 @@ class Bench:
     def run(self) -> None:
         """All runs that are not done. After a loss the engines start anew, once, and measure what is missing."""
         for round_ in range(self.config.rounds):
-            for impl in self.config.kv_cache_dtypes:
+            for cache in self.config.kv_cache_dtypes:
                 for _ in range(MAX_STARTS):
-                    cases = self.missing(impl, round_)
-                    if not cases or self._run_cases((impl, round_), cases):
+                    cases = self.missing(cache.name, round_)
+                    if not cases or self._run_cases(cache, round_, cases):
                         break
 
-    def _run_cases(self, key: tuple[str, int], cases: list[int]) -> bool:
+    def _run_cases(self, cache: CacheSpec, round_: int, cases: list[int]) -> bool:
         """Start the engines and run cases until a replica is lost; returns whether all were run."""
-        label = f"round {key[1] + 1}/{self.config.rounds}, {key[0]}"
+        label = f"round {round_ + 1}/{self.config.rounds}, {cache.name}"
         self.bars.start(f"{label}: starting", [None] * self.config.replicas)
-        with started(self.config, key[0]) as (actors, descriptions):
+        with started(self.config, cache) as (actors, descriptions):
             dispatch = Dispatch(actors)
             self.bars.start(f"{label}: warm-up", [None] * self.config.replicas)
             self._warm_up(dispatch, descriptions)
             for index in cases:
                 totals = [len(share) for share in workload.shares(self.requests[index], self.config.replicas)]
                 self.bars.start(f"{label}: case {index + 1}/{len(self.config.cases)}", totals)
-                run = self._measure(key, index, dispatch, descriptions)
+                run = self._measure((cache.name, round_), index, dispatch, descriptions)
                 self.sweep.append(run)
                 for problem in (
                     *run.lost,
@@ -189,7 +190,7 @@ class Bench:
         )
 
 
-def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
+def run_bench(config_file: Path, out: Path, address: str, fresh: bool, table_console: Console) -> int:
     """Measure a configuration: records, per-request rows, a table and a report with plots.
 
     Args:
@@ -197,6 +198,7 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
         out: folder of the records; an unfinished sweep in it goes on.
         address: of a Ray cluster; empty starts one on this machine.
         fresh: start anew instead.
+        table_console: where the table goes; everything else goes to stderr, or to files.
 
     Returns:
         The exit status: 0, 1 if something was not measured, or 130 if it was interrupted.
@@ -229,7 +231,7 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
     lines, problems = summary.records(config, sweep_)
     for line in lines:
         record.append(line, out)
-    Console().print(summary.table(config_file.stem, lines))
+    table_console.print(summary.table(config_file.stem, lines))
     html_report.write(out, out / "report.html")
     console.print(f"records, requests and report.html are in {out}")
     for problem in problems:

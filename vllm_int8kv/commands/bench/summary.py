@@ -1,4 +1,4 @@
-"""From the runs of a sweep to its records: one per case and kv_cache_dtype, over all rounds."""
+"""From the runs of a sweep to its records: one per case and cache, over all rounds."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vllm_int8kv.commands.bench.config import BenchConfig, Case, Device, Mode
 from vllm_int8kv.commands.bench.sweep import FOLDER, Run, Sweep
+from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation import record
 from vllm_int8kv.evaluation.record import LABELS, Group, Record, by_case, summarize
 
@@ -28,7 +29,7 @@ def records(config: BenchConfig, sweep: Sweep) -> tuple[list[Record], list[str]]
     """The records of a sweep and, for each that may not be one, why."""
     lines, problems = [], []
     for case in config.cases:
-        for impl in config.kv_cache_dtypes:
+        for impl in (cache.name for cache in config.kv_cache_dtypes):
             runs = [run for run in sweep.runs.values() if run.impl == impl and run.case == asdict(case)]
             found = list(_problems(config, case, runs, sweep))
             if found:
@@ -154,12 +155,12 @@ def case_text(case: dict) -> str:
 
 
 def table(title: str, lines: list[Record]) -> Table:
-    """For the console."""
-    head = ("case", "cache", "output tokens/s", "vs auto", "TTFT p50, ms", "ITL p50, ms", "requests", "failed")
+    """For the console: where it is narrow, names are folded before a number is cut off."""
+    head = ("case", "cache", "output\ntokens/s", "vs auto", "TTFT\np50, ms", "ITL\np50, ms", "failed")
     found = Table(*head, title=title, caption=lines[0].device if lines else None)
-    found.columns[1].no_wrap = True
+    found.columns[1].overflow = "fold"
     for column in found.columns[2:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     baselines = {case_text(line.case): line.tok_per_s for line in lines if line.impl == "auto"}
     for line in lines:
         baseline = baselines.get(case_text(line.case))
@@ -170,20 +171,25 @@ def table(title: str, lines: list[Record]) -> Table:
             f"{line.tok_per_s / baseline:.2f}x" if baseline else "",
             f"{line.metrics['ttft_ms_p50']:,.0f}",
             f"{line.metrics.get('itl_ms_p50', float('nan')):,.1f}",
-            str(line.metrics["num_requests"]),
-            str(line.metrics["failed_requests"]),
+            f"{line.metrics['failed_requests']} of {line.metrics['num_requests']}",
         )
     return found
 
 
 def groups(what: str, results: Path) -> dict[str, list[Group]]:
-    """By configuration: the newest records of its cases on the device measured last, by kv_cache_dtype."""
+    """By configuration: the newest records of its cases on the device measured last, by cache."""
     found: dict[str, list[Group]] = {}
     for group in by_case(record.read(what, results)):
         # Without its baseline a case compares nothing; one sweep may have been cut short.
         if "auto" in group:
             found.setdefault(group["auto"].case["config"], []).append(group)
     return found
+
+
+def by_cache(cases: list[Group]) -> dict[str, list[Record | None]]:
+    """The records of each cache by case, for a line of a plot; None, a gap in it, where the cache was not measured."""
+    names = dict.fromkeys(impl for group in cases for impl in group)
+    return {impl: [group.get(impl) for group in cases] for impl in names}
 
 
 def capacity(line: Record) -> float:
@@ -193,4 +199,5 @@ def capacity(line: Record) -> float:
 
 
 def label(impl: str) -> str:
-    return LABELS.get(impl, f"vLLM {impl}")
+    """How tables and plots name a cache: those of this plugin as they are spelled."""
+    return impl if impl.startswith(KV_CACHE_DTYPE) else LABELS.get(impl, f"vLLM {impl}")

@@ -39,7 +39,7 @@ class Run:
     """One run: its header and its rows."""
 
     impl: str
-    """the kv_cache_dtype"""
+    """the cache, as `kv_cache_dtypes` names it"""
     round: int
     case: dict
     duration_s: float

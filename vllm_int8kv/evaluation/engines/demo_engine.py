@@ -10,6 +10,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.demo import DemoPlan
 from vllm_int8kv.evaluation.engines.forced_decoding import OPTIONS, kv_cache_memory_bytes, score_decode, steps
 from vllm_int8kv.evaluation.engines.process import emit, finish
@@ -30,7 +31,6 @@ def main() -> None:
     llm = LLM(
         plan.model,
         dtype=plan.dtype,
-        kv_cache_dtype=plan.kv_cache_dtype,
         kv_cache_memory_bytes=kv_cache_memory_bytes(model_config, plan.num_seqs * max_model_len),
         max_model_len=max_model_len,
         max_num_seqs=max(plan.num_seqs, len(plan.prompts)),
@@ -39,6 +39,7 @@ def main() -> None:
         enforce_eager=True,
         disable_log_stats=True,
         **OPTIONS,
+        **CacheSpec.parse(plan.kv_cache_dtype, "kv_cache_dtype").llm_arguments(),
     )
     emit(stage="load", done=1.0)
     cache_config = llm.llm_engine.vllm_config.cache_config

@@ -11,7 +11,6 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_int8kv.config import KEY
 from vllm_int8kv.evaluation.engines.forced_decoding import (
     OPTIONS,
     kv_cache_memory_bytes,
@@ -85,10 +84,9 @@ def start(plan: EvalPlan) -> LLM:
         "enable_prefix_caching": True,
         # Compiling takes about a minute on two cores, more than it saves here.
         "enforce_eager": True,
-        "additional_config": {KEY: plan.int8_kv} if plan.int8_kv else {},
         "disable_log_stats": True,
     }
-    return LLM(plan.model, dtype=dtype, kv_cache_dtype=plan.kv_cache_dtype, **(options | OPTIONS | plan.engine_options))
+    return LLM(plan.model, dtype=dtype, **(options | OPTIONS | plan.cache.llm_arguments()))
 
 
 def text_files(plan: EvalPlan, token_ids: Sequence[list[int]], path: str, vocab_size: int) -> list[TextFiles]:

@@ -13,14 +13,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 from vllm import LLM
-from vllm.config import get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
 
 from vllm_int8kv.cache import reference
-from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.evaluation.engines.attention_hooks import KV, AttentionHooks, exact_attention
 from vllm_int8kv.evaluation.engines.eval_engine import start, text_files, write_texts
 from vllm_int8kv.evaluation.engines.forced_decoding import score_prefill
 from vllm_int8kv.evaluation.engines.process import emit, finish
@@ -29,79 +26,28 @@ from vllm_int8kv.evaluation.scoring import KL, load_scores
 from vllm_int8kv.evaluation.sensitivity import CacheShape
 
 
-class LayerHooks:
-    """What runs behind every attention layer of an engine in this process; a prompt must be prefilled in one step."""
+class ExactLayers(AttentionHooks):
+    """Lets single layers attend exactly instead of through their cache."""
 
     def __init__(self, llm: LLM) -> None:
-        found = get_layers_from_vllm_config(llm.llm_engine.vllm_config, Attention)
-        ours = {
-            name: layer
-            for name, layer in found.items()
-            if layer.attn_type == AttentionType.DECODER and layer.kv_cache_dtype == KV_CACHE_DTYPE
-        }
-        self.layers = {
-            extract_layer_index(name): layer
-            for name, layer in ours.items()
-            if layer.kv_sharing_target_layer_name is None
-        }
-        self.sharing = {
-            extract_layer_index(name): extract_layer_index(layer.kv_sharing_target_layer_name)
-            for name, layer in ours.items()
-            if layer.kv_sharing_target_layer_name is not None
-        }
-        """Layers without a cache of their own, and whose they read."""
+        super().__init__(llm)
         self.quantized: frozenset[int] = frozenset()
         self.is_measuring = False
         self.errors: dict[int, list[float]] = {index: [] for index in self.layers}
-        self._kv: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Of the prompt in hand, by the name of the layer that owns the cache."""
-        for name, layer in ours.items():
-            # A layer that reads another one's cache is quantized where that one is.
-            index = extract_layer_index(layer.kv_sharing_target_layer_name or name)
-            layer.register_forward_hook(lambda layer, args, out, index=index: self._after(index, layer, args, out))
 
-    def _after(self, index: int, layer: Attention, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        num_tokens = args[0].shape[0]
-        if num_tokens == 1 or get_forward_context().attn_metadata is None:
-            return None
-        query = args[0].view(num_tokens, layer.num_heads, layer.head_size)
-        owner = layer.kv_sharing_target_layer_name
-        if owner is None:
-            key, value = (x.view(num_tokens, layer.num_kv_heads, layer.head_size) for x in args[1:3])
-            self._kv[layer.layer_name] = key, value
+    def is_watching(self, num_tokens: int) -> bool:
+        return num_tokens > 1 and get_forward_context().attn_metadata is not None
+
+    def attend(
+        self, index: int, layer: Attention, query: torch.Tensor, kv: KV, output: torch.Tensor
+    ) -> torch.Tensor | None:
         is_quantized = index in self.quantized
         if is_quantized and not self.is_measuring:
             return None
-        exact = exact_attention(layer, query, *self._kv[owner or layer.layer_name]).reshape(output.shape)
-        if self.is_measuring and owner is None:
+        exact = exact_attention(layer, query, *kv).reshape(output.shape)
+        if self.is_measuring and layer.kv_sharing_target_layer_name is None:
             self.errors[index].append(reference.relative_error(output, exact))
         return None if is_quantized else exact.to(output.dtype)
-
-
-def exact_attention(layer: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of a whole prompt without a cache, in fp32: `[num_tokens, num_heads, head_size]`.
-
-    One KV head at a time, which bounds the memory of the scores, `[num_queries_per_kv, num_tokens, num_tokens]`.
-    """
-    impl = layer.impl
-    positions = torch.arange(len(query), device=query.device)
-    mask = reference.visible_keys(positions, len(query), causal=True, sliding_window=impl.sliding_window)
-    num_queries_per_kv = query.shape[1] // key.shape[1]
-    out = []
-    for kv_head in range(key.shape[1]):
-        heads = slice(kv_head * num_queries_per_kv, (kv_head + 1) * num_queries_per_kv)
-        part, _ = reference.attention(
-            query[:, heads].float(),
-            key[:, kv_head, None].float(),
-            value[:, kv_head, None].float(),
-            mask,
-            softmax_scale=impl.scale,
-            softcap=impl.logits_soft_cap,
-            alibi_slopes=None if impl.alibi_slopes is None else impl.alibi_slopes[heads],
-            sinks=None if impl.sinks is None else impl.sinks[heads],
-        )
-        out.append(part)
-    return torch.cat(out, dim=1)
 
 
 def main() -> None:
@@ -109,7 +55,7 @@ def main() -> None:
     emit(stage="load", done=0.0)
     plan = replace(plan, paths=("prefill",), generate_tokens=0, needle_lengths=())
     llm = start(plan)
-    hooks = LayerHooks(llm)
+    hooks = ExactLayers(llm)
     emit(stage="load", done=1.0)
     token_ids = plan.token_ids or write_texts(llm, plan)
     model_config = llm.llm_engine.vllm_config.model_config

@@ -24,8 +24,9 @@ EXAMPLE = f"{V1}.example_connector:ExampleConnector"
 OFFLOADING = f"{V1}.offloading_connector:OffloadingConnector"
 SIMPLE_OFFLOADING = f"{V1}.simple_cpu_offload_connector:SimpleCPUOffloadConnector"
 MULTI = f"{V1}.multi_connector:MultiConnector"
-BLOCK_CONNECTORS = (EXAMPLE, OFFLOADING, SIMPLE_OFFLOADING)
-"""Classes of vLLM that copy whole blocks, or the slots of whole blocks."""
+STORE = "vllm_int8kv.store.connector:KVStoreConnector"
+BLOCK_CONNECTORS = (EXAMPLE, OFFLOADING, SIMPLE_OFFLOADING, STORE)
+"""Classes that copy whole blocks, or the slots of whole blocks."""
 SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 """Of vLLM's offloading connector: memory of the engine, and tiers behind it."""
 EXAMPLE_FOLDER = "/tmp"
@@ -65,10 +66,16 @@ def connector_reasons(vllm_config: Any) -> Iterator[str]:
             yield (
                 f"kv_connector={entry['kv_connector']!r} ({loaded}): the bytes of a slot lie in several planes of its "
                 f"block, so a connector that copies single slots would corrupt the cache; known to copy whole blocks: "
-                f"vLLM's own {known}"
+                f"{known}"
             )
         else:
             yield from _reasons_of(loaded, extra, vllm_config)
+
+
+def is_store(vllm_config: Any) -> bool:
+    """Whether an engine's connector is this project's own, which tells pages of other key equalizers apart."""
+    config = vllm_config.kv_transfer_config
+    return config is not None and config.kv_connector is not None and _class_of(_as_entry(config)) == STORE
 
 
 def _as_entry(config: Any) -> dict[str, Any]:

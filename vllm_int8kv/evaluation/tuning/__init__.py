@@ -1,0 +1,1 @@
+"""`vllm-int8kv tune`: which bits for which layer."""

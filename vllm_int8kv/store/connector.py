@@ -1,0 +1,248 @@
+"""vLLM's connector to the store: what the scheduler looks up, and what the workers load and save.
+
+Loads are asynchronous: a request waits for its blocks beside the steps of the others. What could not be loaded is
+computed, whatever the reason. Whole blocks of prompts and answers are saved after the step that filled them.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from vllm_int8kv.store import namespace as names
+from vllm_int8kv.store.index import Index
+from vllm_int8kv.store.lookups import Lookups
+from vllm_int8kv.store.options import StoreOptions
+from vllm_int8kv.store.pages import paged_layers
+from vllm_int8kv.store.registry import make_codec
+from vllm_int8kv.store.stats import StorePromMetrics, StoreStats
+from vllm_int8kv.store.transfers import Block, Outcome, Transfers
+
+logger = init_logger("vllm.int8kv")
+
+IDLE_WAIT_SECONDS = 0.02
+"""How long a step without a forward pass waits for a load: an idle engine spins, and would starve it."""
+BAD_FILE_SECONDS = 3600.0
+"""How long a block whose file was bad is not asked for again; it is written anew when it has been computed."""
+LOG_SECONDS = 60.0
+"""Between two lines about problems of one kind."""
+
+
+@dataclass
+class StoreMetadata(KVConnectorMetadata):
+    """What the workers do in a step."""
+
+    loads: dict[str, list[Block]] = field(default_factory=dict)
+    """by request"""
+    saves: list[Block] = field(default_factory=list)
+    is_idle: bool = False
+    """whether the step computes nothing"""
+
+
+@dataclass
+class StoreWorkerMetadata(KVConnectorWorkerMetadata):
+    """What happened to blocks in the workers."""
+
+    saved: set[str] = field(default_factory=set)
+    unsaved: set[str] = field(default_factory=set)
+    bad: set[str] = field(default_factory=set)
+
+    def aggregate(self, other: "StoreWorkerMetadata") -> "StoreWorkerMetadata":
+        unsaved = self.unsaved | other.unsaved
+        return StoreWorkerMetadata((self.saved | other.saved) - unsaved, unsaved, self.bad | other.bad)
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):
+    """The namespace of a worker: formats of layers and key equalizers exist only there."""
+
+    namespace: str
+
+
+class KVStoreConnector(KVConnectorBase_V1):
+    """Prefix blocks in a folder. See `vllm_int8kv.store` for how to name it."""
+
+    _cache_hit_source = CacheHitSource.DISK
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._options = StoreOptions.from_mapping(self._kv_transfer_config.kv_connector_extra_config or {})
+        check_engine(vllm_config)
+        # vLLM's default is to fail a request whose blocks cannot be loaded.
+        self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        self._block_size = vllm_config.cache_config.block_size
+        self._lookups: Lookups | None = None
+        self._transfers: Transfers | None = None
+        self._namespace = ""
+        self._outcome = Outcome()
+        self._last_logged = 0.0
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A block that was not saved is a later miss."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Blocks outermost, so that a page is one stretch of memory."""
+        return "LBHNC"
+
+    # Worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        config, options = self._vllm_config, self._options
+        layers = paged_layers(
+            kv_caches, config.compilation_config.static_forward_context, self._kv_cache_config.num_blocks
+        )
+        codec = make_codec(options.codec, layers)
+        group, model_config = get_tp_group(), config.model_config
+        description = {
+            "layout": names.LAYOUT_VERSION,
+            "model": names.model_identity(
+                model_config.model, model_config.revision, config.load_config.load_format, model_config.seed
+            ),
+            "hf_config": model_config.hf_config.to_json_string(),
+            "dtype": str(model_config.dtype),
+            "quantization": model_config.quantization,
+            "block_size": self._block_size,
+            "codec": options.codec,
+            "layers": [layer.describe() for layer in layers],
+            "equalizers": [
+                None if layer.key_transform.equalizer is None else layer.key_transform.equalizer.tolist()
+                for layer in layers
+            ],
+            "rank": [group.rank_in_group, group.world_size],
+        }
+        self._namespace = names.digest(description)
+        self._transfers = Transfers(
+            options.root,
+            self._namespace,
+            codec,
+            options.codec,
+            max_bytes=options.max_bytes,
+            max_queued_bytes=options.max_queued_bytes,
+        )
+        logger.info("KV store: blocks as %s in %s", options.codec, options.root / self._namespace)
+
+    def get_handshake_metadata(self) -> Handshake | None:
+        return Handshake(self._namespace)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        metadata = self._get_connector_metadata()
+        for request_id, blocks in metadata.loads.items():
+            self._transfers.load(request_id, blocks)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Requests that wait for their blocks are in no step."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Pages are copied when all layers have been computed."""
+
+    def wait_for_save(self) -> None:
+        metadata = self._get_connector_metadata()
+        if metadata.saves:
+            self._transfers.save(metadata.saves)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        is_idle = self.has_connector_metadata() and self._get_connector_metadata().is_idle
+        self._outcome = self._transfers.take_outcome(IDLE_WAIT_SECONDS if is_idle else 0.0)
+        self._log_problems()
+        return None, self._outcome.finished_loads or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._outcome.failed_blocks
+
+    def build_connector_worker_meta(self) -> StoreWorkerMetadata | None:
+        found = StoreWorkerMetadata(self._outcome.saved, self._outcome.unsaved, self._outcome.bad_hashes)
+        return found if found.saved or found.unsaved or found.bad else None
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        return StoreStats(self._outcome.counts) if self._outcome.counts else None
+
+    def shutdown(self) -> None:
+        if self._transfers is not None:
+            self._transfers.finish()
+
+    def _log_problems(self) -> None:
+        problems = self._outcome.problems
+        if problems and time.monotonic() - self._last_logged > LOG_SECONDS:
+            self._last_logged = time.monotonic()
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            logger.warning("KV store: %s%s", problems[0], more)
+
+    # Scheduler
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Handshake]) -> None:
+        found = [metadata[rank].namespace for rank in sorted(metadata)]
+        self._lookups = Lookups(Index(self._options.root, found), self._block_size)
+
+    def on_new_request(self, request: Any) -> None:
+        if self._lookups is not None:
+            self._lookups.add_request(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._lookups is None:
+            return 0, False
+        num_tokens = self._lookups.num_stored_tokens(request, num_computed_tokens)
+        return num_tokens, num_tokens > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._lookups is not None and num_external_tokens:
+            self._lookups.load(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StoreMetadata:
+        if self._lookups is None:
+            return StoreMetadata()
+        loads, saves = self._lookups.take_loads(), self._lookups.find_saves(scheduler_output)
+        return StoreMetadata(loads, saves, is_idle=scheduler_output.total_num_scheduled_tokens == 0)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if (found := connector_output.kv_connector_worker_meta) is not None and self._lookups is not None:
+            self._lookups.note(found.saved, found.unsaved)
+            for block in found.bad:
+                self._lookups.index.forget(block, BAD_FILE_SECONDS)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        if self._lookups is not None:
+            self._lookups.remove_request(request.request_id)
+        return False, None
+
+    # Front end
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return StoreStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> StorePromMetrics:
+        return StorePromMetrics(*args)
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuse engines whose blocks the store cannot keep.
+
+    Raises:
+        ValueError: names the option.
+    """
+    reasons = []
+    if not vllm_config.cache_config.enable_prefix_caching:
+        reasons.append("enable_prefix_caching=False: blocks are found as the prefix cache finds them")
+    parallel_config = vllm_config.parallel_config
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel_config, name, 1)) > 1:
+            reasons.append(f"{name}={size}")
+    if reasons:
+        raise ValueError(f"KVStoreConnector cannot be used with {'; '.join(reasons)}")

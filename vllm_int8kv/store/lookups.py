@@ -1,0 +1,133 @@
+"""The scheduler's side of the store: which blocks of a request are stored, to be loaded, or worth saving."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+from vllm_int8kv.store import namespace as names
+from vllm_int8kv.store.index import Index
+from vllm_int8kv.store.transfers import Block
+
+
+@dataclass
+class Tracked:
+    """A request that is waiting or running."""
+
+    request: Any
+    hashes: list[str] = field(default_factory=list)
+    """of its full blocks, as far as somebody asked"""
+    next_mm_idx: int = 0
+    first_block: int = 0
+    """where the load begins that was offered last"""
+    num_saved: int = 0
+    """blocks at its beginning that are stored or on their way"""
+
+
+class Lookups:
+    """Requests of one scheduler and what the folder has of them."""
+
+    def __init__(self, index: Index, block_size: int) -> None:
+        self.index = index
+        self._block_size = block_size
+        self._tracked: dict[str, Tracked] = {}
+        self._loads: dict[str, list[Block]] = {}
+        self._saving: set[str] = set()
+        """Hashes of blocks that workers are writing."""
+        self._adapters: dict[str, str] = {}
+        """Fingerprints of LoRA adapters, by path."""
+
+    def add_request(self, request: Any) -> Tracked:
+        """Begin to follow a request."""
+        return self._tracked.setdefault(request.request_id, Tracked(request))
+
+    def remove_request(self, request_id: str) -> None:
+        """A request has finished."""
+        self._tracked.pop(request_id, None)
+        self._loads.pop(request_id, None)
+
+    def num_stored_tokens(self, request: Any, num_computed_tokens: int) -> int:
+        """Tokens behind the computed ones whose blocks are all stored."""
+        tracked = self.add_request(request)
+        first = num_computed_tokens // self._block_size
+        hashes = self._hashes(tracked, request.num_tokens // self._block_size)
+        end = first
+        while end < len(hashes) and self.index.has(hashes[end]):
+            end += 1
+        tracked.first_block = first
+        return max(0, end * self._block_size - num_computed_tokens)
+
+    def load(self, request: Any, block_ids: list[int], num_tokens: int) -> None:
+        """Load the tokens that were offered last into the blocks that the request has."""
+        tracked = self._tracked[request.request_id]
+        places = range(tracked.first_block, tracked.first_block + num_tokens // self._block_size)
+        self._loads[request.request_id] = [Block(tracked.hashes[place], block_ids[place]) for place in places]
+
+    def take_loads(self) -> dict[str, list[Block]]:
+        """What is to be loaded, by request."""
+        taken, self._loads = self._loads, {}
+        return taken
+
+    def find_saves(self, scheduler_output: Any) -> list[Block]:
+        """Blocks that a step fills and that are not stored, those of one request in their order."""
+        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        cached = scheduler_output.scheduled_cached_reqs
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        state, found = scheduler_output.kv_connector_block_state, []
+        for request_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
+            if (tracked := self._tracked.get(request_id)) is None:
+                continue
+            num_known = _num_settled_tokens(tracked.request, computed[request_id] + num_scheduled)
+            num_blocks = num_known // self._block_size
+            if num_blocks <= tracked.num_saved:
+                continue
+            block_ids = state.get_block_ids(request_id)[0]
+            hashes = self._hashes(tracked, num_blocks)
+            for place in range(tracked.num_saved, num_blocks):
+                block = hashes[place]
+                if block not in self._saving and not self.index.has(block):
+                    self._saving.add(block)
+                    found.append(Block(block, block_ids[place]))
+            tracked.num_saved = num_blocks
+        return found
+
+    def note(self, saved: Iterable[str], unsaved: Iterable[str]) -> None:
+        """Blocks were written, or not."""
+        for block in saved:
+            self._saving.discard(block)
+            self.index.add(block)
+        for block in unsaved:
+            self._saving.discard(block)
+            self.index.forget(block)
+
+    def _hashes(self, tracked: Tracked, num_blocks: int) -> list[str]:
+        """The hashes of the first blocks of a request."""
+        request, hashes = tracked.request, tracked.hashes
+        while len(hashes) < num_blocks:
+            begin = len(hashes) * self._block_size
+            end = begin + self._block_size
+            keys, tracked.next_mm_idx = generate_block_hash_extra_keys(request, begin, end, tracked.next_mm_idx)
+            if request.lora_request is not None:
+                keys = (*keys, self._adapter(request.lora_request.lora_path))
+            parent = hashes[-1] if hashes else ""
+            hashes.append(names.block_hash(parent, request.all_token_ids[begin:end], keys))
+        return hashes[:num_blocks]
+
+    def _adapter(self, path: str) -> str:
+        """A fingerprint of an adapter: its name and path may stand for another one tomorrow."""
+        if path not in self._adapters:
+            self._adapters[path] = names.folder_fingerprint(Path(path))
+        return self._adapters[path]
+
+
+def _num_settled_tokens(request: Any, num_tokens: int) -> int:
+    """Tokens whose keys and values are final after a step that computes `num_tokens` in all.
+
+    Of drafted tokens some may be refused, and are computed again. Of an answer, all tokens before the last one known
+    are settled.
+    """
+    if num_tokens <= request.num_prompt_tokens:
+        return num_tokens
+    return min(num_tokens, request.num_tokens - 1)

@@ -1,0 +1,121 @@
+"""The pages of a KV cache as the store sees them: of every layer, what one block holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_int8kv.cache import ops
+from vllm_int8kv.cache.formats import CacheFormat
+from vllm_int8kv.cache.key_transform import KeyTransform
+
+KV = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, each `[num_blocks * block_size, num_kv_heads, head_size]` fp32."""
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """The cache of one layer."""
+
+    name: str
+    pages: torch.Tensor
+    """[num_blocks, ...], a view of the cache that begins with its blocks"""
+    block_size: int
+    cache_format: CacheFormat | None = None
+    """None for a cache of vLLM's own, whose pages only it understands"""
+    key_transform: KeyTransform = KeyTransform()
+    head_size: int = 0
+    num_kv_heads: int = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one block."""
+        return self.pages[0].numel() * self.pages.element_size()
+
+    def describe(self) -> dict[str, object]:
+        """What decides the meaning of a page, beside the key equalizer."""
+        return {
+            "name": self.name,
+            "shape": list(self.pages.shape[1:]),
+            "dtype": str(self.pages.dtype),
+            "format": None if self.cache_format is None else self.cache_format.name,
+            "rotate_keys": self.key_transform.rotate,
+        }
+
+    def read(self, pages: torch.Tensor) -> KV:
+        """Keys and values of copied pages `[num_blocks, ...]` of this layer."""
+        return read_pages(pages, self.cache_format, self.key_transform, self.head_size)
+
+    def write(self, kv: KV) -> torch.Tensor:
+        """Pages that hold keys and values of whole blocks."""
+        num_blocks = len(kv[0]) // self.block_size
+        return write_pages(kv, num_blocks, self.block_size, self.cache_format, self.key_transform)
+
+
+def read_pages(pages: torch.Tensor, cache_format: CacheFormat, key_transform: KeyTransform, head_size: int) -> KV:
+    """Dequantize whole blocks `[num_blocks, num_kv_heads, block_size, content_bytes]`."""
+    num_blocks, num_kv_heads, block_size, _ = pages.shape
+    num_tokens = num_blocks * block_size
+    kv = tuple(torch.empty(num_tokens, num_kv_heads, head_size, device=pages.device) for _ in range(2))
+    blocks = torch.arange(num_blocks, dtype=torch.int32, device=pages.device)[None]
+    stretch = torch.tensor([0, num_tokens], dtype=torch.int32, device=pages.device)
+    options = {"cache_format": cache_format, "key_transform": key_transform}
+    ops.gather_cache(*kv, pages, blocks, stretch, stretch[:1], **options)
+    return kv
+
+
+def write_pages(
+    kv: KV, num_blocks: int, block_size: int, cache_format: CacheFormat, key_transform: KeyTransform
+) -> torch.Tensor:
+    """Quantize keys and values of whole blocks into new pages."""
+    _, num_kv_heads, head_size = kv[0].shape
+    pages = cache_format.allocate(num_blocks, num_kv_heads, block_size, head_size, kv[0].device)
+    slots = torch.arange(num_blocks * block_size, device=kv[0].device)
+    ops.reshape_and_cache(*kv, pages, slots, cache_format=cache_format, key_transform=key_transform)
+    return pages
+
+
+def paged_layers(
+    kv_caches: Mapping[str, torch.Tensor], layers: Mapping[str, object], num_blocks: int
+) -> list[PagedLayer]:
+    """The caches of an engine, each once: layers that read the cache of another have none.
+
+    Args:
+        kv_caches: by layer name, as vLLM hands them to connectors.
+        layers: vLLM's attention layers by name.
+
+    Raises:
+        ValueError: a cache does not consist of blocks.
+    """
+    found: list[PagedLayer] = []
+    seen: set[int] = set()
+    for name in sorted(kv_caches):
+        cache = kv_caches[name]
+        if cache.data_ptr() in seen:
+            continue
+        seen.add(cache.data_ptr())
+        places = [place for place, size in enumerate(cache.shape) if size == num_blocks]
+        if not places:
+            raise ValueError(f"the KV cache of {name}, {list(cache.shape)}, has no dimension of {num_blocks} blocks")
+        pages = cache.movedim(places[0], 0)
+        impl = getattr(layers.get(name), "impl", None)
+        cache_format = getattr(impl, "cache_format", None)
+        if isinstance(cache_format, CacheFormat):
+            sizes = {"head_size": impl.head_size, "num_kv_heads": impl.num_kv_heads, "block_size": pages.shape[2]}
+            found.append(PagedLayer(name, pages, cache_format=cache_format, key_transform=impl.key_transform, **sizes))
+        else:
+            found.append(PagedLayer(name, pages, block_size=0))
+    return found
+
+
+def copy_out(layers: Sequence[PagedLayer], block_ids: Sequence[int]) -> list[torch.Tensor]:
+    """Copies of the pages of some blocks, per layer `[len(block_ids), ...]`."""
+    index = torch.tensor(block_ids, dtype=torch.long, device=layers[0].pages.device)
+    return [layer.pages.index_select(0, index) for layer in layers]
+
+
+def copy_in(layers: Sequence[PagedLayer], block_ids: Sequence[int], pages: Sequence[torch.Tensor]) -> None:
+    """Write pages, as of `copy_out`, to blocks."""
+    index = torch.tensor(block_ids, dtype=torch.long, device=layers[0].pages.device)
+    for layer, own in zip(layers, pages, strict=True):
+        layer.pages.index_copy_(0, index, own.view(layer.pages.dtype).reshape(-1, *layer.pages.shape[1:]))
