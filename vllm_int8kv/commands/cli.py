@@ -165,7 +165,7 @@ def bench(
         raise fail(str(error)) from None
     # Ray's processes fork after tokenizers have started their threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    raise typer.Exit(run_bench(path, RESULTS if out is None else out, address, fresh, console))
+    raise typer.Exit(run_bench(path, RESULTS if out is None else out, address, fresh))
 
 
 @app.command()

@@ -46,8 +46,8 @@ class StoreMetadata(KVConnectorMetadata):
     """What the workers do in a step."""
 
     loads: dict[str, list[Block]] = field(default_factory=dict)
-    """by request"""
-    saves: list[Block] = field(default_factory=list)
+    """by request, in the order of its tokens"""
+    saves: dict[str, list[Block]] = field(default_factory=dict)
     is_idle: bool = False
     """whether the step computes nothing"""
 
@@ -152,9 +152,8 @@ class KVStoreConnector(KVConnectorBase_V1):
         """Pages are copied when all layers have been computed."""
 
     def wait_for_save(self) -> None:
-        metadata = self._get_connector_metadata()
-        if metadata.saves:
-            self._transfers.save(metadata.saves)
+        for blocks in self._get_connector_metadata().saves.values():
+            self._transfers.save(blocks)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         is_idle = self.has_connector_metadata() and self._get_connector_metadata().is_idle
@@ -219,6 +218,12 @@ class KVStoreConnector(KVConnectorBase_V1):
         if self._lookups is not None:
             self._lookups.remove_request(request.request_id)
         return False, None
+
+    def weights_changed(self) -> None:
+        """Neither load nor save any more: the namespace stands for the weights that the engine started with."""
+        if self._lookups is not None:
+            logger.warning("KV store: not used any more by this engine, as its weights have changed")
+            self._lookups = None
 
     # Front end
 
