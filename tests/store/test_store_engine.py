@@ -183,7 +183,7 @@ def test_bad_files_are_computed_again(llama, prompts, tmp_path, fault, place):
 
 def count_of(llm, run, expected) -> dict[str, float]:
     """What the store counts while `run` returns what is expected."""
-    from vllm_int8kv.store.connector import KVStoreConnector
+    from vllm_int8kv.store.engine.connector import KVStoreConnector
 
     total: dict[str, float] = {}
     original = KVStoreConnector.get_kv_connector_stats

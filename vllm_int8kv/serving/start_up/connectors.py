@@ -25,7 +25,9 @@ OFFLOADING = f"{V1}.offloading_connector:OffloadingConnector"
 SIMPLE_OFFLOADING = f"{V1}.simple_cpu_offload_connector:SimpleCPUOffloadConnector"
 MULTI = f"{V1}.multi_connector:MultiConnector"
 TOP = "kv_transfer_config"
-STORE = "vllm_int8kv.store.connector:KVStoreConnector"
+STORE = "vllm_int8kv.store.engine.connector:KVStoreConnector"
+STORE_MODULES = ("vllm_int8kv.store", STORE.partition(":")[0])
+"""Where users find it, and where it is."""
 BLOCK_CONNECTORS = (EXAMPLE, OFFLOADING, SIMPLE_OFFLOADING, STORE)
 """Classes that copy whole blocks, or the slots of whole blocks."""
 SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
@@ -77,10 +79,10 @@ def connector_reasons(vllm_config: Any) -> Iterator[str]:
 
 def is_store(vllm_config: Any) -> bool:
     """Whether an engine's connector is this project's own, which tells pages of other key equalizers apart."""
-    config, (module, _, name) = vllm_config.kv_transfer_config, STORE.partition(":")
-    if config is None or config.kv_connector != name:
+    config = vllm_config.kv_transfer_config
+    if config is None or config.kv_connector != STORE.partition(":")[2]:
         return False
-    return config.kv_connector_module_path in (module, module.rpartition(".")[0])
+    return config.kv_connector_module_path in STORE_MODULES
 
 
 def _as_entry(config: Any) -> dict[str, Any]:

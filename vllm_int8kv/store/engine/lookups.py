@@ -8,8 +8,8 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
 from vllm_int8kv.store import namespace as names
+from vllm_int8kv.store.engine.transfers import Block
 from vllm_int8kv.store.index import Index
-from vllm_int8kv.store.transfers import Block
 
 
 @dataclass

@@ -4,7 +4,9 @@ Loads are asynchronous: a request waits for its blocks beside the steps of the o
 computed, whatever the reason. Whole blocks of prompts and answers are saved after the step that filled them.
 """
 
+import contextlib
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +25,13 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_int8kv.store import namespace as names
+from vllm_int8kv.store.engine.lookups import Lookups
+from vllm_int8kv.store.engine.stats import StorePromMetrics, StoreStats
+from vllm_int8kv.store.engine.transfers import Block, Outcome, Transfers
 from vllm_int8kv.store.index import Index
-from vllm_int8kv.store.lookups import Lookups
 from vllm_int8kv.store.options import StoreOptions
 from vllm_int8kv.store.pages import paged_layers
 from vllm_int8kv.store.registry import make_codec
-from vllm_int8kv.store.stats import StorePromMetrics, StoreStats
-from vllm_int8kv.store.transfers import Block, Outcome, Transfers
 
 logger = init_logger("vllm.int8kv")
 
@@ -135,6 +137,16 @@ class KVStoreConnector(KVConnectorBase_V1):
             max_bytes=options.max_bytes,
             max_queued_bytes=options.max_queued_bytes,
         )
+        formats = Counter("auto" if layer.cache_format is None else layer.cache_format.name for layer in layers)
+        shown = {
+            "model": model_config.model,
+            "codec": options.codec,
+            "formats": ", ".join(f"{count} x {name}" for name, count in formats.items()),
+            "block_size": self._block_size,
+            "rank": f"{group.rank_in_group} of {group.world_size}",
+        }
+        with contextlib.suppress(OSError):  # a folder that may only be read serves what it has
+            names.write_description(options.root / self._namespace, shown)
         logger.info("KV store: blocks as %s in %s", options.codec, options.root / self._namespace)
 
     def get_handshake_metadata(self) -> Handshake | None:
