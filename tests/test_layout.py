@@ -18,14 +18,14 @@ MAX_FILES = 12
 SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
 
 ROOMS = {
-    "vllm_int8kv": {"config": (), "cache": (), "serving": ("config", "cache"), "evaluation": ("config", "cache")}
-    | {"commands": ("config", "cache", "evaluation")},
+    "vllm_int8kv": {"config": (), "cache": (), "serving": ("config", "cache"), "store": ("config", "cache")}
+    | {"evaluation": ("config", "cache"), "commands": ("config", "cache", "store", "evaluation")},
     "csrc": {"format": (), "cpu": ("format",), "cuda": ("format",), "ladder": ("format", "cpu", "cuda")}
     | {"ops": ("format", "cpu", "cuda", "ladder")},
 }
 """What the files of a room may use beside their own room."""
 
-VLLM_ROOMS = ("vllm_int8kv/serving/", "vllm_int8kv/evaluation/engines/")
+VLLM_ROOMS = ("vllm_int8kv/serving/", "vllm_int8kv/store/engine/", "vllm_int8kv/evaluation/engines/")
 VLLM_MODULES = {"benchmarks/engines/engine.py", "benchmarks/operators/cpu_peers.py"}
 """What may import vLLM when it is imported itself; of `benchmarks` the modules that run an engine or vLLM's kernels."""
 

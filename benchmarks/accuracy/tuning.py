@@ -1,4 +1,4 @@
-"""What `vllm-int8kv tune` finds, and what of KVTuner (arXiv 2502.04420) holds here: `python -m benchmarks.accuracy tune`.
+"""`python -m benchmarks.accuracy tune`: what `vllm-int8kv tune` finds, and what of KVTuner (arXiv 2502.04420) holds.
 
 One line per question, each with the points that answer it. The measurements go through one journal, so that later
 questions cost what is new in them.

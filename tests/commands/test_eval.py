@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from vllm_int8kv.cache import library
 from vllm_int8kv.cache.formats import FORMATS
-from vllm_int8kv.commands import cli, models
+from vllm_int8kv.commands import cli, models, terminal
 from vllm_int8kv.config import KV_CACHE_DTYPE, read_layer_policy
 from vllm_int8kv.evaluation import engine_options, eval_plan, evaluate, sensitivity
 from vllm_int8kv.evaluation.cache_spec import CacheSpec
@@ -70,7 +70,7 @@ def test_eval_of_the_shortest_texts(tmp_path, monkeypatch):
     sizes = ["--tokens", "9", "--generate-tokens", "4", "--needle-lengths", "80", "--dtypes", "auto"]
     options = ["--text", str(nine), "--text", str(two), *sizes, "--json", str(report_file)]
     # As in a file; the workers of xdist say in COLUMNS that they are a terminal of 80.
-    monkeypatch.setattr(cli.console, "width", cli.LOG_WIDTH)
+    monkeypatch.setattr(terminal.console, "width", terminal.LOG_WIDTH)
     result = runner.invoke(cli.app, ["eval", "smollm2", *options])
     assert result.exit_code == 0, result.output
     report = json.loads(report_file.read_text())

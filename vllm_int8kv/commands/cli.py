@@ -1,4 +1,4 @@
-"""The command `vllm-int8kv`: demo, eval, tune, bench, doctor and serve."""
+"""The command `vllm-int8kv`: demo, eval, tune, bench, doctor, serve and store."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from vllm_int8kv.commands import store
 from vllm_int8kv.commands.terminal import check_files, console, error_console, fail
 from vllm_int8kv.commands.tune import tune
 from vllm_int8kv.config import KV_CACHE_DTYPE
@@ -135,6 +136,7 @@ def evaluate(
 
 
 app.command()(tune)
+app.add_typer(store.app, name="store")
 
 
 @app.command()
@@ -165,7 +167,7 @@ def bench(
         raise fail(str(error)) from None
     # Ray's processes fork after tokenizers have started their threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    raise typer.Exit(run_bench(path, RESULTS if out is None else out, address, fresh, console))
+    raise typer.Exit(run_bench(path, RESULTS if out is None else out, address, fresh))
 
 
 @app.command()

@@ -9,6 +9,7 @@ this plugin, spelled as everywhere else: `--kv-cache-dtype int8_custom:format=k6
 
 import argparse
 import os
+import re
 import sys
 from functools import partial
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 from vllm_int8kv.commands import configs
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.cache_spec import CacheSpec
+from vllm_int8kv.store.options import StoreOptions
 
+STORE_OPTION = "--kv-store"
 PLUGIN_NAME = "int8kv"
 """Of the entry point in the group vllm.general_plugins."""
 DTYPE_OPTION = "--kv-cache-dtype"
@@ -74,6 +77,11 @@ def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
     serve_parser.usage = "vllm-int8kv serve MODEL [options]"
     serve_parser.set_defaults(kv_cache_dtype=KV_CACHE_DTYPE)
+    serve_parser.add_argument(
+        STORE_OPTION,
+        metavar="PATH[:codec=NAME:max_bytes=N]",
+        help="Keep the KV blocks of prompts in this folder, and load those that are there.",
+    )
     spelled = _spelled_dtypes(serve_parser)
     options = parser.parse_args([command.name, *_find_config(args)])
     if ":" in spelled[-1]:
@@ -84,7 +92,40 @@ def parse(args: list[str]) -> tuple[Any, argparse.Namespace]:
                 f"{DTYPE_OPTION} {cache.name}: only {KV_CACHE_DTYPE} takes options here; use vLLM's own for {names}"
             )
         vars(options).update(cache.llm_arguments(options.additional_config))
+    if options.kv_store is not None:
+        if options.kv_transfer_config is not None:
+            raise ValueError(f"{STORE_OPTION} and --kv-transfer-config: an engine has one connector; give one")
+        options.kv_transfer_config = _store_config(options.kv_store)
     return command, options
+
+
+def _store_config(spelled: str) -> Any:
+    """vLLM's configuration of the store that is spelled `PATH` or `PATH:OPTION=VALUE:...`.
+
+    Raises:
+        ValueError: an option has no value, is unknown or wrong.
+    """
+    from vllm.config import KVTransferConfig
+
+    path, *given = spelled.split(":")
+    # The codec bound:R has a colon of its own.
+    given = re.split(r":(?=\w+=)", ":".join(given)) if given else []
+    chosen: dict[str, Any] = {"path": path}
+    for option in given:
+        name, separator, value = option.partition("=")
+        if not separator:
+            raise ValueError(f"{STORE_OPTION} {spelled}: expected OPTION=VALUE after {path}:, got {option!r}")
+        chosen[name] = int(value.replace("_", "")) if re.fullmatch(r"[0-9_]+", value) else value
+    try:
+        StoreOptions.from_mapping(chosen)
+    except ValueError as error:
+        raise ValueError(f"{STORE_OPTION} {spelled}: {error}") from None
+    return KVTransferConfig(
+        kv_connector="KVStoreConnector",
+        kv_connector_module_path="vllm_int8kv.store",
+        kv_role="kv_both",
+        kv_connector_extra_config=chosen,
+    )
 
 
 def _spelled_dtypes(parser: argparse.ArgumentParser) -> list[str]:

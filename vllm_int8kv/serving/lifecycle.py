@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.serving.start_up.connectors import is_store
 
 WORKER_MODULE, CORE_MODULE = "vllm.v1.worker.worker_base", "vllm.v1.engine.core"
 
@@ -46,6 +47,11 @@ def uses_this_cache(vllm_config: Any) -> bool:
     return KV_CACHE_DTYPE in dtypes
 
 
+def must_follow(vllm_config: Any) -> bool:
+    """Whether something of an engine depends on its weights: key equalizers, or blocks in the store."""
+    return uses_this_cache(vllm_config) or is_store(vllm_config)
+
+
 def _wrap(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replace a method that a class defines itself, once."""
     method = vars(owner).get(name)
@@ -63,6 +69,7 @@ def _follow_worker() -> None:
         def wrapper(self: Any) -> None:
             if uses_this_cache(self.vllm_config):
                 follow_layers()
+            if must_follow(self.vllm_config):
                 follow_loaders()
             init_device(self)
 
@@ -120,12 +127,14 @@ def follow_loaders() -> None:
 
     def make(load_model: Callable) -> Callable:
         def wrapper(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-            if vllm_config.cache_config.cache_dtype != KV_CACHE_DTYPE:
-                return load_model(self, vllm_config, model_config, *args, **kwargs)
-            with layers.building(vllm_config, model_config):
+            if vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE:
+                with layers.building(vllm_config, model_config):
+                    model = load_model(self, vllm_config, model_config, *args, **kwargs)
+                layers.check_layers(model, vllm_config, model_config)
+            else:
                 model = load_model(self, vllm_config, model_config, *args, **kwargs)
-            layers.check_layers(model, vllm_config, model_config)
-            calibration.follow(model, vllm_config, model_config)
+            if must_follow(vllm_config):
+                calibration.follow(model, vllm_config, model_config)
             return model
 
         return wrapper
@@ -146,7 +155,7 @@ def _follow_engine_core() -> None:
     def make(collective_rpc: Callable) -> Callable:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
             results = collective_rpc(self, *args, **kwargs)
-            if uses_this_cache(self.vllm_config):
+            if must_follow(self.vllm_config):
                 follow_weights(self)
             return results
 
@@ -159,7 +168,7 @@ def follow_weights(engine_core: Any) -> None:
     """Let the workers of an engine core find new factors if its weights are new.
 
     Blocks that were written with other factors cannot be read any more: running requests are preempted, to be computed
-    again with the new weights, and the prefix cache is emptied.
+    again with the new weights, and the prefix cache is emptied. What the store has is of the old weights.
     """
     from vllm_int8kv.serving import calibration
 
@@ -170,5 +179,7 @@ def follow_weights(engine_core: Any) -> None:
     # All workers must find factors together, as the pass goes through their collectives.
     if not any(in_workers(calibration.has_new_weights)):
         return
+    if is_store(engine_core.vllm_config):
+        engine_core.scheduler.connector.weights_changed()
     if any(in_workers(calibration.calibrate_again)):
         engine_core.scheduler.reset_prefix_cache(reset_running_requests=True)

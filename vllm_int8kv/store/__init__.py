@@ -14,7 +14,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     """The connector, which imports vLLM; the files and codecs work without it."""
     if name == "KVStoreConnector":
-        from vllm_int8kv.store.connector import KVStoreConnector
+        from vllm_int8kv.store.engine.connector import KVStoreConnector
 
         return KVStoreConnector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -60,10 +60,10 @@ class Header:
         """
         if bytes(data[:6]) != MAGIC[:6]:
             raise BadFile("it is no file of the store")
-        if bytes(data[6:8]) != MAGIC[6:]:
-            raise BadFile(f"its version is {data[7]}, expected {MAGIC[7]}")
         if len(data) < 12:
             raise BadFile("it is cut off")
+        if bytes(data[6:8]) != MAGIC[6:]:
+            raise BadFile(f"its version is {data[7]}, expected {MAGIC[7]}")
         begin = 12 + struct.unpack("<I", data[8:12])[0]
         try:
             return cls(**json.loads(bytes(data[12:begin]))), begin

@@ -7,7 +7,7 @@ salt. Unlike vLLM's own hashes it does not depend on the process (`PYTHONHASHSEE
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from blake3 import blake3
 LAYOUT_VERSION = 1
 """Raised whenever the same description stands for other bytes."""
 DIGEST_BYTES = 16
+DESCRIPTION = "namespace.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.json")
 SAMPLES, SAMPLE_BYTES = 32, 1 << 12
 """Of every file of weights: it would take minutes to read all of them."""
@@ -24,6 +25,22 @@ SAMPLES, SAMPLE_BYTES = 32, 1 << 12
 def digest(description: Any) -> str:
     """A name for anything that is JSON."""
     return blake3(json.dumps(description, sort_keys=True).encode()).hexdigest(length=DIGEST_BYTES)
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Say in a namespace's folder, for people, what it is; it decides nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `write_description` wrote of a namespace: model, codec, formats, block size and rank; `?` if it is lost."""
+    known: dict[str, Any] = {"model": "?", "codec": "?", "formats": "?", "block_size": 0, "rank": "?"}
+    try:
+        found = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        return known
+    return known | {name: found[name] for name in known.keys() & found.keys()}
 
 
 def block_hash(parent: str, token_ids: Sequence[int], extra_keys: Any) -> str:

@@ -21,7 +21,7 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from vllm_int8kv.commands import models
+from vllm_int8kv.commands import models, terminal
 from vllm_int8kv.commands.bench import cluster, html_report, online, summary, sweep, workload
 from vllm_int8kv.commands.bench import config as bench_config
 from vllm_int8kv.commands.bench.config import BenchConfig, Case, Mode
@@ -190,7 +190,7 @@ class Bench:
         )
 
 
-def run_bench(config_file: Path, out: Path, address: str, fresh: bool, table_console: Console) -> int:
+def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
     """Measure a configuration: records, per-request rows, a table and a report with plots.
 
     Args:
@@ -198,7 +198,6 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool, table_con
         out: folder of the records; an unfinished sweep in it goes on.
         address: of a Ray cluster; empty starts one on this machine.
         fresh: start anew instead.
-        table_console: where the table goes; everything else goes to stderr, or to files.
 
     Returns:
         The exit status: 0, 1 if something was not measured, or 130 if it was interrupted.
@@ -231,7 +230,7 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool, table_con
     lines, problems = summary.records(config, sweep_)
     for line in lines:
         record.append(line, out)
-    table_console.print(summary.table(config_file.stem, lines))
+    terminal.console.print(summary.table(config_file.stem, lines))
     html_report.write(out, out / "report.html")
     console.print(f"records, requests and report.html are in {out}")
     for problem in problems:

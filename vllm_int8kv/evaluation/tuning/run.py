@@ -12,7 +12,7 @@ from vllm_int8kv.evaluation.progress import EngineProgress
 from vllm_int8kv.evaluation.sensitivity import CacheShape
 from vllm_int8kv.evaluation.tuning import candidates, frontier, nsga2, search
 from vllm_int8kv.evaluation.tuning.frontier import Point
-from vllm_int8kv.evaluation.tuning.measurements import Measurements
+from vllm_int8kv.evaluation.tuning.journal import Measurements
 from vllm_int8kv.evaluation.tuning.plan import TunePlan
 from vllm_int8kv.evaluation.tuning.policies import ModelShape, complete
 from vllm_int8kv.evaluation.tuning.schemes import Scheme

@@ -18,8 +18,7 @@ from rich.console import Console
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.engines.process import EngineProcess
 from vllm_int8kv.evaluation.progress import ProgressDisplay, say
-from vllm_int8kv.evaluation.tuning.journal import Journal
-from vllm_int8kv.evaluation.tuning.measurements import Measurements
+from vllm_int8kv.evaluation.tuning.journal import Journal, Measurements
 from vllm_int8kv.evaluation.tuning.plan import TunePlan
 from vllm_int8kv.evaluation.tuning.run import TuneRun
 

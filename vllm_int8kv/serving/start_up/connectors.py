@@ -24,7 +24,10 @@ EXAMPLE = f"{V1}.example_connector:ExampleConnector"
 OFFLOADING = f"{V1}.offloading_connector:OffloadingConnector"
 SIMPLE_OFFLOADING = f"{V1}.simple_cpu_offload_connector:SimpleCPUOffloadConnector"
 MULTI = f"{V1}.multi_connector:MultiConnector"
-STORE = "vllm_int8kv.store.connector:KVStoreConnector"
+TOP = "kv_transfer_config"
+STORE = "vllm_int8kv.store.engine.connector:KVStoreConnector"
+STORE_MODULES = ("vllm_int8kv.store", STORE.partition(":")[0])
+"""Where users find it, and where it is."""
 BLOCK_CONNECTORS = (EXAMPLE, OFFLOADING, SIMPLE_OFFLOADING, STORE)
 """Classes that copy whole blocks, or the slots of whole blocks."""
 SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
@@ -40,7 +43,7 @@ def connector_reasons(vllm_config: Any) -> Iterator[str]:
         yield f"kv_offloading_backend={vllm_config.cache_config.kv_offloading_backend!r}: use 'native'"
     if (given := vllm_config.kv_transfer_config) is None or given.kv_connector is None:
         return
-    entries = [("kv_transfer_config", _as_entry(given))]
+    entries = [(TOP, _as_entry(given))]
     while entries:
         where, entry = entries.pop(0)
         if not isinstance(entry, Mapping) or not isinstance(entry.get("kv_connector"), str):
@@ -68,6 +71,8 @@ def connector_reasons(vllm_config: Any) -> Iterator[str]:
                 f"block, so a connector that copies single slots would corrupt the cache; known to copy whole blocks: "
                 f"{known}"
             )
+        elif loaded == STORE and where != TOP:
+            yield f"{where}: {STORE.partition(':')[2]} inside of another connector; use it by itself"
         else:
             yield from _reasons_of(loaded, extra, vllm_config)
 
@@ -75,7 +80,9 @@ def connector_reasons(vllm_config: Any) -> Iterator[str]:
 def is_store(vllm_config: Any) -> bool:
     """Whether an engine's connector is this project's own, which tells pages of other key equalizers apart."""
     config = vllm_config.kv_transfer_config
-    return config is not None and config.kv_connector is not None and _class_of(_as_entry(config)) == STORE
+    if config is None or config.kv_connector != STORE.partition(":")[2]:
+        return False
+    return config.kv_connector_module_path in STORE_MODULES
 
 
 def _as_entry(config: Any) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Transfers:
         self._loads.put((request_id, blocks, time.monotonic()))
 
     def save(self, blocks: Sequence[Block]) -> None:
-        """Write blocks to files. Their pages are copied before this returns, as they may be overwritten afterwards.
+        """Write blocks of one request to files. Their pages are copied before this returns, as they may be overwritten.
 
         Of more than may wait, the ends of prefixes are left out: a block is worth nothing without the ones before it.
         """

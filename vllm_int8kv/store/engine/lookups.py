@@ -8,8 +8,8 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
 from vllm_int8kv.store import namespace as names
+from vllm_int8kv.store.engine.transfers import Block
 from vllm_int8kv.store.index import Index
-from vllm_int8kv.store.transfers import Block
 
 
 @dataclass
@@ -70,12 +70,12 @@ class Lookups:
         taken, self._loads = self._loads, {}
         return taken
 
-    def find_saves(self, scheduler_output: Any) -> list[Block]:
-        """Blocks that a step fills and that are not stored, those of one request in their order."""
+    def find_saves(self, scheduler_output: Any) -> dict[str, list[Block]]:
+        """Blocks that a step fills and that are not stored, by request, in their order."""
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        state, found = scheduler_output.kv_connector_block_state, []
+        state, found = scheduler_output.kv_connector_block_state, {}
         for request_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
             if (tracked := self._tracked.get(request_id)) is None:
                 continue
@@ -89,7 +89,7 @@ class Lookups:
                 block = hashes[place]
                 if block not in self._saving and not self.index.has(block):
                     self._saving.add(block)
-                    found.append(Block(block, block_ids[place]))
+                    found.setdefault(request_id, []).append(Block(block, block_ids[place]))
             tracked.num_saved = num_blocks
         return found
 

@@ -4,7 +4,9 @@ Loads are asynchronous: a request waits for its blocks beside the steps of the o
 computed, whatever the reason. Whole blocks of prompts and answers are saved after the step that filled them.
 """
 
+import contextlib
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +25,13 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_int8kv.store import namespace as names
+from vllm_int8kv.store.engine.lookups import Lookups
+from vllm_int8kv.store.engine.stats import StorePromMetrics, StoreStats
+from vllm_int8kv.store.engine.transfers import Block, Outcome, Transfers
 from vllm_int8kv.store.index import Index
-from vllm_int8kv.store.lookups import Lookups
 from vllm_int8kv.store.options import StoreOptions
 from vllm_int8kv.store.pages import paged_layers
 from vllm_int8kv.store.registry import make_codec
-from vllm_int8kv.store.stats import StorePromMetrics, StoreStats
-from vllm_int8kv.store.transfers import Block, Outcome, Transfers
 
 logger = init_logger("vllm.int8kv")
 
@@ -46,8 +48,8 @@ class StoreMetadata(KVConnectorMetadata):
     """What the workers do in a step."""
 
     loads: dict[str, list[Block]] = field(default_factory=dict)
-    """by request"""
-    saves: list[Block] = field(default_factory=list)
+    """by request, in the order of its tokens"""
+    saves: dict[str, list[Block]] = field(default_factory=dict)
     is_idle: bool = False
     """whether the step computes nothing"""
 
@@ -135,6 +137,16 @@ class KVStoreConnector(KVConnectorBase_V1):
             max_bytes=options.max_bytes,
             max_queued_bytes=options.max_queued_bytes,
         )
+        formats = Counter("auto" if layer.cache_format is None else layer.cache_format.name for layer in layers)
+        shown = {
+            "model": model_config.model,
+            "codec": options.codec,
+            "formats": ", ".join(f"{count} x {name}" for name, count in formats.items()),
+            "block_size": self._block_size,
+            "rank": f"{group.rank_in_group} of {group.world_size}",
+        }
+        with contextlib.suppress(OSError):  # a folder that may only be read serves what it has
+            names.write_description(options.root / self._namespace, shown)
         logger.info("KV store: blocks as %s in %s", options.codec, options.root / self._namespace)
 
     def get_handshake_metadata(self) -> Handshake | None:
@@ -152,9 +164,8 @@ class KVStoreConnector(KVConnectorBase_V1):
         """Pages are copied when all layers have been computed."""
 
     def wait_for_save(self) -> None:
-        metadata = self._get_connector_metadata()
-        if metadata.saves:
-            self._transfers.save(metadata.saves)
+        for blocks in self._get_connector_metadata().saves.values():
+            self._transfers.save(blocks)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         is_idle = self.has_connector_metadata() and self._get_connector_metadata().is_idle
@@ -219,6 +230,12 @@ class KVStoreConnector(KVConnectorBase_V1):
         if self._lookups is not None:
             self._lookups.remove_request(request.request_id)
         return False, None
+
+    def weights_changed(self) -> None:
+        """Neither load nor save any more: the namespace stands for the weights that the engine started with."""
+        if self._lookups is not None:
+            logger.warning("KV store: not used any more by this engine, as its weights have changed")
+            self._lookups = None
 
     # Front end
 
