@@ -26,7 +26,7 @@ ROOMS = {
 """What the files of a room may use beside their own room."""
 
 VLLM_ROOMS = ("vllm_int8kv/serving/", "vllm_int8kv/store/engine/", "vllm_int8kv/evaluation/engines/")
-VLLM_MODULES = {"benchmarks/engines/engine.py", "benchmarks/operators/cpu_peers.py"}
+VLLM_MODULES = {f"benchmarks/{name}.py" for name in ("engines/engine", "engines/store_engine", "operators/cpu_peers")}
 """What may import vLLM when it is imported itself; of `benchmarks` the modules that run an engine or vLLM's kernels."""
 
 

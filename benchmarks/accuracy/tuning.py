@@ -36,11 +36,13 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 """What of a `TunePlan` differs."""
 STABLE_BITS = 5.0
 """The limit under which single texts choose."""
+STABLE = f"{STABLE_BITS:.1f} bits, chosen by single texts"
 
 
 def tune_model(
     model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
     tokens: Annotated[int, typer.Option(help="of each text; the first half for the search")] = 1024,
+    work: Annotated[Path | None, typer.Option(help="folder of the journals, to go on from when interrupted")] = None,
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Tune the bits of every layer, with all pairs, with those of KVTuner, with its search, and by single texts."""
@@ -49,8 +51,9 @@ def tune_model(
     chosen = texts()
     plan = TunePlan(_eval_plan(model, tokens, chosen))
     case = {"model": model, "dtype": "float32", "tokens": tokens, "texts": list(chosen)}
-    with tempfile.TemporaryDirectory() as folder:
-        journal = Path(folder, "journal.jsonl")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        journal = folder / "journal.jsonl"
         for question, options in QUESTIONS.items():
             report = tune(replace(plan, journal=journal, **options), console, name=model)
             print_tuning(report, console)
@@ -58,8 +61,8 @@ def tune_model(
             if question != FRONTIER:  # they would be the same
                 metrics.pop("layers")
             accuracy_record.append("tuning", case, question, metrics, out)
-        metrics = stability(model, tokens, chosen, Path(folder), console)
-        accuracy_record.append("tuning", case, f"{STABLE_BITS:.1f} bits, chosen by single texts", metrics, out)
+        metrics = stability(model, tokens, chosen, folder, console)
+        accuracy_record.append("tuning", case, STABLE, metrics, out)
 
 
 def _eval_plan(model: str, tokens: int, chosen: Mapping[str, str]) -> Any:

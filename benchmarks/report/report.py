@@ -17,11 +17,12 @@ import typer
 from benchmarks.report import (
     accuracy_tables,
     headline_tables,
-    ladder_plots,
-    ladder_tables,
     reliability_tables,
     throughput_tables,
+    tuning_tables,
 )
+from benchmarks.report.ladder import plots as ladder_plots
+from benchmarks.report.ladder import tables as ladder_tables
 from benchmarks.report.plots import PLOTS as KERNEL_PLOTS
 from benchmarks.report.plots import plot_problem
 from benchmarks.report.tables import TABLES as KERNEL_TABLES
@@ -33,9 +34,10 @@ TABLES = (
     | ladder_tables.TABLES
     | throughput_tables.TABLES
     | accuracy_tables.TABLES
+    | tuning_tables.TABLES
     | reliability_tables.TABLES
 )
-PLOTS = KERNEL_PLOTS | ladder_plots.PLOTS
+PLOTS = KERNEL_PLOTS | ladder_plots.PLOTS | tuning_tables.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"
 PAGES = [record.ROOT / page for page in ("README.md", "benchmarks/README.md", "tests/README.md")]
 MARKER = re.compile(r"<!-- (begin|end):([\w-]+) -->")

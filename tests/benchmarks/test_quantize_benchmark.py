@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.accuracy import capture
 from benchmarks.ladder import operands, quantize, quantize_errors
-from benchmarks.report import ladder_plots, ladder_tables
+from benchmarks.report.ladder import plots as ladder_plots
+from benchmarks.report.ladder import tables as ladder_tables
 from vllm_int8kv.cache.ladder import CUDA_VARIANTS
 from vllm_int8kv.evaluation import record
 

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 LORA_RANK = 8
 
 
-def write_adapter(folder: Path) -> Path:
+def write_adapter(folder: Path, seed: int = 3) -> Path:
     """A LoRA of the tiny Llama's Q, K and V, as PEFT writes them."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
+    folder.mkdir(exist_ok=True)
     weights = {}
     for layer in range(3):
         for name, width in (("q_proj", 6 * 64), ("k_proj", 2 * 64), ("v_proj", 2 * 64)):

@@ -1,6 +1,7 @@
 """The store through engines: equal answers from loaded blocks, and a miss for everything else."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -47,12 +48,13 @@ def store_engine(model: Path, root: Path, codec: str = "exact", max_bytes: int |
     return engines.tiny_exact_engine(model, block_size=BLOCK_SIZE, kv_transfer_config=config, **options)
 
 
-def generate(llm, prompts, max_tokens=12):
+def generate(llm, prompts, max_tokens=12, **options):
     """Greedy answers and how many tokens of each prompt were not computed."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, params, use_tqdm=False, **options)
     return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
 
 
@@ -78,6 +80,24 @@ def fill(model: Path, root: Path, prompts, **options) -> list[list[int]]:
     return answers
 
 
+@pytest.fixture(scope="module")
+def answers_and_store(llama, prompts, tmp_path_factory) -> tuple[list[list[int]], Path]:
+    root = tmp_path_factory.mktemp("store")
+    return fill(llama, root, prompts), root
+
+
+@pytest.fixture
+def answers(answers_and_store) -> list[list[int]]:
+    """Of an engine that computed everything."""
+    return answers_and_store[0]
+
+
+@pytest.fixture
+def store(answers_and_store, tmp_path) -> Path:
+    """A copy of the folder that this engine filled."""
+    return Path(shutil.copytree(answers_and_store[1], tmp_path / "store"))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -91,10 +111,10 @@ def fill(model: Path, root: Path, prompts, **options) -> list[list[int]]:
     ids=["k8v8", "auto", "k6v4", "policy", "chunked prefill", "zstd"],
 )
 def test_another_engine_answers_the_same_from_the_store(llama, prompts, tmp_path, options):
-    answers = fill(llama, tmp_path, prompts, **options)
+    expected = fill(llama, tmp_path, prompts, **options)
     before = {path: path.read_bytes() for path in stored(tmp_path)}
     with store_engine(llama, tmp_path, **options) as llm:
-        assert generate(llm, prompts) == (answers, FULL)
+        assert generate(llm, prompts) == (expected, FULL)
         assert llm.llm_engine.vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
     assert {path: path.read_bytes() for path in stored(tmp_path)} == before
 
@@ -116,9 +136,8 @@ def test_codecs_that_lose_something_are_near(llama, prompts, tmp_path, codec, ma
     assert 0 < engines.kl_per_token(*rows) < max_kl
 
 
-def test_prompts_share_what_they_have_in_common(llama, prompts, tmp_path):
-    fill(llama, tmp_path, prompts)
-    with store_engine(llama, tmp_path) as llm:
+def test_prompts_share_what_they_have_in_common(llama, prompts, store):
+    with store_engine(llama, store) as llm:
         longer = [prompts[0][:96] + prompts[1], prompts[0][:95] + prompts[1]]
         _, cached = generate(llm, longer)
         assert cached == [96, 64]
@@ -140,12 +159,10 @@ def test_prompts_share_what_they_have_in_common(llama, prompts, tmp_path):
     ],
     ids=lambda other: next(iter(str(value) for value in other.values())),
 )
-def test_an_engine_of_another_kind_finds_nothing(llama, prompts, tmp_path, other):
-    root = tmp_path / "store"
-    fill(llama, root, prompts)
+def test_an_engine_of_another_kind_finds_nothing(llama, prompts, store, tmp_path, other):
     model = llama if "model" not in other else tiny_models.llama(tmp_path / "other", seed=1)
     options = {"block_size": BLOCK_SIZE, "dtype": "float32"} | {k: v for k, v in other.items() if k != "model"}
-    config = store_config(root, codec=options.pop("codec", "exact"))
+    config = store_config(store, codec=options.pop("codec", "exact"))
     with engines.engine(
         model, max_model_len=256, skip_tokenizer_init=True, kv_transfer_config=config, **options
     ) as llm:
@@ -162,22 +179,16 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("place", [0, 2], ids=["first block", "third block"])
-def test_bad_files_are_computed_again(llama, prompts, tmp_path, fault, place):
-    answers = fill(llama, tmp_path, prompts)
-    # Find a file of the long prompt by what is gone without it.
-    with store_engine(llama, tmp_path) as llm:
-        lookups = llm.llm_engine.engine_core.engine_core.scheduler.connector._lookups
-        chain = chain_of(prompts[0])
-        path = files.path_of(tmp_path, lookups.index._namespaces[0], chain[place])
-        assert path.exists()
+@pytest.mark.parametrize(("fault", "place"), [*((fault, 2) for fault in FAULTS), ("truncated", 0)])
+def test_bad_files_are_computed_again(llama, prompts, answers, store, fault, place):
+    with store_engine(llama, store) as llm:
+        (path,) = [path for path in stored(store) if path.stem == chain_of(prompts[0])[place]]
         FAULTS[fault](path)
         counts = count_of(llm, lambda: generate(llm, prompts[:1])[0], answers[:1])
         assert counts["failed_blocks"] == 1
         assert generate(llm, prompts[1:]) == (answers[1:], FULL[1:])
-    if fault != "unreadable":  # a folder is in the place of that file
-        with store_engine(llama, tmp_path) as llm:
+    if fault == "truncated":
+        with store_engine(llama, store) as llm:
             assert generate(llm, prompts[:1]) == (answers[:1], FULL[:1])  # written anew
 
 
@@ -209,6 +220,81 @@ def chain_of(prompt: list[int]) -> list[str]:
     return chain
 
 
+def test_ranks_have_files_of_their_own(llama, prompts, store, monkeypatch):
+    """Two ranks beside an engine of one, on one folder: each finds its own blocks, and a block needs both ranks'."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = stored(store)
+    parallel = {"own_process": True, "tensor_parallel_size": 2}
+    with store_engine(llama, store, **parallel) as llm:
+        expected, cached = generate(llm, prompts)
+        assert cached == [0] * len(prompts)
+        wait_for_files(store, 3 * len(alone))
+    new = sorted(set(stored(store)) - set(alone))
+    assert len({path.parents[1] for path in new}) == 2  # namespaces
+    next(path for path in new if path.stem == chain_of(prompts[0])[0]).unlink()
+    with store_engine(llama, store, **parallel) as llm:
+        assert generate(llm, prompts) == (expected, [0, *FULL[1:]])
+
+
+def test_a_request_may_be_aborted_while_its_blocks_are_loaded(llama, prompts, answers, store, monkeypatch):
+    from vllm import SamplingParams
+
+    from vllm_int8kv.store.engine.transfers import Transfers
+
+    original = Transfers._load_batch
+
+    def slow(self, blocks):
+        time.sleep(0.3)
+        original(self, blocks)
+
+    monkeypatch.setattr(Transfers, "_load_batch", slow)
+    with store_engine(llama, store) as llm:
+        free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
+        before = free()
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+        llm.llm_engine.add_request("aborted", {"prompt_token_ids": prompts[0]}, params)
+        for _ in range(3):
+            llm.llm_engine.step()
+        assert free() < before
+        llm.llm_engine.abort_request(["aborted"])
+        assert generate(llm, prompts) == (answers, FULL)
+        assert free() == before
+
+
+def test_requests_with_one_prefix_at_the_same_time(llama, prompts, answers, store):
+    with store_engine(llama, store) as llm:
+        found, _ = generate(llm, [prompts[0], prompts[0], prompts[1], prompts[0]])
+        assert found == [answers[0], answers[0], answers[1], answers[0]]
+
+
+def test_preempted_requests_go_on_from_the_store(llama, tmp_path):
+    """A cache with room for a few of the requests, whose answers are long."""
+    torch.manual_seed(5)
+    many = [torch.randint(3, tiny_models.VOCAB_SIZE, (70,)).tolist() for _ in range(6)]
+    with engines.tiny_exact_engine(llama, block_size=BLOCK_SIZE) as llm:
+        expected, _ = generate(llm, many, max_tokens=100)
+    small = {"num_gpu_blocks_override": 16}
+    for _ in range(2):
+        with store_engine(llama, tmp_path, **small) as llm:
+            assert generate(llm, many, max_tokens=100)[0] == expected
+
+
+def test_adapters_of_one_name_are_told_apart(llama, prompts, tmp_path):
+    from lora_adapter import write_adapter
+    from vllm.lora.request import LoRARequest
+
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    folder, found = tmp_path / "adapter", []
+    for seed in (1, 2, 1):
+        write_adapter(folder, seed)
+        with store_engine(llama, tmp_path / "store", **options) as llm:
+            request = LoRARequest("adapter", 1, str(folder))
+            found.append(generate(llm, prompts, lora_request=request))
+            time.sleep(1)
+    assert found[0][0] != found[1][0] and found[2] == (found[0][0], FULL)
+    assert found[0][1] == found[1][1] == [0] * len(prompts)
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing_but_hits(llama, prompts, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -234,16 +320,15 @@ def test_the_folder_stays_below_its_limit(llama, tmp_path):
         assert again == answers[-4:] and cached == [128] * 4
 
 
-def test_new_weights_end_the_use_of_the_store(llama, prompts, tmp_path):
+def test_new_weights_end_the_use_of_the_store(llama, prompts, store, tmp_path):
     """What the old weights computed is nothing to the new ones, and the other way round."""
-    fill(llama, tmp_path, prompts)
-    before = stored(tmp_path)
+    before = stored(store)
     other = tiny_models.llama(tmp_path / "other", seed=1)
-    with store_engine(llama, tmp_path) as llm:
+    with store_engine(llama, store) as llm:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         expected, cached = generate(llm, prompts)
         assert cached == [0] * len(prompts)
-    assert stored(tmp_path) == before
+    assert stored(store) == before
     with engines.tiny_exact_engine(other, block_size=BLOCK_SIZE) as llm:
         assert generate(llm, prompts)[0] == expected
 
@@ -261,9 +346,8 @@ def test_what_cannot_be_stored_is_refused(llama, tmp_path, options, problem):
         pass
 
 
-def test_what_happened_is_counted(llama, prompts, tmp_path):
-    answers = fill(llama, tmp_path, prompts)
-    with store_engine(llama, tmp_path) as llm:
+def test_what_happened_is_counted(llama, prompts, answers, store):
+    with store_engine(llama, store) as llm:
         counts = count_of(llm, lambda: generate(llm, prompts), (answers, FULL))
     assert counts["loaded_blocks"] == sum(FULL) // BLOCK_SIZE and "failed_blocks" not in counts
     assert counts["loaded_bytes"] > 0 and counts["load_seconds"] > 0

@@ -75,10 +75,10 @@ def point(ratio: float, kl: float) -> frontier.Point:
 
 
 def test_frontier_and_knee_by_hand():
-    points = [point(2.0, 0.0), point(3.0, 0.1), point(2.5, 0.3), point(4.0, 1.0)]
-    assert [p.name for p in frontier.frontier(points)] == ["4.0", "3.0", "2.0"]
+    points = [point(2.0, 0.0), point(3.0, 0.01), point(2.5, 0.03), point(4.0, 0.1), point(6.0, 1.0)]
+    assert [p.name for p in frontier.frontier(points)] == ["6.0", "4.0", "3.0", "2.0"]
     assert frontier.knee(frontier.frontier(points)).name == "3.0"
-    assert frontier.knee(points[:2]).name == "2.0"  # two points have no knee: the more accurate one
+    assert frontier.knee([*points[:2], points[4]]).name == "2.0"  # two that are usable have no knee
 
 
 LAYERS = choices_of(*((scale * 1e-4, scale * 1e-3, scale * 1e-2) for scale in (1, 8, 2, 5)))

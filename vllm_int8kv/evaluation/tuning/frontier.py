@@ -7,6 +7,8 @@ from typing import Any
 from vllm_int8kv.evaluation.tuning.candidates import pareto_front
 from vllm_int8kv.evaluation.tuning.search import Policy
 
+USABLE_KL = 0.1
+"""Nats per token; perplexity rises by about as much, 10 %."""
 KINDS = ("uniform", "peer", "tuned", "file")
 
 
@@ -46,15 +48,16 @@ def knee(points: Sequence[Point]) -> Point:
     """Where a frontier bends most: the point farthest below the line between its ends.
 
     Source: Satopää et al., "Finding a Kneedle in a Haystack" (2011), over tokens in the same memory and KL, each
-    brought to 0 to 1.
+    brought to 0 to 1. Points beyond `USABLE_KL` are no end that anybody would go to, unless there are no others.
     """
-    if len(points) < 3:
+    usable = [point for point in points if point.kl <= USABLE_KL]
+    if len(usable) < 3:
         return min(points, key=lambda point: point.kl)
-    ratios, divergences = [point.tokens_ratio for point in points], [point.kl for point in points]
+    ratios, divergences = [point.tokens_ratio for point in usable], [point.kl for point in usable]
 
     def height(point: Point) -> float:
         x = (point.tokens_ratio - min(ratios)) / (max(ratios) - min(ratios))
         y = (point.kl - min(divergences)) / (max(divergences) - min(divergences))
         return x - y
 
-    return max(points, key=height)
+    return max(usable, key=height)

@@ -39,6 +39,8 @@ IDLE_WAIT_SECONDS = 0.02
 """How long a step without a forward pass waits for a load: an idle engine spins, and would starve it."""
 BAD_FILE_SECONDS = 3600.0
 """How long a block whose file was bad is not asked for again; it is written anew when it has been computed."""
+OWN_NAMES = ("_name_or_path", "transformers_version")
+"""Of a configuration, what says where the model lies and who wrote it."""
 LOG_SECONDS = 60.0
 """Between two lines about problems of one kind."""
 
@@ -116,7 +118,7 @@ class KVStoreConnector(KVConnectorBase_V1):
             "model": names.model_identity(
                 model_config.model, model_config.revision, config.load_config.load_format, model_config.seed
             ),
-            "hf_config": model_config.hf_config.to_json_string(),
+            "hf_config": {k: str(v) for k, v in model_config.hf_config.to_dict().items() if k not in OWN_NAMES},
             "dtype": str(model_config.dtype),
             "quantization": model_config.quantization,
             "block_size": self._block_size,

@@ -44,9 +44,8 @@ class Lookups:
         return self._tracked.setdefault(request.request_id, Tracked(request))
 
     def remove_request(self, request_id: str) -> None:
-        """A request has finished."""
+        """A request has finished; vLLM keeps its blocks until a load that is on its way has ended."""
         self._tracked.pop(request_id, None)
-        self._loads.pop(request_id, None)
 
     def num_stored_tokens(self, request: Any, num_computed_tokens: int) -> int:
         """Tokens behind the computed ones whose blocks are all stored."""

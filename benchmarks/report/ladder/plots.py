@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report.ladder_tables import error_plot_data, rate_plot_data
+from benchmarks.report.ladder.tables import error_plot_data, rate_plot_data
 from benchmarks.report.plots import save
 from benchmarks.report.tables import Group
 

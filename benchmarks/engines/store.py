@@ -1,0 +1,129 @@
+"""What the KV store gives and costs: `python -m benchmarks.engines.store`.
+
+For every codec one engine computes prompts and saves them, and another one, in a process of its own, finds them: time
+to the first token, bytes on disk, speed of the codec, and the KL divergence of what is decoded behind a restored prefix
+from an engine that has nothing but an unquantized cache. One engine without a store is what both are compared with.
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from benchmarks.accuracy import accuracy_record
+from benchmarks.accuracy.texts import texts
+from vllm_int8kv.commands.models import resolve
+from vllm_int8kv.config import KV_CACHE_DTYPE
+from vllm_int8kv.evaluation import record
+from vllm_int8kv.evaluation.engines.process import EngineProcess
+from vllm_int8kv.evaluation.progress import ProgressDisplay
+from vllm_int8kv.evaluation.scoring import summarize
+from vllm_int8kv.store import files, index
+
+BLOCK_SIZE = 32
+CODECS = "exact,k6v4,k6v4+zstd,k4v4,k4v4+zstd,bound:0.1,bound:0.2,bound:0.4"
+PREFIX_TOKENS = 1024
+SCORED_TOKENS = 256
+NO_STORE = "no store"
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """What one engine does."""
+
+    model: str
+    dtype: str
+    cache: str = KV_CACHE_DTYPE
+    """as `--dtypes` of eval spells it"""
+    folder: str = ""
+    codec: str = "exact"
+    is_cold: bool = False
+    """the store is empty"""
+    lengths: tuple[int, ...] = ()
+    """of prompts whose first token is timed"""
+    long_text: str = ""
+    texts: tuple[list[int], ...] = ()
+    """tokens; those behind `prefix_tokens` are scored"""
+    prefix_tokens: int = PREFIX_TOKENS
+    scored_tokens: int = SCORED_TOKENS
+    scores: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    is_reference: bool = False
+
+
+def run(plan: StorePlan, progress: ProgressDisplay, name: str) -> dict[str, Any]:
+    """Carry out a plan in a process of its own."""
+    stages = {"load": 20, "run": 60}
+    module, what = "benchmarks.engines.store_engine", f"the engine of {name}"
+    with progress.engine(name, stages) as shown, EngineProcess(module, what, shown.update) as engine:
+        return engine.ask(asdict(plan), is_last=True)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
+    codecs: Annotated[str, typer.Option(help="comma-separated")] = CODECS,
+    lengths: Annotated[str, typer.Option(help="tokens of the prompts")] = "2000,4000,6000",
+    dtype: Annotated[str, typer.Option(help="of weights and arithmetic")] = "float32",
+    out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
+) -> None:
+    """Time and score prompts from the store, one line per codec."""
+    record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
+    path, chosen = str(resolve(model)), texts()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    token_ids = tuple(tokenizer.encode(text)[: PREFIX_TOKENS + SCORED_TOKENS] for text in chosen.values())
+    sizes = tuple(int(length) for length in lengths.split(","))
+    long_text = "\n".join(text for name, text in chosen.items() if name != "prose")
+    case = {"model": model, "dtype": dtype, "block_size": BLOCK_SIZE, "lengths": list(sizes), "texts": list(chosen)}
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, ProgressDisplay(console) as progress:
+        references = tuple(str(Path(folder, f"reference-{text}.npy")) for text in chosen)
+
+        def scored(plan: StorePlan, label: str) -> StorePlan:
+            scores = tuple(str(Path(folder, f"{label}-{text}.npy")) for text in chosen)
+            return replace(plan, texts=token_ids, references=references, scores=scores)
+
+        def kl(plan: StorePlan) -> dict[str, Any]:
+            rows = slice(PREFIX_TOKENS + 1, None)  # the first ones are not scored
+            got, want = ([np.load(path)[rows] for path in paths] for paths in (plan.scores, exact.scores))
+            return summarize(got, want)
+
+        base = StorePlan(path, dtype)
+        exact = scored(replace(base, cache="auto", is_reference=True), "auto")
+        run(exact, progress, "auto, to compare with")
+        timed = replace(base, lengths=sizes, long_text=long_text)
+        without = run(timed, progress, NO_STORE)
+        accuracy_record.append("store", case, NO_STORE, {"ttft_s": without["ttft_s"]}, out)
+        for served in dict.fromkeys(c.partition("+")[0] for c in codecs.split(",") if c.startswith(("exact", "k"))):
+            cache = KV_CACHE_DTYPE if served == "exact" else f"{KV_CACHE_DTYPE}:format={served}"
+            plan = scored(replace(base, cache=cache), f"served-{served}")
+            run(plan, progress, f"served from {cache}")
+            accuracy_record.append("store", case, f"served {cache}", {"scores": kl(plan)}, out)
+        for codec in codecs.split(","):
+            root = Path(folder, codec)
+            plan = scored(replace(timed, folder=str(root), codec=codec, is_cold=True), codec)
+            cold = run(plan, progress, f"{codec}, saving")
+            num_bytes = sum(file.num_bytes for file in index.stored_files(root))
+            num_blocks = sum(1 for _ in root.rglob(f"*{files.SUFFIX}"))
+            warm = run(replace(plan, is_cold=False), progress, f"{codec}, loading")
+            metrics = {
+                "ttft_s": warm["ttft_s"],
+                "ttft_saving_s": cold["ttft_s"],
+                "cached": warm["cached"],
+                "same_tokens": warm["token"] == cold["token"],
+                "file_bytes_per_token": num_bytes / (num_blocks * BLOCK_SIZE),
+                **cold["sheet"],
+                "scores": kl(plan),
+            }
+            accuracy_record.append("store", case, codec, metrics, out)
+            ratios = [f"{a / b:.3f}" for a, b in zip(warm["ttft_s"], without["ttft_s"], strict=True)]
+            divergence = metrics["scores"]["kl_per_token"]["value"]
+            console.print(f"{codec}: TTFT {', '.join(ratios)} of prefill, KL {divergence:.2e}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Tables and plots of the quantization ladder of arXiv 2601.04719."""

@@ -1,0 +1,201 @@
+"""The tables and plots of bits by layer and of the KV store, from `results/accuracy/tuning.jsonl` and `store.jsonl`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import accuracy_record
+from benchmarks.accuracy.accuracy_record import AccuracyRecord
+from benchmarks.accuracy.tuning import FRONTIER, QUESTIONS, STABLE
+from benchmarks.engines.store import NO_STORE
+from benchmarks.report.accuracy_tables import source
+from benchmarks.report.plots import save
+from benchmarks.report.tables import markdown
+from vllm_int8kv.evaluation.tuning.report import draw_points, label_of
+
+NOT_TUNED = "_Not measured yet: `python -m benchmarks.accuracy tune`._"
+NOT_STORED = "_Not measured yet: `python -m benchmarks.engines.store`._"
+
+
+def read(what: str, results: Path) -> dict[str, AccuracyRecord]:
+    """The newest records of a file, by what was measured."""
+    return {line.impl: line for line in accuracy_record.latest(accuracy_record.read(what, results / "accuracy"))}
+
+
+def kl_of(interval: Mapping[str, float]) -> str:
+    """A divergence with half the width of its interval."""
+    return f"{interval['value']:.1e} ± {(interval['high'] - interval['low']) / 2:.0e}"
+
+
+def frontier_table(results: Path) -> str:
+    """The frontier of a model, formats for all layers, and caches of others."""
+    found = read("tuning", results)
+    if FRONTIER not in found:
+        return NOT_TUNED
+    line = found[FRONTIER]
+    head = [
+        "policy",
+        "bits",
+        "with scales",
+        "tokens vs bf16",
+        "KL predicted",
+        "KL",
+        "KL held out",
+        "99.9%",
+        "perplexity",
+    ]
+    rows = []
+    for point in sorted(line.metrics["points"], key=lambda point: -point["bits_with_scales"]):
+        predicted = point["predicted_kl"]
+        rows.append(
+            [
+                label_of(point),
+                f"{point['bits']:.2f}",
+                f"{point['bits_with_scales']:.2f}",
+                f"{point['tokens_ratio']:.2f}x",
+                "-" if predicted is None else f"{predicted:.1e}",
+                f"{point['kl']:.1e}",
+                kl_of(point["held_out_kl"]),
+                f"{point['held_out_kl_p999']:.1e}",
+                f"{point['held_out_perplexity_change']['value']:+.2%}",
+            ]
+        )
+    return f"{markdown(head, rows)}\n\n{source(line)}"
+
+
+def questions_table(results: Path) -> str:
+    """What the limits, pairs and searches give, beside one format for all layers."""
+    found = read("tuning", results)
+    asked = [question for question in QUESTIONS if question != FRONTIER]
+    if not {FRONTIER, STABLE, *asked} <= found.keys():
+        return NOT_TUNED
+    uniform = _points(found[FRONTIER])
+    head = ["choice", "bits", "tokens vs bf16", "KL predicted", "KL", "KL held out", "vs k6v4", "vs FP8"]
+    rows = [_row(name, uniform[name], uniform) for name in ("fp8", "k6v4")]
+    for question in asked:
+        points = _points(found[question])
+        rows.append(_row(question, points[found[question].metrics["pick"]], uniform))
+    rows += [
+        _row(f"5.0 bits, chosen by the text {point['name']} alone", point, uniform)
+        for point in found[STABLE].metrics["points"]
+        if point["kind"] == "file"
+    ]
+    return f"{markdown(head, rows)}\n\n{source(found[STABLE])}"
+
+
+def _points(line: AccuracyRecord) -> dict[str, Mapping[str, Any]]:
+    return {point["name"]: point for point in line.metrics["points"]}
+
+
+def _row(name: str, point: Mapping[str, Any], uniform: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    value, predicted = point["held_out_kl"]["value"], point["predicted_kl"]
+    return [
+        label_of({"name": name}),
+        f"{point['bits']:.2f}",
+        f"{point['tokens_ratio']:.2f}x",
+        "-" if predicted is None else f"{predicted:.1e}",
+        f"{point['kl']:.1e}",
+        kl_of(point["held_out_kl"]),
+        *(f"{value / uniform[other]['held_out_kl']['value']:.2f}" for other in ("k6v4", "fp8")),
+    ]
+
+
+def sides_table(results: Path) -> str:
+    """What the bits of K and of V cost, one layer at a time, summed over all layers."""
+    found = read("tuning", results)
+    if FRONTIER not in found:
+        return NOT_TUNED
+    layers = found[FRONTIER].metrics["layers"]
+    bits = sorted({int(side[1:]) for side in layers[0]["kl"]}, reverse=True)
+    rows = []
+    for side, name in (("k", "K"), ("v", "V")):
+        sums = [sum(layer["kl"][f"{side}{count}"] for layer in layers) for count in bits]
+        rows.append([name, *(f"{value:.1e}" for value in sums)])
+    spread = []
+    for count in bits:
+        values = [layer["kl"][f"k{count}"] for layer in layers]
+        spread.append(f"{max(values) / min(values):.0f}x")
+    rows.append(["K, most against least sensitive layer", *spread])
+    return f"{markdown(['', *(f'{count} bits' for count in bits)], rows)}\n\n{source(found[FRONTIER])}"
+
+
+def store_table(results: Path) -> str:
+    """Every codec: time to the first token, bytes, speed, divergence."""
+    found = read("store", results)
+    if NO_STORE not in found or len(found) == 1:
+        return NOT_STORED
+    without = found[NO_STORE]
+    lengths = without.case["lengths"]
+    head = ["codec", *(f"TTFT, {length:,} tokens" for length in lengths), "bytes vs bf16", "encode, decode GB/s"]
+    head += ["KL behind a prefix", "KL, served so"]
+    prefill = [f"{seconds:.2f} s" for seconds in without.metrics["ttft_s"]]
+    rows = [["none: prefill", *prefill, "-", "-", "-", "-"]]
+    for codec, line in found.items():
+        if codec == NO_STORE or codec.startswith("served "):
+            continue
+        metrics = line.metrics
+        shares = [a / b for a, b in zip(metrics["ttft_s"], without.metrics["ttft_s"], strict=True)]
+        times = [f"{a:.2f} s, {b:.1%}" for a, b in zip(metrics["ttft_s"], shares, strict=True)]
+        base = codec.partition("+")[0]
+        served = found.get("served int8_custom" if base == "exact" else f"served int8_custom:format={base}")
+        rows.append(
+            [
+                f"`{codec}`",
+                *times,
+                f"{metrics['bf16_bytes_per_token'] / metrics['file_bytes_per_token']:.2f}x less",
+                f"{metrics['encode_gb_per_s']:.2f}, {metrics['decode_gb_per_s']:.2f}",
+                kl_of(metrics["scores"]["kl_per_token"]),
+                "-" if served is None else kl_of(served.metrics["scores"]["kl_per_token"]),
+            ]
+        )
+    return f"{markdown(head, rows)}\n\n{source(without)}"
+
+
+def tuning_plot_data(results: Path) -> list[dict[str, AccuracyRecord]]:
+    """The frontier, if it was measured."""
+    found = read("tuning", results)
+    return [{FRONTIER: found[FRONTIER]}] if FRONTIER in found else []
+
+
+def draw_tuning(found: Sequence[Mapping[str, AccuracyRecord]], path: Path) -> None:
+    """KL on held-out text against tokens in the same memory."""
+    import matplotlib.pyplot as plt  # only the plot needs it, and it is slow to import
+
+    line = found[0][FRONTIER]
+    points = [point | {"held_out": {"kl_per_token": point["held_out_kl"]}} for point in line.metrics["points"]]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    draw_points({"points": points, "pick": line.metrics["pick"]}, axes)
+    axes.set_title(f"{line.case['model']}: what memory costs in accuracy")
+    save(figure, found, path, f"{line.case['model']}, text that the search did not see, {line.utc[:10]}")
+
+
+def store_plot_data(results: Path) -> list[dict[str, AccuracyRecord]]:
+    """Prefill and every codec, if they were measured."""
+    found = {name: line for name, line in read("store", results).items() if not name.startswith("served ")}
+    return [found] if len(found) > 1 else []
+
+
+def draw_store(found: Sequence[Mapping[str, AccuracyRecord]], path: Path) -> None:
+    """Time to the first token against the length of the prompt."""
+    import matplotlib.pyplot as plt
+
+    lines = {name: line for name, line in found[0].items() if "+" not in name}
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, line in lines.items():
+        axes.plot(line.case["lengths"], line.metrics["ttft_s"], "o-", label="prefill" if name == NO_STORE else name)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel("seconds to the first token")
+    axes.legend()
+    line = lines[NO_STORE]
+    axes.set_title(f"{line.case['model']}: a prompt that is computed, and one from the store")
+    save(figure, found, path, f"{line.device.split(',')[0]}, {line.utc[:10]}")
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "tuning": frontier_table,
+    "tuning_questions": questions_table,
+    "tuning_sides": sides_table,
+    "store": store_table,
+}
+PLOTS = {"tuning": (tuning_plot_data, draw_tuning), "store": (store_plot_data, draw_store)}
