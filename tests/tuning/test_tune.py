@@ -109,6 +109,8 @@ def test_the_policy_keeps_to_its_limit(tmp_path, search, limit, keeps):
     report, policy = run(tmp_path, *limit, "--search", search, "--trials", 60)
     pick = pick_of(report)
     assert keeps(pick)
+    names = [point["name"] for point in report["points"]]
+    assert len(set(names)) == len(names)  # also of policies that have the same bits
     found = read_layer_policy(policy, len(WEIGHTS), FORMATS)
     assert found == {int(layer): name for layer, name in pick["policy"].items()} and len(found) == len(WEIGHTS)
     content_bytes = sum(2 * FORMATS[name].content_bytes(64) for name in found.values())

@@ -1,5 +1,6 @@
 """The steps of `tune`, with an engine that answers."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -38,6 +39,7 @@ class TuneRun:
         schemes = [Scheme.parse(pair) for pair in plan.pairs]
         self.sides = [f"k{bits}" for bits in sorted({s.k_bits for s in schemes}, reverse=True)]
         self.sides += [f"v{bits}" for bits in sorted({s.v_bits for s in schemes}, reverse=True)]
+        self._named: dict[str, Policy] = {}
         self.choices: list[Choices] = []
         """Of every layer with all pairs, once its divergences have been measured."""
         if plan.limit is not None:
@@ -65,18 +67,19 @@ class TuneRun:
         groups = candidates.group(choices)
         found = self._search(choices, groups)
         pick = self._pick(choices, found)
-        points = self._verify([*found, pick])
-        for layer in errors:
-            own = sensitivities[layer["layer"]]
-            layer["kl"] = own
-            layer["shape"] = vars(self.shape.layers[layer["layer"]])
+        points = self._verify([*frontier.frontier(found), pick])
         fronts = {each.layers[0]: list(each.names) for each in choices}
+        layers = []
+        for own in errors:
+            index = own["layer"]
+            known = {"kl": sensitivities[index], "shape": vars(self.shape.layers[index]), "front": fronts[index]}
+            layers.append(own | known)
         return {
             "pairs": list(self.plan.pairs),
             "limit": None if self.plan.limit is None else asdict(self.plan.limit),
             "search": self.plan.search,
             "seed": self.plan.seed,
-            "layers": [layer | {"front": fronts[layer["layer"]]} for layer in errors],
+            "layers": layers,
             "pair_checks": checks,
             "groups": [list(each.layers) for each in groups],
             "points": [asdict(point) for point in points],
@@ -126,7 +129,7 @@ class TuneRun:
         return checks
 
     def _search(self, choices: Sequence[Choices], groups: Sequence[Choices]) -> list[Point]:
-        """Policies of the frontier, measured on the half of the search."""
+        """Policies, measured on the half of the search."""
         found = self._additive_policies(choices)
         if self.plan.search == "nsga2":
             limit = self.plan.limit
@@ -144,7 +147,7 @@ class TuneRun:
                 self.measured.kl(policy)
                 points.append(self._tuned_point(policy))
             self.stages.update("search", 1.0 if number + 1 == len(found) else 0.99)
-        return frontier.frontier(points)
+        return points
 
     def _additive_policies(self, choices: Sequence[Choices]) -> list[Policy]:
         """The best policies by the sums, every `STEP_BITS`, and the one at a limit of memory."""
@@ -161,15 +164,15 @@ class TuneRun:
         """The point that the limit asks for, or the knee of the frontier."""
         limit = self.plan.limit
         if limit is None:
-            return frontier.knee(found)
+            return frontier.knee(frontier.frontier(found))
         if limit.option == "--max-kl":
             return self._cheapest(choices, found, limit.value)
         budget = limit.budget(self.shape) * (1 + 1e-9)
-        costs = {
-            point.name: sum(self.shape.layer_cost(layer, name, limit.unit) for layer, name in point.policy.items())
-            for point in found
-        }
-        return min((point for point in found if costs[point.name] <= budget), key=lambda point: point.kl)
+
+        def cost(point: Point) -> float:
+            return sum(self.shape.layer_cost(layer, name, limit.unit) for layer, name in point.policy.items())
+
+        return min((point for point in found if cost(point) <= budget), key=lambda point: point.kl)
 
     def _cheapest(self, choices: Sequence[Choices], found: Sequence[Point], max_kl: float) -> Point:
         """The smallest cache whose measured KL is at most `max_kl`: sums are only what leads there."""
@@ -189,8 +192,11 @@ class TuneRun:
         return best
 
     def _tuned_point(self, policy: Policy) -> Point:
-        shape = self.shape
-        return self._point(f"tuned {shape.mean_bits(policy):.2f} bits", "tuned", policy)
+        name = base = f"tuned {self.shape.mean_bits(policy):.2f} bits"
+        for number in itertools.count(2):
+            if self._named.setdefault(name, policy) == policy:
+                return self._point(name, "tuned", policy)
+            name = f"{base} ({number})"
 
     def _point(self, name: str, kind: str, policy: Policy) -> Point:
         shape = self.shape
