@@ -142,6 +142,7 @@ NAMES = (
         "online",
     ),
     *("accuracy", "accuracy_paths", "accuracy_formats", "schemes", "support", "soak", "fuzz"),
+    *("tuning", "tuning_questions", "tuning_sides", "store"),
 )
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
 
