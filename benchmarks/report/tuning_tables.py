@@ -67,7 +67,7 @@ def questions_table(results: Path) -> str:
     """What the limits, pairs and searches give, beside one format for all layers."""
     found = read("tuning", results)
     asked = [question for question in QUESTIONS if question != FRONTIER]
-    if not {FRONTIER, STABLE, *asked} <= found.keys():
+    if not {FRONTIER, *asked} <= found.keys():
         return NOT_TUNED
     uniform = _points(found[FRONTIER])
     head = ["choice", "bits", "tokens vs bf16", "KL predicted", "KL", "KL held out", "vs k6v4", "vs FP8"]
@@ -75,12 +75,13 @@ def questions_table(results: Path) -> str:
     for question in asked:
         points = _points(found[question])
         rows.append(_row(question, points[found[question].metrics["pick"]], uniform))
-    rows += [
-        _row(f"5.0 bits, chosen by the text {point['name']} alone", point, uniform)
-        for point in found[STABLE].metrics["points"]
-        if point["kind"] == "file"
-    ]
-    return f"{markdown(head, rows)}\n\n{source(found[STABLE])}"
+    if STABLE in found:
+        rows += [
+            _row(f"5.0 bits, chosen by the text {point['name']} alone", point, uniform)
+            for point in found[STABLE].metrics["points"]
+            if point["kind"] == "file"
+        ]
+    return f"{markdown(head, rows)}\n\n{source(found[FRONTIER])}"
 
 
 def _points(line: AccuracyRecord) -> dict[str, Mapping[str, Any]]:

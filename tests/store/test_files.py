@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from vllm_int8kv.store import files, index
-from vllm_int8kv.store.files import BadFile, Header
+from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, Index
-from vllm_int8kv.store.namespace import block_hash, folder_fingerprint
+from vllm_int8kv.store.namespace import block_hash, folder_fingerprint, model_identity
 
 HEADER = Header("n" * 32, "ab12", "exact", 300)
 PAYLOAD = bytes(range(256)) + b"x" * 44
@@ -55,7 +55,7 @@ def test_the_file_of_something_else_is_noticed(written, name):
 
 
 def test_words_for_what_is_no_file(written, tmp_path):
-    with pytest.raises(BadFile, match=r"it cannot be read \(No such file or directory\)"):
+    with pytest.raises(MissingFile, match="it is gone"):
         files.read(tmp_path / "missing.kv", HEADER)
     data = written.read_bytes()
     written.write_bytes(b"something else that is long enough")
@@ -128,9 +128,33 @@ def test_the_end_of_a_prefix_goes_before_its_beginning(tmp_path):
 def test_an_engine_that_restarts_knows_how_full_the_folder_is(tmp_path):
     size = write_blocks(tmp_path, 6)[0].stat().st_size
     evictor = Evictor(tmp_path, 5 * size)
-    assert evictor.wrote(size) == 2
-    assert evictor.wrote(size) == 0  # 4 + 1
+    assert evictor.wrote(size) == 2  # 4 are left
+    assert evictor.wrote(0) == 0
     assert Evictor(tmp_path, None).wrote(size) == 0
+
+
+def test_what_other_engines_write_counts(tmp_path):
+    size = write_blocks(tmp_path, 1)[0].stat().st_size
+    evictor = Evictor(tmp_path, 10 * size)
+    assert evictor.wrote(size) == 0
+    write_blocks(tmp_path, 12)  # by others
+    assert evictor.wrote(size) > 0
+
+
+def test_a_folder_that_does_not_answer_is_a_miss(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", stale)
+    assert not Index(tmp_path, [HEADER.namespace]).has("ab12")
+
+
+def test_a_model_without_weights_is_told_apart_from_no_other(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="there are no weights in"):
+        folder_fingerprint(tmp_path)
+    with pytest.raises(ValueError, match=r"KVStoreConnector cannot tell the weights of .* from others: there are no"):
+        model_identity(str(tmp_path), None, "auto", 0)
 
 
 def test_what_a_killed_writer_left_goes_after_an_hour(tmp_path):

@@ -295,6 +295,47 @@ def test_adapters_of_one_name_are_told_apart(llama, prompts, tmp_path):
     assert found[0][1] == found[1][1] == [0] * len(prompts)
 
 
+def test_a_loader_that_fails_lets_nobody_wait(llama, prompts, answers, store, monkeypatch):
+    from vllm_int8kv.store.engine.transfers import Transfers
+
+    def broken(self, found):
+        raise MemoryError("no room for a batch")
+
+    monkeypatch.setattr(Transfers, "_fill", broken)
+    with store_engine(llama, store) as llm:
+        assert generate(llm, prompts)[0] == answers
+        assert generate(llm, prompts)[0] == answers
+
+
+def test_a_block_that_was_evicted_is_computed_again(llama, prompts, answers, store):
+    with store_engine(llama, store) as llm:
+        lookups = llm.llm_engine.engine_core.engine_core.scheduler.connector._lookups
+        chain = chain_of(prompts[0])
+        for block in chain:
+            lookups.index.add(block)  # as it was when somebody asked
+        next(path for path in stored(store) if path.stem == chain[1]).unlink()
+        counts = count_of(llm, lambda: generate(llm, prompts[:1])[0], answers[:1])
+        assert counts["missing_blocks"] == 1 and "failed_blocks" not in counts
+
+
+def test_layers_that_see_a_window_are_refused(tmp_path):
+    model = tiny_models.mistral(tmp_path / "mistral")
+    problem = r"layers of this model \(SlidingWindowSpec\): blocks are kept of layers that see all tokens"
+    with pytest.raises((ValueError, RuntimeError), match=problem), store_engine(model, tmp_path):
+        pass
+
+
+def test_a_weight_update_that_has_begun_ends_the_use_of_the_store(llama, prompts, store):
+    with store_engine(llama, store) as llm:
+        connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        worker._weight_update_active = True
+        llm.collective_rpc("check_health")
+        assert connector._lookups is None
+        worker._weight_update_active = False
+        assert generate(llm, prompts)[1] == [0] * len(prompts)
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing_but_hits(llama, prompts, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

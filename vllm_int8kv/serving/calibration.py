@@ -97,6 +97,13 @@ def has_new_weights(worker: Any) -> bool:
     return any(_is_stale(model, followed) for model, followed in _models_of(worker))
 
 
+def has_touched_weights(worker: Any) -> bool:
+    """Whether any weight of a worker has changed since its factors were found, or is about to."""
+    if getattr(worker, "_weight_update_active", False):
+        return True
+    return any(followed.was_loaded or followed.version != _version(model) for model, followed in _models_of(worker))
+
+
 def calibrate_again(worker: Any) -> bool:
     """Find the factors of a worker's models anew, in place, as CUDA graphs keep their addresses.
 

@@ -154,7 +154,10 @@ def _follow_engine_core() -> None:
 
     def make(collective_rpc: Callable) -> Callable:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
-            results = collective_rpc(self, *args, **kwargs)
+            try:
+                results = collective_rpc(self, *args, **kwargs)
+            finally:  # what failed may have written some weights
+                leave_store(self)
             if must_follow(self.vllm_config):
                 follow_weights(self)
             return results
@@ -164,11 +167,21 @@ def _follow_engine_core() -> None:
     _wrap(sys.modules[CORE_MODULE].EngineCore, "collective_rpc", make)
 
 
+def leave_store(engine_core: Any) -> None:
+    """End an engine's use of the KV store if some of its weights are new: its files are about the old ones."""
+    from vllm_int8kv.serving import calibration
+
+    if not is_store(engine_core.vllm_config) or getattr(engine_core, "scheduler", None) is None:
+        return
+    if any(engine_core.model_executor.collective_rpc(calibration.has_touched_weights)):
+        engine_core.scheduler.connector.weights_changed()
+
+
 def follow_weights(engine_core: Any) -> None:
     """Let the workers of an engine core find new factors if its weights are new.
 
     Blocks that were written with other factors cannot be read any more: running requests are preempted, to be computed
-    again with the new weights, and the prefix cache is emptied. What the store has is of the old weights.
+    again with the new weights, and the prefix cache is emptied.
     """
     from vllm_int8kv.serving import calibration
 
@@ -179,7 +192,5 @@ def follow_weights(engine_core: Any) -> None:
     # All workers must find factors together, as the pass goes through their collectives.
     if not any(in_workers(calibration.has_new_weights)):
         return
-    if is_store(engine_core.vllm_config):
-        engine_core.scheduler.connector.weights_changed()
     if any(in_workers(calibration.calibrate_again)):
         engine_core.scheduler.reset_prefix_cache(reset_running_requests=True)

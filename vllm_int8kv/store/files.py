@@ -11,7 +11,6 @@
 What does not match what its reader expects raises `BadFile`, which is a miss, never an answer.
 """
 
-import itertools
 import json
 import os
 import struct
@@ -27,11 +26,14 @@ MAGIC = b"INT8KV\x00\x01"
 SUFFIX = ".kv"
 TEMPORARY_SUFFIX = ".tmp"
 DIGEST_BYTES = 16
-_numbers = itertools.count()
 
 
 class BadFile(Exception):
     """A file is not what was expected; the message says why."""
+
+
+class MissingFile(BadFile):
+    """There is none: it was evicted."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,12 @@ class Header:
             raise BadFile(f"its version is {data[7]}, expected {MAGIC[7]}")
         begin = 12 + struct.unpack("<I", data[8:12])[0]
         try:
-            return cls(**json.loads(bytes(data[12:begin]))), begin
+            found = cls(**json.loads(bytes(data[12:begin])))
         except (ValueError, TypeError) as error:
             raise BadFile(f"its header cannot be read ({error})") from None
+        if not isinstance(found.num_bytes, int) or found.num_bytes < 0:
+            raise BadFile(f"its header cannot be read (num_bytes is {found.num_bytes!r})")
+        return found, begin
 
 
 def path_of(root: Path, namespace: str, block: str) -> Path:
@@ -88,7 +93,8 @@ def write(root: Path, header: Header, payload: Sequence[bytes | memoryview]) -> 
     digest = blake3(head)
     for part in payload:
         digest.update(part)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}{TEMPORARY_SUFFIX}")
+    # Processes of several containers may have the same number.
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             file.write(head)
@@ -109,10 +115,13 @@ def read(path: Path, header: Header | None = None) -> tuple[Header, memoryview]:
         header: what the file must say of itself; `num_bytes` may differ, as codecs have payloads of many lengths.
 
     Raises:
-        BadFile: it is missing, unreadable, cut off, changed, or another one than expected.
+        MissingFile: there is none.
+        BadFile: it is unreadable, cut off, changed, or another one than expected.
     """
     try:
         data = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        raise MissingFile("it is gone") from None
     except OSError as error:
         raise BadFile(f"it cannot be read ({error.strerror})") from None
     found, begin = Header.decode(data)

@@ -6,7 +6,7 @@ block was last used, which survives restarts and is the same for all engines.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ MISS_SECONDS = 1.0
 """How long a block that was not there counts as absent: a waiting request asks in every step."""
 KEPT_SHARE = 0.9
 """What is left of `max_bytes` when something had to go, so that not every write looks at the whole folder."""
+RESCAN_SHARE = 0.05
+"""Of `max_bytes`, what an engine writes before it looks at the whole folder again: others write too."""
 STALE_SECONDS = 3600.0
 """Temporary files that are older were left by a process that was killed."""
 CHAIN_STEP_SECONDS = 1e-3
@@ -38,7 +40,9 @@ class Index:
             return True
         if self._absent.get(block, 0.0) > time.monotonic():
             return False
-        if all(files.path_of(self._root, namespace, block).exists() for namespace in self._namespaces):
+        # Not `Path.exists`, which raises where a folder may not be read or a network file system does not answer.
+        paths = (files.path_of(self._root, namespace, block) for namespace in self._namespaces)
+        if all(map(os.path.exists, paths)):
             self.add(block)
             return True
         self._absent[block] = time.monotonic() + MISS_SECONDS
@@ -58,10 +62,15 @@ class Index:
         self._absent[block] = time.monotonic() + seconds
 
 
-def touch(paths: Sequence[Path]) -> None:
-    """Note that the blocks of a prefix, the first one first, are used now."""
+def touch(paths: Iterable[Path], first: int = 0) -> None:
+    """Note that blocks of a prefix are used now.
+
+    Args:
+        paths: in their order.
+        first: the place of the first of them in the prefix.
+    """
     now = time.time()
-    for place, path in enumerate(paths):
+    for place, path in enumerate(paths, first):
         try:
             os.utime(path, (now, now - place * CHAIN_STEP_SECONDS))
         except OSError:  # evicted by another engine, or a folder that may only be read
@@ -98,18 +107,20 @@ class Evictor:
         self._root, self._max_bytes = root, max_bytes
         self._num_bytes: int | None = None
         """What is in the folder as far as this engine knows."""
+        self._own_bytes = 0
+        """What it wrote since it looked."""
 
     def wrote(self, num_bytes: int) -> int:
         """Note a written file, and make room if the folder is full; returns how many files had to go."""
         if self._max_bytes is None:
             return 0
-        if self._num_bytes is None:
-            self._num_bytes = sum(file.num_bytes for file in stored_files(self._root))
-        else:
+        self._own_bytes += num_bytes
+        if self._num_bytes is not None:
             self._num_bytes += num_bytes
-        if self._num_bytes <= self._max_bytes:
-            return 0
+            if self._num_bytes <= self._max_bytes and self._own_bytes < RESCAN_SHARE * self._max_bytes:
+                return 0
         removed, self._num_bytes = collect(self._root, self._max_bytes)
+        self._own_bytes = 0
         return removed
 
 

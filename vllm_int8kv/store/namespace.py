@@ -17,7 +17,8 @@ LAYOUT_VERSION = 1
 """Raised whenever the same description stands for other bytes."""
 DIGEST_BYTES = 16
 DESCRIPTION = "namespace.json"
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
+"""Suffixes of files that hold weights; with `.json` beside them all is said of a model."""
 SAMPLES, SAMPLE_BYTES = 32, 1 << 12
 """Of every file of weights: it would take minutes to read all of them."""
 
@@ -62,9 +63,15 @@ def folder_fingerprint(folder: Path) -> str:
     """A name for the files of a model, or an adapter, from their sizes and samples of their bytes.
 
     Training changes nearly every weight, so samples tell two checkpoints of one model apart.
+
+    Raises:
+        ValueError: there are no weights, which would make all of them equal.
     """
+    paths = [folder] if folder.is_file() else sorted(p for p in folder.glob("*") if p.suffix in (*WEIGHTS, ".json"))
+    if not any(path.suffix in WEIGHTS for path in paths):
+        raise ValueError(f"there are no weights in {folder}")
     hashed = blake3()
-    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
+    for path in paths:
         size = path.stat().st_size
         hashed.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -88,10 +95,13 @@ def model_identity(model: str, revision: str | None, load_format: str, seed: int
     """
     if load_format == "dummy":
         return ["random weights", str(seed)]
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _downloaded(model, revision)
-    return [folder_fingerprint(folder)]
+    path = Path(model)
+    if not path.exists():
+        path = _downloaded(model, revision)
+    try:
+        return [folder_fingerprint(path)]
+    except ValueError as error:
+        raise ValueError(f"KVStoreConnector cannot tell the weights of {model!r} from others: {error}") from None
 
 
 def _downloaded(model: str, revision: str | None) -> Path:

@@ -1,7 +1,7 @@
 """The pages of a KV cache as the store sees them: of every layer, what one block holds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,8 @@ class PagedLayer:
     block_size: int
     cache_format: CacheFormat | None = None
     """None for a cache of vLLM's own, whose pages only it understands"""
+    kind: str = ""
+    """of a cache of vLLM's own, what decides how it lays out its pages"""
     key_transform: KeyTransform = KeyTransform()
     head_size: int = 0
     num_kv_heads: int = 0
@@ -38,7 +40,7 @@ class PagedLayer:
             "name": self.name,
             "shape": list(self.pages.shape[1:]),
             "dtype": str(self.pages.dtype),
-            "format": None if self.cache_format is None else self.cache_format.name,
+            "format": self.kind if self.cache_format is None else self.cache_format.name,
             "rotate_keys": self.key_transform.rotate,
         }
 
@@ -90,22 +92,34 @@ def paged_layers(
     found: list[PagedLayer] = []
     seen: set[int] = set()
     for name in sorted(kv_caches):
-        cache = kv_caches[name]
-        if cache.data_ptr() in seen:
+        cache, layer = kv_caches[name], layers.get(name)
+        if getattr(layer, "kv_sharing_target_layer_name", None) is not None or cache.data_ptr() in seen:
             continue
         seen.add(cache.data_ptr())
         places = [place for place, size in enumerate(cache.shape) if size == num_blocks]
         if not places:
             raise ValueError(f"the KV cache of {name}, {list(cache.shape)}, has no dimension of {num_blocks} blocks")
         pages = cache.movedim(places[0], 0)
-        impl = getattr(layers.get(name), "impl", None)
+        impl = getattr(layer, "impl", None)
         cache_format = getattr(impl, "cache_format", None)
         if isinstance(cache_format, CacheFormat):
             sizes = {"head_size": impl.head_size, "num_kv_heads": impl.num_kv_heads, "block_size": pages.shape[2]}
-            found.append(PagedLayer(name, pages, cache_format=cache_format, key_transform=impl.key_transform, **sizes))
+            # A copy of the factors: those of the layer are replaced in place when its weights change, and pages that
+            # wait to be encoded were written with the old ones.
+            transform = impl.key_transform
+            if transform.equalizer is not None:
+                transform = replace(transform, equalizer=transform.equalizer.clone())
+            found.append(PagedLayer(name, pages, cache_format=cache_format, key_transform=transform, **sizes))
         else:
-            found.append(PagedLayer(name, pages, block_size=0))
+            found.append(PagedLayer(name, pages, block_size=0, kind=_kind_of(layer, impl)))
     return found
+
+
+def _kind_of(layer: object, impl: object) -> str:
+    """What decides how vLLM lays out the pages of a layer: pages of equal shape differ with AMX and without."""
+    names = ("kv_cache_dtype", "isa", "_k_scale_float", "_v_scale_float")
+    values = [getattr(impl, name, getattr(layer, name, None)) for name in names]
+    return f"{type(impl).__name__} {values}"
 
 
 def copy_out(layers: Sequence[PagedLayer], block_ids: Sequence[int]) -> list[torch.Tensor]:

@@ -169,7 +169,7 @@ def _with_folders(entry: Mapping[str, Any], separate: Callable[[str], str]) -> d
 def namespace(vllm_config: Any, layer_formats: Mapping[int, str]) -> str:
     """A name that two engines share only if a page of one means the same to the other.
 
-    Keys are not equalized where there is a connector (`calibration`), so that no factors are part of it.
+    Keys are not equalized where there is a connector of vLLM (`calibration`), so that no factors are part of it.
     """
     cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
     options = asdict(Int8KVConfig.from_additional_config(vllm_config.additional_config))

@@ -22,6 +22,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_utils import iter_layer_specs
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_int8kv.store import namespace as names
@@ -52,6 +55,8 @@ class StoreMetadata(KVConnectorMetadata):
     loads: dict[str, list[Block]] = field(default_factory=dict)
     """by request, in the order of its tokens"""
     saves: dict[str, list[Block]] = field(default_factory=dict)
+    touches: list[list[str]] = field(default_factory=list)
+    """hashes of the blocks of prefixes that were used"""
     is_idle: bool = False
     """whether the step computes nothing"""
 
@@ -60,13 +65,16 @@ class StoreMetadata(KVConnectorMetadata):
 class StoreWorkerMetadata(KVConnectorWorkerMetadata):
     """What happened to blocks in the workers."""
 
-    saved: set[str] = field(default_factory=set)
+    saved: dict[str, int] = field(default_factory=dict)
+    """by hash, how many ranks have written it"""
     unsaved: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
 
     def aggregate(self, other: "StoreWorkerMetadata") -> "StoreWorkerMetadata":
-        unsaved = self.unsaved | other.unsaved
-        return StoreWorkerMetadata((self.saved | other.saved) - unsaved, unsaved, self.bad | other.bad)
+        saved = dict(Counter(self.saved) + Counter(other.saved))
+        unsaved, bad = self.unsaved | other.unsaved, self.bad | other.bad
+        return StoreWorkerMetadata(saved, unsaved, bad, self.missing | other.missing)
 
 
 @dataclass
@@ -84,7 +92,7 @@ class KVStoreConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = StoreOptions.from_mapping(self._kv_transfer_config.kv_connector_extra_config or {})
-        check_engine(vllm_config)
+        check_engine(vllm_config, kv_cache_config)
         # vLLM's default is to fail a request whose blocks cannot be loaded.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         self._block_size = vllm_config.cache_config.block_size
@@ -166,8 +174,11 @@ class KVStoreConnector(KVConnectorBase_V1):
         """Pages are copied when all layers have been computed."""
 
     def wait_for_save(self) -> None:
-        for blocks in self._get_connector_metadata().saves.values():
+        metadata = self._get_connector_metadata()
+        for blocks in metadata.saves.values():
             self._transfers.save(blocks)
+        for hashes in metadata.touches:
+            self._transfers.touch(hashes)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         is_idle = self.has_connector_metadata() and self._get_connector_metadata().is_idle
@@ -179,8 +190,11 @@ class KVStoreConnector(KVConnectorBase_V1):
         return self._outcome.failed_blocks
 
     def build_connector_worker_meta(self) -> StoreWorkerMetadata | None:
-        found = StoreWorkerMetadata(self._outcome.saved, self._outcome.unsaved, self._outcome.bad_hashes)
-        return found if found.saved or found.unsaved or found.bad else None
+        outcome = self._outcome
+        saved = dict.fromkeys(outcome.saved, 1)
+        if not (saved or outcome.unsaved or outcome.bad_hashes or outcome.missing_hashes):
+            return None
+        return StoreWorkerMetadata(saved, outcome.unsaved, outcome.bad_hashes, outcome.missing_hashes)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         return StoreStats(self._outcome.counts) if self._outcome.counts else None
@@ -200,7 +214,7 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Handshake]) -> None:
         found = [metadata[rank].namespace for rank in sorted(metadata)]
-        self._lookups = Lookups(Index(self._options.root, found), self._block_size)
+        self._lookups = Lookups(Index(self._options.root, found), self._block_size, num_ranks=len(found))
 
     def on_new_request(self, request: Any) -> None:
         if self._lookups is not None:
@@ -220,13 +234,16 @@ class KVStoreConnector(KVConnectorBase_V1):
         if self._lookups is None:
             return StoreMetadata()
         loads, saves = self._lookups.take_loads(), self._lookups.find_saves(scheduler_output)
-        return StoreMetadata(loads, saves, is_idle=scheduler_output.total_num_scheduled_tokens == 0)
+        touches, is_idle = self._lookups.take_touches(), scheduler_output.total_num_scheduled_tokens == 0
+        return StoreMetadata(loads, saves, touches, is_idle)
 
     def update_connector_output(self, connector_output: Any) -> None:
         if (found := connector_output.kv_connector_worker_meta) is not None and self._lookups is not None:
             self._lookups.note(found.saved, found.unsaved)
             for block in found.bad:
                 self._lookups.index.forget(block, BAD_FILE_SECONDS)
+            for block in found.missing:
+                self._lookups.index.forget(block)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self._lookups is not None:
@@ -250,7 +267,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         return StorePromMetrics(*args)
 
 
-def check_engine(vllm_config: VllmConfig) -> None:
+def check_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> None:
     """Refuse engines whose blocks the store cannot keep.
 
     Raises:
@@ -263,5 +280,13 @@ def check_engine(vllm_config: VllmConfig) -> None:
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel_config, name, 1)) > 1:
             reasons.append(f"{name}={size}")
+    if not current_platform.is_cpu():
+        reasons.append(f"{current_platform.device_name}: pages are copied on CPUs only")
+    if getattr(vllm_config.model_config, "model_weights", ""):
+        reasons.append("weights in an object storage: nothing tells them from others of the same name")
+    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]
+    if len(kv_cache_config.kv_cache_groups) != 1 or not all(isinstance(spec, FullAttentionSpec) for spec in specs):
+        kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))
+        reasons.append(f"layers of this model ({kinds}): blocks are kept of layers that see all tokens")
     if reasons:
         raise ValueError(f"KVStoreConnector cannot be used with {'; '.join(reasons)}")

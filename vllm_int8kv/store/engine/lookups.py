@@ -1,6 +1,6 @@
 """The scheduler's side of the store: which blocks of a request are stored, to be loaded, or worth saving."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,24 @@ class Tracked:
     """where the load begins that was offered last"""
     num_saved: int = 0
     """blocks at its beginning that are stored or on their way"""
+    has_hole: bool = False
+    """a block of it was not saved, so that nobody would find the ones behind it"""
 
 
 class Lookups:
     """Requests of one scheduler and what the folder has of them."""
 
-    def __init__(self, index: Index, block_size: int) -> None:
+    def __init__(self, index: Index, block_size: int, num_ranks: int) -> None:
         self.index = index
+        self._num_ranks = num_ranks
         self._block_size = block_size
         self._tracked: dict[str, Tracked] = {}
         self._loads: dict[str, list[Block]] = {}
-        self._saving: set[str] = set()
-        """Hashes of blocks that workers are writing."""
+        self._saving: dict[str, int] = {}
+        """Blocks that workers are writing, and how many ranks have."""
+        self._touches: list[list[str]] = []
         self._adapters: dict[str, str] = {}
-        """Fingerprints of LoRA adapters, by path."""
+        """Fingerprints of LoRA adapters, by path and the state of their files."""
 
     def add_request(self, request: Any) -> Tracked:
         """Begin to follow a request."""
@@ -45,7 +49,13 @@ class Lookups:
 
     def remove_request(self, request_id: str) -> None:
         """A request has finished; vLLM keeps its blocks until a load that is on its way has ended."""
-        self._tracked.pop(request_id, None)
+        if (tracked := self._tracked.pop(request_id, None)) is not None and tracked.num_saved:
+            self._touches.append(tracked.hashes[: tracked.num_saved])
+
+    def take_touches(self) -> list[list[str]]:
+        """Prefixes that were used."""
+        taken, self._touches = self._touches, []
+        return taken
 
     def num_stored_tokens(self, request: Any, num_computed_tokens: int) -> int:
         """Tokens behind the computed ones whose blocks are all stored."""
@@ -62,7 +72,7 @@ class Lookups:
         """Load the tokens that were offered last into the blocks that the request has."""
         tracked = self._tracked[request.request_id]
         places = range(tracked.first_block, tracked.first_block + num_tokens // self._block_size)
-        self._loads[request.request_id] = [Block(tracked.hashes[place], block_ids[place]) for place in places]
+        self._loads[request.request_id] = [Block(tracked.hashes[place], block_ids[place], place) for place in places]
 
     def take_loads(self) -> dict[str, list[Block]]:
         """What is to be loaded, by request."""
@@ -76,7 +86,7 @@ class Lookups:
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         state, found = scheduler_output.kv_connector_block_state, {}
         for request_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
-            if (tracked := self._tracked.get(request_id)) is None:
+            if (tracked := self._tracked.get(request_id)) is None or tracked.has_hole:
                 continue
             num_known = _num_settled_tokens(tracked.request, computed[request_id] + num_scheduled)
             num_blocks = num_known // self._block_size
@@ -84,41 +94,57 @@ class Lookups:
                 continue
             block_ids = state.get_block_ids(request_id)[0]
             hashes = self._hashes(tracked, num_blocks)
-            for place in range(tracked.num_saved, num_blocks):
+            for place in range(tracked.num_saved, len(hashes)):
                 block = hashes[place]
                 if block not in self._saving and not self.index.has(block):
-                    self._saving.add(block)
-                    found.setdefault(request_id, []).append(Block(block, block_ids[place]))
-            tracked.num_saved = num_blocks
+                    self._saving[block] = 0
+                    found.setdefault(request_id, []).append(Block(block, block_ids[place], place))
+            tracked.num_saved = len(hashes)
         return found
 
-    def note(self, saved: Iterable[str], unsaved: Iterable[str]) -> None:
-        """Blocks were written, or not."""
-        for block in saved:
-            self._saving.discard(block)
-            self.index.add(block)
+    def note(self, saved: Mapping[str, int], unsaved: Collection[str]) -> None:
+        """Blocks were written by so many ranks more, or not by one of them."""
+        for block, count in saved.items():
+            self._saving[block] = self._saving.get(block, 0) + count
+            if self._saving[block] >= self._num_ranks:
+                del self._saving[block]
+                self.index.add(block)
         for block in unsaved:
-            self._saving.discard(block)
+            self._saving.pop(block, None)
             self.index.forget(block)
+        if unsaved:
+            for tracked in self._tracked.values():
+                tracked.has_hole = tracked.has_hole or not unsaved.isdisjoint(tracked.hashes)
 
     def _hashes(self, tracked: Tracked, num_blocks: int) -> list[str]:
-        """The hashes of the first blocks of a request."""
+        """The hashes of the first blocks of a request; none if nothing tells its adapter from others."""
         request, hashes = tracked.request, tracked.hashes
         while len(hashes) < num_blocks:
             begin = len(hashes) * self._block_size
             end = begin + self._block_size
             keys, tracked.next_mm_idx = generate_block_hash_extra_keys(request, begin, end, tracked.next_mm_idx)
             if request.lora_request is not None:
-                keys = (*keys, self._adapter(request.lora_request.lora_path))
+                if (adapter := self._adapter(request.lora_request.lora_path)) is None:
+                    break
+                keys = (*keys, adapter)
             parent = hashes[-1] if hashes else ""
             hashes.append(names.block_hash(parent, request.all_token_ids[begin:end], keys))
         return hashes[:num_blocks]
 
-    def _adapter(self, path: str) -> str:
-        """A fingerprint of an adapter: its name and path may stand for another one tomorrow."""
-        if path not in self._adapters:
-            self._adapters[path] = names.folder_fingerprint(Path(path))
-        return self._adapters[path]
+    def _adapter(self, path: str) -> str | None:
+        """A fingerprint of an adapter, whose name and path may stand for another one tomorrow; None if it is in no
+        folder, as those that vLLM downloads from a hub, and then nothing of its requests is stored."""
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            return None
+        status = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
+        key = f"{path} {status}"
+        if key not in self._adapters:
+            try:
+                self._adapters[key] = names.folder_fingerprint(folder)
+            except ValueError:
+                return None
+        return self._adapters[key]
 
 
 def _num_settled_tokens(request: Any, num_tokens: int) -> int:

@@ -10,6 +10,7 @@ COUNTERS = {
     "loaded_bytes": "Bytes that were read of the files of loaded blocks.",
     "load_seconds": "Time that loads took, from the request to the last block.",
     "failed_blocks": "Blocks whose file could not be used, and that were computed again.",
+    "missing_blocks": "Blocks whose file was evicted before it was read, and that were computed again.",
     "saved_blocks": "Blocks that were written to the store.",
     "saved_bytes": "Bytes that were written.",
     "saved_page_bytes": "Bytes that the pages of written blocks take in the cache.",

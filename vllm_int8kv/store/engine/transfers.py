@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_int8kv.store import files
 from vllm_int8kv.store.codecs import Codec
-from vllm_int8kv.store.files import BadFile, Header
+from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, touch
 from vllm_int8kv.store.pages import PagedLayer, copy_in, copy_out
 
@@ -26,6 +24,8 @@ class Block:
 
     hash: str
     block_id: int
+    place: int = 0
+    """in its prefix"""
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Outcome:
     """ids of blocks that hold nothing"""
     bad_hashes: set[str] = field(default_factory=set)
     """of blocks whose files could not be used"""
+    missing_hashes: set[str] = field(default_factory=set)
+    """of blocks whose files are gone"""
     saved: set[str] = field(default_factory=set)
     unsaved: set[str] = field(default_factory=set)
     """dropped, or not written"""
@@ -81,7 +83,8 @@ class Transfers:
         self._queued_bytes = 0
         self._num_loading = 0
         self._loads: queue.SimpleQueue[tuple[str, Sequence[Block], float] | None] = queue.SimpleQueue()
-        self._saves: queue.SimpleQueue[tuple[Sequence[Block], list[torch.Tensor]] | None] = queue.SimpleQueue()
+        self._saves: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Blocks with copies of their pages, or hashes of blocks that were used."""
         self._threads = [
             threading.Thread(target=run, name=f"kv-store-{name}", daemon=True)
             for name, run in (("load", self._run_loads), ("save", self._run_saves))
@@ -114,6 +117,10 @@ class Transfers:
         if kept:
             self._saves.put((kept, copy_out(self.layers, [block.block_id for block in kept])))
 
+    def touch(self, hashes: Sequence[str]) -> None:
+        """Note that all blocks of a prefix, the first one first, are used now."""
+        self._saves.put(hashes)
+
     def take_outcome(self, wait_seconds: float = 0.0) -> Outcome:
         """What happened since the last call.
 
@@ -138,8 +145,12 @@ class Transfers:
         while (item := self._loads.get()) is not None:
             request_id, blocks, since = item
             for begin in range(0, len(blocks), LOAD_BATCH):
-                self._load_batch(blocks[begin : begin + LOAD_BATCH])
-            touch([files.path_of(self._root, self._namespace, block.hash) for block in blocks])
+                batch = blocks[begin : begin + LOAD_BATCH]
+                try:
+                    self._load_batch(batch)
+                except Exception as error:  # the request would wait for ever, and so would all behind it
+                    for block in batch:
+                        self._fail(block, f"{type(error).__name__}: {error}")
             with self._changed:
                 self._outcome.count("load_seconds", time.monotonic() - since)
                 self._outcome.finished_loads.add(request_id)
@@ -147,37 +158,47 @@ class Transfers:
                 self._changed.notify_all()
 
     def _load_batch(self, blocks: Sequence[Block]) -> None:
-        good, payloads = [], []
+        found: list[tuple[Block, memoryview]] = []
         for block in blocks:
             try:
-                payloads.append(self._read(block.hash))
-                good.append(block)
+                found.append((block, self._read(block.hash)))
+            except MissingFile:
+                self._miss(block)
             except BadFile as error:
                 self._fail(block, str(error))
-        if good:
-            try:
-                pages = self._codec.decode(payloads)
-            except BadFile:
-                pages = None
-            if pages is not None:
-                copy_in(self.layers, [block.block_id for block in good], pages)
-            else:  # one of them is none of this codec; the others are good
-                for block, payload in zip(good, payloads, strict=True):
-                    self._load_single(block, payload)
-        with self._lock:
-            self._outcome.count("loaded_blocks", len(good))
-            self._outcome.count("loaded_bytes", sum(map(len, payloads)))
-
-    def _load_single(self, block: Block, payload: Any) -> None:
         try:
-            copy_in(self.layers, [block.block_id], self._codec.decode([payload]))
-        except BadFile as error:
-            self._fail(block, str(error))
+            self._fill(found)
+        except BadFile:  # one of them is none of this codec; the others are good
+            for pair in found:
+                try:
+                    self._fill([pair])
+                except BadFile as error:
+                    self._fail(pair[0], str(error))
+
+    def _fill(self, found: Sequence[tuple[Block, memoryview]]) -> None:
+        """Decode payloads into their blocks, all of them or none.
+
+        Raises:
+            BadFile: a payload is none of the codec.
+        """
+        if not found:
+            return
+        pages = self._codec.decode([payload for _, payload in found])
+        copy_in(self.layers, [block.block_id for block, _ in found], pages)
+        with self._lock:
+            self._outcome.count("loaded_blocks", len(found))
+            self._outcome.count("loaded_bytes", sum(len(payload) for _, payload in found))
 
     def _read(self, block: str) -> memoryview:
         expected = Header(self._namespace, block, self._codec_name, 0)
         _, payload = files.read(files.path_of(self._root, self._namespace, block), expected)
         return payload
+
+    def _miss(self, block: Block) -> None:
+        with self._lock:
+            self._outcome.failed_blocks.add(block.block_id)
+            self._outcome.missing_hashes.add(block.hash)
+            self._outcome.count("missing_blocks")
 
     def _fail(self, block: Block, why: str) -> None:
         path = files.path_of(self._root, self._namespace, block.hash)
@@ -189,12 +210,16 @@ class Transfers:
 
     def _run_saves(self) -> None:
         while (item := self._saves.get()) is not None:
+            if isinstance(item, list):
+                touch(files.path_of(self._root, self._namespace, block) for block in item)
+                continue
             blocks, pages = item
             try:
                 payloads = self._codec.encode(pages)
                 for block, payload in zip(blocks, payloads, strict=True):
                     self._write(block.hash, payload)
-                touch([files.path_of(self._root, self._namespace, block.hash) for block in blocks])
+                paths = (files.path_of(self._root, self._namespace, block.hash) for block in blocks)
+                touch(paths, blocks[0].place)
             except Exception as error:  # a thread that died would leave all later blocks unsaved without a word
                 with self._lock:
                     self._outcome.count("failed_writes", len(blocks))
