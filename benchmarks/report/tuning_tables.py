@@ -187,7 +187,8 @@ def draw_store(found: Sequence[Mapping[str, AccuracyRecord]], path: Path) -> Non
     axes.set_yscale("log")
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("seconds to the first token")
-    axes.legend()
+    axes.legend(loc="upper left", ncols=2)
+    axes.set_ylim(top=30 * axes.get_ylim()[1] / 10)  # room for the legend
     line = lines[NO_STORE]
     axes.set_title(f"{line.case['model']}: a prompt that is computed, and one from the store")
     save(figure, found, path, f"{line.device.split(',')[0]}, {line.utc[:10]}")

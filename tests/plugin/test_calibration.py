@@ -124,7 +124,8 @@ class Encoder(torch.nn.Module):
 )
 def test_why_a_model_is_not_run(model, stages, connector, problem):
     parallel_config = SimpleNamespace(pipeline_parallel_size=stages)
-    config = SimpleNamespace(parallel_config=parallel_config, kv_transfer_config=connector)
+    transfer = None if connector is None else SimpleNamespace(kv_connector=connector, kv_connector_module_path=None)
+    config = SimpleNamespace(parallel_config=parallel_config, kv_transfer_config=transfer)
     assert calibration._why_not(model, config) == problem
 
 
