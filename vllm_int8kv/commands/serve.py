@@ -17,7 +17,6 @@ from typing import Any
 from vllm_int8kv.commands import configs
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation.cache_spec import CacheSpec
-from vllm_int8kv.store.options import StoreOptions
 
 STORE_OPTION = "--kv-store"
 PLUGIN_NAME = "int8kv"
@@ -106,6 +105,8 @@ def _store_config(spelled: str) -> Any:
         ValueError: an option has no value, is unknown or wrong.
     """
     from vllm.config import KVTransferConfig
+
+    from vllm_int8kv.store.options import StoreOptions  # with PyTorch, which doctor must not wait for
 
     path, *given = spelled.split(":")
     # The codec bound:R has a colon of its own.
