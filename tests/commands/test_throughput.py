@@ -226,7 +226,8 @@ def test_smoke_sweep_interrupted_and_continued(tmp_path):
     file = tmp_path / "cpu_smoke_k6v4.yaml"
     file.write_text(SMOKE.read_text().replace("[auto, int8_custom]", f'[auto, "{K6V4.name}"]'))
     command = [sys.executable, "-m", "vllm_int8kv.commands.cli", "bench", str(file), "--out", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # The workers of xdist say in COLUMNS that they are a terminal of 80.
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "COLUMNS")}
     log_file = tmp_path / "log.txt"
     with log_file.open("w") as log:
         options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
