@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_int8kv.commands import cli
+from vllm_int8kv.commands import cli, terminal
 from vllm_int8kv.store import files
 from vllm_int8kv.store.files import Header
 from vllm_int8kv.store.namespace import write_description
@@ -27,6 +27,12 @@ def folder(tmp_path) -> Path:
     write_description(tmp_path / ("a" * 32), shown)
     (tmp_path / ("b" * 32) / "00" / f".x{files.TEMPORARY_SUFFIX}").write_bytes(b"half")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """As in a file; the workers of xdist say in COLUMNS that they are a terminal of 80."""
+    monkeypatch.setattr(terminal.console, "width", terminal.LOG_WIDTH)
 
 
 def run(*arguments, exit_code=0) -> str:
