@@ -8,8 +8,8 @@ import torch
 
 from vllm_int8kv.cache.key_transform import hadamard_rotate, rotation_block
 from vllm_int8kv.cache.quantizer import num_levels
+from vllm_int8kv.evaluation.tuning.schemes import through_fp8
 
-FP8_MAX = 448.0
 GROUP = 32
 SMALLEST_SCALE = 1e-30
 """In place of 0, so that a vector whose elements are all equal divides by something."""
@@ -44,7 +44,7 @@ def per_channel(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
 def fp8(x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
     """e4m3 with a scale per tensor; vLLM's is 1 unless the checkpoint has another."""
-    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+    return through_fp8(x / scale) * scale
 
 
 def random_signs(head_size: int) -> torch.Tensor:

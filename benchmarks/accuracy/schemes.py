@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.accuracy import quantizers
-from benchmarks.accuracy.quantizers import FP8_MAX, GROUP
+from benchmarks.accuracy.quantizers import GROUP
 from vllm_int8kv.cache.equalization import key_equalizer
 from vllm_int8kv.cache.formats import FORMATS, K8V8, SCALE_DTYPE, CacheFormat, native_content_bytes
 from vllm_int8kv.cache.key_transform import KeyTransform
+from vllm_int8kv.evaluation.tuning.schemes import FP8_MAX
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from benchmarks.accuracy import accuracy_record
@@ -21,7 +20,7 @@ from vllm_int8kv.evaluation import record
 from vllm_int8kv.evaluation.eval_plan import make_plan
 from vllm_int8kv.evaluation.tuning.plan import TunePlan
 from vllm_int8kv.evaluation.tuning.policies import Limit
-from vllm_int8kv.evaluation.tuning.report import print_tuning
+from vllm_int8kv.evaluation.tuning.report import picked, print_tuning, write_policy
 from vllm_int8kv.evaluation.tuning.tune import tune
 
 KVTUNER_PAIRS = tuple(f"k{k}v{v}" for k in (8, 4, 2) for v in (8, 4, 2))
@@ -86,10 +85,9 @@ def stability(model: str, tokens: int, chosen: Mapping[str, str], folder: Path, 
     for name in names:
         plan = TunePlan(_eval_plan(model, tokens, {name: chosen[name]}), limit=Limit("--max-bits", STABLE_BITS))
         report = tune(replace(plan, journal=folder / f"{name}.jsonl"), console, name=f"{model}, {name}")
-        pick = next(point for point in report["points"] if point["name"] == report["pick"])
-        picks[name] = pick["policy"]
+        picks[name] = picked(report)["policy"]
         files.append(folder / f"{name}.yaml")
-        files[-1].write_text(yaml.safe_dump({int(layer): pair for layer, pair in pick["policy"].items()}))
+        write_policy(report, files[-1])
     plan = TunePlan(_eval_plan(model, tokens, chosen), policies=tuple(files), journal=folder / "journal.jsonl")
     metrics = summary_of(tune(plan, console, name=model))
     for point in metrics["points"]:

@@ -23,7 +23,7 @@ from vllm_int8kv.evaluation import record
 from vllm_int8kv.evaluation.engines.process import EngineProcess
 from vllm_int8kv.evaluation.progress import ProgressDisplay
 from vllm_int8kv.evaluation.scoring import summarize
-from vllm_int8kv.store import files, index
+from vllm_int8kv.store import index
 
 BLOCK_SIZE = 32
 CODECS = "exact,k6v4,k6v4+zstd,k4v4,k4v4+zstd,bound:0.1,bound:0.2,bound:0.4"
@@ -107,15 +107,14 @@ def main(
             root = Path(folder, codec)
             plan = scored(replace(timed, folder=str(root), codec=codec, is_cold=True), codec)
             cold = run(plan, progress, f"{codec}, saving")
-            num_bytes = sum(file.num_bytes for file in index.stored_files(root))
-            num_blocks = sum(1 for _ in root.rglob(f"*{files.SUFFIX}"))
+            blocks = list(index.stored_files(root))
             warm = run(replace(plan, is_cold=False), progress, f"{codec}, loading")
             metrics = {
                 "ttft_s": warm["ttft_s"],
                 "ttft_saving_s": cold["ttft_s"],
                 "cached": warm["cached"],
                 "same_tokens": warm["token"] == cold["token"],
-                "file_bytes_per_token": num_bytes / (num_blocks * BLOCK_SIZE),
+                "file_bytes_per_token": sum(block.num_bytes for block in blocks) / (len(blocks) * BLOCK_SIZE),
                 **cold["sheet"],
                 "scores": kl(plan),
             }

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zstandard
 
-from vllm_int8kv.store.codecs import Codec, Exact, Payload
+from vllm_int8kv.store.codecs import ZSTD_LEVEL, Codec, Exact, Payload
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.pages import KV, PagedLayer
 
@@ -23,7 +23,6 @@ NUM_CLASSES = 16
 """Of channels: each has a Huffman table of its own, some 50 bytes."""
 ESCAPE = -128
 """Stands for a multiple beyond 127, which is listed apart."""
-LEVEL = 1
 
 
 def parse_bound(name: str) -> float:
@@ -104,7 +103,7 @@ class Bounded(Codec):
         codes.flat[beyond] = ESCAPE
         codes = codes.astype(np.int8)
         classes = _classes(multiples)
-        compressor = zstandard.ZstdCompressor(level=LEVEL)
+        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
         frames = [compressor.compress(codes[classes == number].tobytes()) for number in range(NUM_CLASSES)]
         pairs = (classes[0::2] << 4 | classes[1::2]).astype(np.uint8)  # head sizes are even
         head = struct.pack(f"<II{NUM_CLASSES}I", len(beyond), len(pairs), *map(len, frames))

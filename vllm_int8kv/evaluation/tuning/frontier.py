@@ -9,7 +9,6 @@ from vllm_int8kv.evaluation.tuning.search import Policy
 
 USABLE_KL = 0.1
 """Nats per token; perplexity rises by about as much, 10 %."""
-KINDS = ("uniform", "peer", "tuned", "file")
 
 
 @dataclass
@@ -18,7 +17,7 @@ class Point:
 
     name: str
     kind: str
-    """one of `KINDS`"""
+    """uniform (one format for all layers), peer (a cache of others), tuned or file"""
     policy: Policy
     bits: float
     """mean bits per element, scales not counted"""

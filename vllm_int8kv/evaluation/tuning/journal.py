@@ -43,9 +43,6 @@ class Journal:
         if not lines:
             self._write({"header": header})
 
-    def __len__(self) -> int:
-        return len(self._values)
-
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

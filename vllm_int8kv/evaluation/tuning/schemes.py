@@ -75,6 +75,11 @@ def through_floats(x: torch.Tensor, family: str) -> torch.Tensor:
     """What a cache of floats gives back of fp32 values."""
     if family == "bf16":
         return x.bfloat16().float()
+    return through_fp8(x)
+
+
+def through_fp8(x: torch.Tensor) -> torch.Tensor:
+    """The nearest values of e4m3, larger ones clipped."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
 
 

@@ -189,9 +189,12 @@ class Transfers:
             self._outcome.count("loaded_blocks", len(found))
             self._outcome.count("loaded_bytes", sum(len(payload) for _, payload in found))
 
+    def _path(self, block: str) -> Path:
+        return files.path_of(self._root, self._namespace, block)
+
     def _read(self, block: str) -> memoryview:
         expected = Header(self._namespace, block, self._codec_name, 0)
-        _, payload = files.read(files.path_of(self._root, self._namespace, block), expected)
+        _, payload = files.read(self._path(block), expected)
         return payload
 
     def _miss(self, block: Block) -> None:
@@ -201,25 +204,23 @@ class Transfers:
             self._outcome.count("missing_blocks")
 
     def _fail(self, block: Block, why: str) -> None:
-        path = files.path_of(self._root, self._namespace, block.hash)
         with self._lock:
             self._outcome.failed_blocks.add(block.block_id)
             self._outcome.bad_hashes.add(block.hash)
             self._outcome.count("failed_blocks")
-            self._outcome.problems.append(f"{path} is computed again: {why}")
+            self._outcome.problems.append(f"{self._path(block.hash)} is computed again: {why}")
 
     def _run_saves(self) -> None:
         while (item := self._saves.get()) is not None:
             if isinstance(item, list):
-                touch(files.path_of(self._root, self._namespace, block) for block in item)
+                touch(map(self._path, item))
                 continue
             blocks, pages = item
             try:
                 payloads = self._codec.encode(pages)
                 for block, payload in zip(blocks, payloads, strict=True):
                     self._write(block.hash, payload)
-                paths = (files.path_of(self._root, self._namespace, block.hash) for block in blocks)
-                touch(paths, blocks[0].place)
+                touch([self._path(block.hash) for block in blocks], blocks[0].place)
             except Exception as error:  # a thread that died would leave all later blocks unsaved without a word
                 with self._lock:
                     self._outcome.count("failed_writes", len(blocks))
