@@ -1,13 +1,16 @@
 """Compile every CUDA source for every architecture and show what the kernels use.
 
-    python .ci/cuda_compile.py                 # all architectures of a release wheel
-    python .ci/cuda_compile.py --arch 80 90    # a quick check
+    python .ci/cuda_compile.py                          # all architectures of a release wheel, all cache formats
+    python .ci/cuda_compile.py --arch 80 90 --formats k8v8 k6v4    # a quick check
+    python .ci/cuda_compile.py --keep build/cuda        # and leave the objects there, for benchmarks.cuda_static
 
 Needs nvcc, c++filt and no GPU. Warnings are errors. Exits with 1 if a file does not compile or a hot kernel spills
 registers to memory.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -16,10 +19,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+FORMAT_SOURCE = SOURCES / "cuda" / "attention" / "format_kernels.cu"
+"""Compiled once per cache format."""
+FORMATS = [
+    f"k{k}v{v}" for k, v in re.findall(r"CALL\((\d), (\d)\)", (SOURCES / "format" / "cache_format.h").read_text())
+]
 RELEASE_ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 HOT = ("reshape_and_cache", "decode", "per_channel", "quantize")
 """A kernel whose name contains one of these must not spill."""
@@ -28,6 +36,8 @@ FLAGS = [
     *["-std=c++20", "-O3", "-lineinfo", "-c"],
     *["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"],
 ]
+DTYPES = ("fp32", "fp16", "bf16")
+"""As `DType` in `csrc/format/params.h` numbers them."""
 ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\S+)' for 'sm_(?P<arch>\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -38,6 +48,7 @@ class Kernel:
     """What ptxas reports of one kernel on one architecture; sizes in bytes."""
 
     name: str
+    symbol: str
     arch: str
     registers: int
     static_shared: int
@@ -49,13 +60,24 @@ class Kernel:
         return self.spills > 0 and any(word in self.name for word in HOT)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one file for one architecture."""
+
+    kernels: list[Kernel]
+    failure: str
+    """the compiler's output, if it failed"""
+    bytes: int
+
+
 def readable(symbols: list[str]) -> list[str]:
-    """`name<K8V8, 1, true>` from each mangled name: without namespaces and parameters, formats by their short names."""
+    """`name<K8V8, 1, true>` from each mangled name: without namespaces and parameters, formats and dtypes in short."""
     demangled = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     names = []
     for name in demangled.splitlines():
         name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("int8kv::", "")
         name = re.sub(r"Format<Codes<(\d)>, Codes<(\d)> ?>", r"K\1V\2", name)
+        name = re.sub(r"\(DType\)([012])", lambda found: DTYPES[int(found[1])], name)
         name = name.replace("(bool)1", "true").replace("(bool)0", "false").replace(" >", ">")
         names.append(name.partition("(")[0])
     return names
@@ -75,6 +97,7 @@ def parse(report: str) -> list[Kernel]:
     return [
         Kernel(
             name=name,
+            symbol=entry["symbol"],
             arch=entry["arch"],
             registers=int(used[1]),
             static_shared=int(used[2] or 0),
@@ -90,21 +113,35 @@ def extra_flags(source: Path) -> list[str]:
     return ["-fmad=false"] if source.parent.name in ("cache", "ladder") else []
 
 
-def compile_one(nvcc: str, source: Path, arch: str, folder: str) -> tuple[list[Kernel], str]:
-    """Compile one file for one architecture; returns its kernels and, if it failed, the compiler's output."""
+def objects(formats: list[str]) -> dict[str, tuple[Path, list[str]]]:
+    """What is compiled, by the name of the object: the source and its definitions."""
+    found = {source.stem: (source, []) for source in sorted(SOURCES.glob("**/*.cu")) if source != FORMAT_SOURCE}
+    for name in formats:
+        found[name] = (FORMAT_SOURCE, [f"-DINT8KV_K_BITS={name[1]}", f"-DINT8KV_V_BITS={name[3]}"])
+    return found
+
+
+def compile_one(nvcc: str, name: str, source: Path, definitions: list[str], arch: str, folder: str | Path) -> Compiled:
+    """Compile one file for one architecture, to an object in `folder` and what ptxas says of its kernels beside it."""
     command = [
         nvcc,
         *FLAGS,
         *extra_flags(source),
+        *definitions,
         f"-I{SOURCES}",
         "-gencode",
         f"arch=compute_{arch},code=sm_{arch}",
         str(source),
     ]
-    command += ["-o", str(Path(folder, f"{source.stem}.{arch}.o"))]
+    object_file = Path(folder, f"{name}.{arch}.o")
+    command += ["-o", str(object_file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
-    return ([], f"{' '.join(command)}\n{output}") if done.returncode else (parse(output), "")
+    if done.returncode:
+        return Compiled([], f"{' '.join(command)}\n{output}", 0)
+    kernels = parse(output)
+    object_file.with_suffix(".json").write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+    return Compiled(kernels, "", object_file.stat().st_size)
 
 
 def print_table(kernels: list[Kernel]) -> None:
@@ -117,26 +154,31 @@ def print_table(kernels: list[Kernel]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=RELEASE_ARCHITECTURES, help="default: %(default)s")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS, help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time, default 2")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the objects there")
     options = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         print("nvcc was not found: install a CUDA toolkit, 12.8 or newer", file=sys.stderr)
         return 1
     os.nice(10)
-    sources = sorted(SOURCES.glob("**/*.cu"))
+    sources = objects(options.formats)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        tasks = [(source, arch) for source in sources for arch in options.arch]
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+    kept = contextlib.nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory()
+    with kept as folder, ThreadPoolExecutor(options.jobs) as pool:
+        tasks = [(name, *source, arch) for name, source in sources.items() for arch in options.arch]
         results = list(pool.map(lambda task: compile_one(nvcc, *task, folder), tasks))
-    kernels = [kernel for found, _ in results for kernel in found]
+    kernels = [kernel for result in results for kernel in result.kernels]
     print_table(kernels)
-    failures = [output for _, output in results if output]
+    failures = [result.failure for result in results if result.failure]
     print(*failures, sep="\n", end="", file=sys.stderr)
     bad = [kernel for kernel in kernels if kernel.is_bad]
     print(
-        f"{len(sources)} files x {len(options.arch)} architectures in {time.monotonic() - started:.0f} s: "
-        f"{len(failures)} failed to compile, {len(bad)} hot kernels spill"
+        f"{len(sources)} files x {len(options.arch)} architectures, {sum(r.bytes for r in results) / 1e6:.1f} MB in "
+        f"{time.monotonic() - started:.0f} s: {len(failures)} failed to compile, {len(bad)} hot kernels spill"
     )
     return 1 if failures or bad else 0
 

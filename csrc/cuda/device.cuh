@@ -33,12 +33,19 @@ inline cudaError_t l2_bytes(int64_t* bytes) {
   return error;
 }
 
-// Shared memory that a thread block of the current device may have.
-inline cudaError_t max_shared_bytes(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+// Shared memory that a thread block of the current device may have, static and dynamic, if a
+// multiprocessor is to hold two of them.
+inline cudaError_t half_shared_bytes(int* bytes) {
+  int device = 0, all = 0, reserved = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto get = [&](int* value, cudaDeviceAttr name) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, name, device);
+  };
+  get(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  get(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  get(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  *bytes = all / 2 - reserved < most ? all / 2 - reserved : most;
+  return error;
 }
 
 // Thread blocks of kKernel that the current device holds at once. Asked for once per device, since

@@ -16,16 +16,6 @@ struct HeadVector {
   float x[kPairs][2];
 };
 
-// Calls f.operator()<kPairs>() with the size of the smallest vectors that hold a head.
-template <typename F>
-cudaError_t with_head_pairs(int head_size, F&& f) {
-  if (head_size <= 64) return f.template operator()<1>();
-  if (head_size <= 128) return f.template operator()<2>();
-  if (head_size <= 256) return f.template operator()<4>();
-  if (head_size <= kMaxHeadSize) return f.template operator()<8>();
-  return cudaErrorInvalidValue;
-}
-
 INT8KV_HD int head_pair(int lane, int i) { return lane + 32 * i; }
 
 template <int kPairs>

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdio>
 
 #define INT8KV_DEVICE __device__ __forceinline__
 
@@ -18,11 +19,23 @@ namespace int8kv {
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 INT8KV_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
+INT8KV_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
+  return __shfl_xor_sync(kAllLanes, x, mask);
+}
 INT8KV_DEVICE float shuffle(float x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
 INT8KV_DEVICE int32_t shuffle_up(int32_t x, int delta) {
   return __shfl_up_sync(kAllLanes, x, delta);
 }
 INT8KV_DEVICE uint32_t ballot(bool claim) { return __ballot_sync(kAllLanes, claim); }
+// For how many threads of the block a claim holds; a barrier.
+INT8KV_DEVICE int count_threads(bool claim) { return __syncthreads_count(claim); }
+
+// x, without the compiler knowing what it is: what depends on it is computed behind this point and
+// not ahead of a loop around it, to be held in registers from there on.
+INT8KV_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 INT8KV_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char bytes[];
@@ -51,6 +64,13 @@ INT8KV_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 INT8KV_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x within 1 ulp, for a normal x.
+INT8KV_DEVICE float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -117,6 +137,17 @@ INT8KV_DEVICE void copy_async_wait() {
 // Communication between the blocks of a launch, all of it through the L2 cache.
 INT8KV_DEVICE uint32_t atomic_max(uint32_t* to, uint32_t x) { return atomicMax(to, x); }
 INT8KV_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t x) { return atomicAdd(to, x); }
+// Adds one, or sets to 0 what has reached `last`, and returns what was there. What the block wrote
+// before its last barrier is there for a thread that sees the new value, and for its block after a
+// barrier: the order is cumulative.
+INT8KV_DEVICE uint32_t atomic_inc(uint32_t* to, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(last)
+               : "memory");
+  return before;
+}
 INT8KV_DEVICE void fence() { __threadfence(); }
 INT8KV_DEVICE uint32_t load_acquire(const uint32_t* from) {
   uint32_t x;
@@ -129,7 +160,16 @@ INT8KV_DEVICE void store_release(uint32_t* to, uint32_t x) {
 INT8KV_DEVICE void wait_until_set(const uint32_t* flag) {
   while (load_acquire(flag) == 0) __nanosleep(64);
 }
+// Prints a message with three numbers and ends the kernel; the CUDA context is lost.
+INT8KV_DEVICE void fail_check(const char* format, int64_t a, int64_t b, int64_t c) {
+  printf(format, static_cast<long long>(a), static_cast<long long>(b), static_cast<long long>(c));
+  printf("\n");
+  __trap();
+}
+
 INT8KV_DEVICE float load_from_l2(const float* from) { return __ldcg(from); }
+INT8KV_DEVICE float2 load_from_l2(const float2* from) { return __ldcg(from); }
+INT8KV_DEVICE float4 load_from_l2(const float4* from) { return __ldcg(from); }
 
 // A value that nobody will read again: the first to leave the L2 cache.
 INT8KV_DEVICE uint4 load_last_use(const uint4* from) { return __ldcs(from); }

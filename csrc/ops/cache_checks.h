@@ -21,8 +21,9 @@ inline KVCache view_cache(const Tensor& t, const std::string& cache_format, int6
   const int64_t expected = content_bytes(format, static_cast<int32_t>(head_size));
   INT8KV_CHECK(content == expected, "kv_cache holds ", content, " bytes per slot, but ",
                cache_format, " of ", head_size_of, "'s head_size ", head_size, " takes ", expected);
-  INT8KV_CHECK(!t.is_cuda() || is_cuda_format(format), "cache_format '", cache_format,
-               "' has CPU kernels only; on a GPU use 'k8v8'");
+  INT8KV_CHECK(!t.is_cuda() || head_size <= max_cuda_head_size(format), "cache_format '",
+               cache_format, "' has CUDA kernels for head sizes up to ", max_cuda_head_size(format),
+               ", but ", head_size_of, " has head_size ", head_size, "; on a GPU use 'k8v8'");
   INT8KV_CHECK(block_size > 0 && block_size % kSlotGroup == 0,
                "kv_cache must have a block_size that is a positive multiple of ", kSlotGroup,
                ", got ", block_size);

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 #include "ops/cache_checks.h"
 #include "ops/devices.h"
@@ -20,6 +22,14 @@ void check_launch(cudaError_t error, const char* name, const KVCache& cache, int
   INT8KV_CHECK(error == cudaSuccess, name, " of ", num_tokens, " tokens, ", cache.num_kv_heads,
                " KV heads, head_size ", cache.head_size, ", block_size ", cache.block_size, ": ",
                cudaGetErrorString(error));
+}
+#endif
+
+#if defined(INT8KV_WITH_CUDA)
+// With INT8KV_CHECK_BOUNDS=1 in the environment.
+bool checks_bounds() {
+  static const char* value = std::getenv("INT8KV_CHECK_BOUNDS");
+  return value != nullptr && std::strcmp(value, "1") == 0;
 }
 #endif
 
@@ -53,6 +63,10 @@ void reshape_and_cache(Tensor key, Tensor value, Tensor kv_cache, Tensor slot_ma
 #if defined(INT8KV_WITH_CUDA)
   if (kv_cache.is_cuda()) {
     const DeviceGuard guard(kv_cache.get_device_index());
+    if (checks_bounds()) {
+      check_launch(launch_check_bounds(p, current_stream(kv_cache)), "reshape_and_cache", p.cache,
+                   p.num_tokens);
+    }
     check_launch(launch_reshape_and_cache(p, current_stream(kv_cache)), "reshape_and_cache",
                  p.cache, p.num_tokens);
     return;
@@ -85,6 +99,10 @@ void gather_cache(Tensor key, Tensor value, Tensor kv_cache, Tensor block_table,
 #if defined(INT8KV_WITH_CUDA)
   if (kv_cache.is_cuda()) {
     const DeviceGuard guard(kv_cache.get_device_index());
+    if (checks_bounds()) {
+      check_launch(launch_check_bounds(p, block_table.size(1), current_stream(kv_cache)),
+                   "gather_cache", p.cache, p.num_rows);
+    }
     check_launch(launch_gather_cache(p, current_stream(kv_cache)), "gather_cache", p.cache,
                  p.num_rows);
     return;
@@ -148,7 +166,8 @@ void paged_attention(Tensor out, Tensor query, Tensor kv_cache, Tensor block_tab
                      std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                      std::string cache_format, bool rotate_keys,
                      std::optional<Tensor> key_equalizer, double softmax_scale, bool causal,
-                     int64_t sliding_window, double softcap, std::string cpu_isa) {
+                     int64_t sliding_window, double softcap, std::string cpu_isa,
+                     std::optional<Tensor> arrivals) {
   PagedAttentionParams p{};
   check_heads(query, "query");
   p.cache = view_cache(kv_cache, cache_format, query.size(2), "query");
@@ -169,18 +188,50 @@ void paged_attention(Tensor out, Tensor query, Tensor kv_cache, Tensor block_tab
 #if defined(INT8KV_WITH_CUDA)
   if (kv_cache.is_cuda()) {
     const DeviceGuard guard(kv_cache.get_device_index());
+    if (checks_bounds()) {
+      check_launch(launch_check_bounds(p, block_table.size(1), current_stream(kv_cache)),
+                   "paged_attention", p.cache, p.num_tokens);
+    }
     size_t bytes = 0;
     check_launch(paged_attention_workspace_bytes(p, &bytes), "paged_attention", p.cache,
                  p.num_tokens);
     const Tensor workspace = workspace_beside(kv_cache, bytes);
-    check_launch(
-        launch_paged_attention(p, workspace.mutable_data_ptr(), bytes, current_stream(kv_cache)),
-        "paged_attention", p.cache, p.num_tokens);
+    uint32_t* counters = nullptr;
+    int64_t num_counters = 0;
+    if (arrivals) {
+      check_type(*arrivals, "arrivals", ScalarType::Int);
+      check_on_device_of_cache(*arrivals, "arrivals", kv_cache);
+      INT8KV_CHECK(arrivals->is_contiguous(), "arrivals must be contiguous");
+      counters = static_cast<uint32_t*>(arrivals->mutable_data_ptr());
+      num_counters = arrivals->numel();
+    }
+    check_launch(launch_paged_attention(p, workspace.mutable_data_ptr(), bytes, counters,
+                                        num_counters, current_stream(kv_cache)),
+                 "paged_attention", p.cache, p.num_tokens);
     return;
   }
 #endif
+  INT8KV_CHECK(!arrivals, "arrivals are for GPUs, the cache is on the CPU");
   check_batch(p, block_table.size(1));
   cpu::paged_attention(p, torch_threads(), check_isa(cpu_isa));
+}
+
+// Loads what paged_attention() may run for such a query and cache, and returns how many arrivals it
+// needs; 0 on a CPU.
+int64_t prepare_attention(Tensor query, Tensor kv_cache, std::string cache_format) {
+  PagedAttentionParams p{};
+  check_heads(query, "query");
+  p.cache = view_cache(kv_cache, cache_format, query.size(2), "query");
+  p.dtype = float_type(query, "query");
+  check_on_device_of_cache(query, "query", kv_cache);
+  int64_t num_arrivals = 0;
+#if defined(INT8KV_WITH_CUDA)
+  if (kv_cache.is_cuda()) {
+    const DeviceGuard guard(kv_cache.get_device_index());
+    check_launch(prepare_paged_attention(p, &num_arrivals), "prepare_paged_attention", p.cache, 0);
+  }
+#endif
+  return num_arrivals;
 }
 
 std::string cache_formats() {
@@ -206,8 +257,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(int8kv, m) {
       "paged_attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor block_table, "
       "Tensor seq_lens, Tensor query_start_loc, Tensor(b!)? lse, Tensor? alibi_slopes, "
       "Tensor? sinks, str cache_format, bool rotate_keys, Tensor? key_equalizer, "
-      "float softmax_scale, bool causal, int sliding_window, float softcap, str cpu_isa=\"\") -> "
-      "()");
+      "float softmax_scale, bool causal, int sliding_window, float softcap, str cpu_isa=\"\", "
+      "Tensor(c!)? arrivals=None) -> ()");
+  m.def("prepare_paged_attention(Tensor query, Tensor kv_cache, str cache_format) -> int");
   m.def("cache_formats() -> str");
 }
 
@@ -215,6 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(int8kv, CPU, m) {
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
   m.impl("gather_cache", TORCH_BOX(&gather_cache));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("prepare_paged_attention", TORCH_BOX(&prepare_attention));
 }
 
 #if defined(INT8KV_WITH_CUDA)
@@ -222,6 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(int8kv, CUDA, m) {
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
   m.impl("gather_cache", TORCH_BOX(&gather_cache));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("prepare_paged_attention", TORCH_BOX(&prepare_attention));
 }
 #endif
 

@@ -2,7 +2,8 @@
 // is.
 //
 // Replaces csrc/cuda/ptx.cuh and csrc/cuda/device.cuh (it defines their guards) and the CUDA
-// runtime. Each thread of a block is a fiber; blocks run one after another. A warp-wide primitive
+// runtime. Each thread of a block is a fiber; blocks run one after another, in rising or in random
+// order. A warp-wide primitive
 // parks its lane until all 32 have called the same primitive, so a divergent call fails instead of
 // hanging a GPU. Asynchronous copies land either at once or as late as their wait allows, and
 // fibers run in rising or falling order: a missing wait or barrier shows as a wrong result in one
@@ -22,7 +23,10 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define INT8KV_CUDA_PTX_CUH
@@ -51,6 +55,7 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::max;
 using std::min;
 
@@ -64,6 +69,9 @@ namespace emulation {
 // Set by the test before a launch.
 inline bool copies_are_late = false;
 inline bool fibers_fall = false;
+inline bool blocks_are_shuffled = false;
+inline std::mt19937 random_order;
+inline char failed_check[256];
 inline unsigned resident = 3;
 inline int64_t l2_cache_bytes = 4 << 20;
 
@@ -246,10 +254,12 @@ uint32_t exchange(uint32_t x, From&& lane_from, const void* kind) {
   return out[0];
 }
 
-inline float shuffle_xor(float x, int mask) {
+inline uint32_t shuffle_xor(uint32_t x, int mask) {
   static const char kind = 0;
-  return emulation::as_float(
-      exchange(emulation::as_bits(x), [=](int lane) { return lane ^ mask; }, &kind));
+  return exchange(x, [=](int lane) { return lane ^ mask; }, &kind);
+}
+inline float shuffle_xor(float x, int mask) {
+  return emulation::as_float(shuffle_xor(emulation::as_bits(x), mask));
 }
 inline float shuffle(float x, int from) {
   static const char kind = 0;
@@ -272,6 +282,16 @@ inline uint32_t ballot(bool claim) {
   return out[0];
 }
 
+inline int count_threads(bool claim) {
+  static const char kind = 0;
+  static int arrived = 0, count = 0;  // of this meeting, and of the last one
+  arrived += claim;
+  emulation::meet(emulation::block, blockDim.x, &kind, [] { count = std::exchange(arrived, 0); });
+  return count;
+}
+
+inline int opaque(int x) { return x; }
+
 inline unsigned char* dynamic_shared() { return emulation::shared_memory; }
 
 inline float half_bits_to_float(uint16_t bits) { return emulation::from_half(bits); }
@@ -292,6 +312,8 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return out;
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
+// One unit off, as a GPU's may be.
+inline float approximate_reciprocal(float x) { return std::nextafter(1.0f / x, 0.0f); }
 
 inline uint32_t transpose_8x8(uint32_t row_pair) {
   static const char kind = 0;
@@ -384,13 +406,26 @@ inline uint32_t atomic_add(uint32_t* to, uint32_t x) {
   *to += x;
   return before;
 }
+inline uint32_t atomic_inc(uint32_t* to, uint32_t last) {
+  const uint32_t before = *to;
+  *to = before >= last ? 0 : before + 1;
+  return before;
+}
 inline void fence() {}
 inline uint32_t load_acquire(const uint32_t* from) { return *from; }
 inline void store_release(uint32_t* to, uint32_t x) { *to = x; }
 inline void wait_until_set(const uint32_t* flag) {
   if (*flag == 0) emulation::fail("waits for work that a later ticket would do");
 }
+// The first message of a launch is kept.
+inline void fail_check(const char* format, int64_t a, int64_t b, int64_t c) {
+  if (emulation::failed_check[0] != '\0') return;
+  std::snprintf(emulation::failed_check, sizeof(emulation::failed_check), format,
+                static_cast<long long>(a), static_cast<long long>(b), static_cast<long long>(c));
+}
 inline float load_from_l2(const float* from) { return *from; }
+inline float2 load_from_l2(const float2* from) { return *from; }
+inline float4 load_from_l2(const float4* from) { return *from; }
 inline uint4 load_last_use(const uint4* from) { return *from; }
 
 inline cudaError_t zero_async(void* to, size_t bytes, cudaStream_t) {
@@ -409,18 +444,19 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
   gridDim = grid;
   blockDim = dim3(static_cast<unsigned>(threads));
   emulation::body = [=] { kernel(args...); };
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        emulation::run_block(static_cast<unsigned>(threads));
-      }
-    }
+  std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (emulation::blocks_are_shuffled) {
+    std::shuffle(blocks.begin(), blocks.end(), emulation::random_order);
+  }
+  for (const unsigned number : blocks) {
+    blockIdx = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
+    emulation::run_block(static_cast<unsigned>(threads));
   }
   return cudaSuccess;
 }
 
-inline cudaError_t max_shared_bytes(int* bytes) {
+inline cudaError_t half_shared_bytes(int* bytes) {
   *bytes = static_cast<int>(emulation::shared_bytes_of_a_block);
   return cudaSuccess;
 }

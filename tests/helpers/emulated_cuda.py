@@ -2,22 +2,49 @@
 
 import ctypes
 import subprocess
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import hostile
+import pytest
 import torch
 from hostile import Batch
 
 from vllm_int8kv.cache import ladder
+from vllm_int8kv.cache.formats import FORMATS as all_formats
 from vllm_int8kv.cache.formats import CacheFormat
 from vllm_int8kv.cache.key_transform import KeyTransform
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "builds" / "cuda_emulation.cpp"
+DRIVER_SOURCE = ROOT / "tests" / "builds" / "cuda_driver.cpp"
+DRIVER_FORMATS = ("k8v8", "k6v4")
+FORMAT_SOURCE = ROOT / "csrc" / "cuda" / "attention" / "format_kernels.cu"
+FORMATS = ("k8v8", "k6v4", "k8v5", "k5v8", "k4v6", "k2v2")
+"""Those whose attention kernels are compiled by default, two to three seconds each: every number of bits of K and of V,
+and the smallest spans. The kernels of the cache write and the gather are there for all formats."""
 FLAGS = [
-    *["-std=c++20", "-O2", "-march=native", "-fPIC", "-shared", "-ffp-contract=off"],
+    *["-std=c++20", "-O2", "-march=native", "-fPIC", "-ffp-contract=off"],
     *["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"],
 ]
+MODES = [(0, 0, 0), (1, 1, 1)]
+"""copies land late, threads run in falling order, blocks in random order"""
+BLOCKS = [3, 1, 7]
+"""thread blocks that the device holds, which share the work"""
+OPTIONS = {
+    "sliding-window": {"sliding_window": 90},
+    "non-causal": {"causal": False},
+    "non-causal-window": {"causal": False, "sliding_window": 33},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi_slopes": torch.linspace(0.01, 0.5, 6)},
+    "sinks": {"sinks": torch.linspace(-3.0, 6.0, 6)},
+    "no-rotation": {"key_transform": KeyTransform(rotate=False)},
+    "equalizer": {"key_transform": KeyTransform(equalizer=torch.linspace(0.2, 9.0, 128).view(2, 64))},
+    "one-block": {"num_blocks": 1},
+    "many-blocks": {"num_blocks": 13},
+}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -117,26 +144,76 @@ class DequantizePerChannelParams(ctypes.Structure):
     ]
 
 
-def build(compiler: str, folder: Path) -> ctypes.CDLL:
-    """Compile the kernels into `folder` and load them."""
+def formats_of(config: pytest.Config) -> Iterable[str]:
+    """The cache formats whose attention kernels a run compiles."""
+    return all_formats if config.getoption("--all-formats") else FORMATS
+
+
+def build(compiler: str, folder: Path, formats: Iterable[str] = FORMATS) -> ctypes.CDLL:
+    """Compile the kernels into `folder`, attention for `formats` only, and load them."""
     (folder / "cuda_runtime_api.h").write_text('#include "cuda_emulation.h"\n')
+    without = folder / "without.cpp"
+    without.write_text(
+        '#include "cuda_emulation.h"\n#include "cuda/attention/kernel_choice.h"\nnamespace int8kv {\n'
+        + "".join(
+            f"template <> cudaError_t choose_kernel<FormatOf<{x.k_bits}, {x.v_bits}>>(const PagedAttentionParams&, "
+            "KernelChoice*) { return cudaErrorInvalidValue; }\n"
+            for name, x in all_formats.items()
+            if name not in formats
+        )
+        + "}\n"
+    )
+    jobs = {"main": [SOURCE], "without": [without]}
+    for name in formats:
+        x = all_formats[name]
+        bits = [f"-DINT8KV_K_BITS={x.k_bits}", f"-DINT8KV_V_BITS={x.v_bits}"]
+        jobs[name] = [*bits, "-include", "cuda_emulation.h", "-x", "c++", FORMAT_SOURCE]
+
+    def compile_one(name: str) -> Path:
+        object_file = folder / f"{name}.o"
+        paths = [f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}", f"-I{folder}"]
+        subprocess.run([compiler, *FLAGS, *paths, "-c", *jobs[name], "-o", object_file], check=True)
+        return object_file
+
     library = folder / "emulation.so"
-    command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}", f"-I{folder}", SOURCE, "-o", library]
-    subprocess.run(command, check=True)
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
     loaded = ctypes.CDLL(str(library))
+    for name in ("check_slots", "check_attention", "check_gather"):
+        getattr(loaded, name).restype = ctypes.c_char_p
     loaded.cache_format.argtypes = [ctypes.c_char_p]
-    for name in ("workspace_bytes", "quantize_workspace_bytes", "queue_ticket"):
+    loaded.set_mode.argtypes = [ctypes.c_int] * 4  # too few arguments are an error then, not anything
+    loaded.set_shared_bytes.argtypes = [ctypes.c_int]
+    loaded.set_l2_bytes.argtypes = [ctypes.c_int64]
+    for name in (
+        "workspace_bytes",
+        "prepare_paged_attention",
+        "wrong_quotients",
+        "quantize_workspace_bytes",
+        "queue_ticket",
+    ):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
+
+
+def build_driver(compiler: str, kernels: ctypes.CDLL, folder: Path, *options: str) -> Path:
+    """Compile `cuda_driver` in `folder`, to run on kernels that `build` has made of its formats."""
+    (folder / "cuda_runtime_api.h").write_text('#include "emulated_runtime.h"\n')
+    driver, library = folder / DRIVER_SOURCE.stem, Path(kernels._name)
+    paths = [f"-I{folder}", f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}"]
+    link = [str(library), f"-Wl,-rpath,{library.parent}"]
+    subprocess.run([compiler, *FLAGS, *paths, *options, DRIVER_SOURCE, *link, "-o", driver], check=True)
+    return driver
 
 
 def pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def cache_of(kernels: ctypes.CDLL, kv_cache: torch.Tensor, cache_format: CacheFormat) -> KVCache:
+def cache_of(kernels: ctypes.CDLL, kv_cache: torch.Tensor, cache_format: CacheFormat, head_size: int) -> KVCache:
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    sizes = num_blocks, num_kv_heads, block_size, cache_format.head_size_of(kv_cache)
+    sizes = num_blocks, num_kv_heads, block_size, head_size
     number = kernels.cache_format(cache_format.name.encode())
     assert number >= 0, f"the kernels have no format {cache_format.name}"
     return KVCache(kv_cache.data_ptr(), *kv_cache.stride()[:2], *sizes, number)
@@ -155,10 +232,11 @@ def reshape_and_cache(
     *,
     cache_format: CacheFormat,
     key_transform: KeyTransform = KeyTransform(),
-) -> None:
-    """`ops.reshape_and_cache` by the CUDA kernel."""
+    only_check: bool = False,
+) -> str | None:
+    """`ops.reshape_and_cache` by the CUDA kernel; or what the checks of bounds find."""
     params = ReshapeAndCacheParams(
-        cache_of(kernels, kv_cache, cache_format),
+        cache_of(kernels, kv_cache, cache_format, key.shape[-1]),
         pointer(key),
         pointer(value),
         *key.stride()[:2],
@@ -168,6 +246,8 @@ def reshape_and_cache(
         key.shape[0],
         DTYPES[key.dtype],
     )
+    if only_check:
+        return kernels.check_slots(ctypes.byref(params)).decode()
     assert kernels.reshape_and_cache(ctypes.byref(params)) == 0
 
 
@@ -182,10 +262,11 @@ def gather_cache(
     *,
     cache_format: CacheFormat,
     key_transform: KeyTransform = KeyTransform(),
-) -> None:
-    """`ops.gather_cache` by the CUDA kernel."""
+    only_check: bool = False,
+) -> str | None:
+    """`ops.gather_cache` by the CUDA kernel; or what the checks of bounds find."""
     params = GatherCacheParams(
-        cache_of(kernels, kv_cache, cache_format),
+        cache_of(kernels, kv_cache, cache_format, key.shape[-1]),
         pointer(key),
         pointer(value),
         *key.stride()[:2],
@@ -199,20 +280,32 @@ def gather_cache(
         len(seq_starts),
         DTYPES[key.dtype],
     )
+    if only_check:
+        return kernels.check_gather(ctypes.byref(params), ctypes.c_int64(block_table.shape[1])).decode()
     assert kernels.gather_cache(ctypes.byref(params)) == 0
 
 
-def workspace_bytes(kernels: ctypes.CDLL, batch: Batch, *, cache_format: CacheFormat) -> int:
-    """What attention of a batch asks for: it grows with the rows per tile of the kernel that is chosen."""
-    num_tokens, num_heads, _ = batch.query.shape
-    params = PagedAttentionParams(
-        cache=cache_of(kernels, batch.kv_cache, cache_format),
+def sizes_of(kernels: ctypes.CDLL, batch: Batch, cache_format: CacheFormat) -> PagedAttentionParams:
+    num_tokens, num_heads, head_size = batch.query.shape
+    return PagedAttentionParams(
+        cache=cache_of(kernels, batch.kv_cache, cache_format, head_size),
         num_tokens=num_tokens,
         num_seqs=len(batch.seq_lens),
         num_heads=num_heads,
         dtype=DTYPES[batch.query.dtype],
     )
-    return kernels.workspace_bytes(ctypes.byref(params))
+
+
+def workspace_bytes(kernels: ctypes.CDLL, batch: Batch, *, cache_format: CacheFormat) -> int:
+    """What attention of a batch asks for: it grows with the rows per tile of the kernel that is chosen."""
+    return kernels.workspace_bytes(ctypes.byref(sizes_of(kernels, batch, cache_format)))
+
+
+def arrivals_for(kernels: ctypes.CDLL, batch: Batch, cache_format: CacheFormat) -> torch.Tensor:
+    """What `ops.prepare_paged_attention` returns, by the CUDA code."""
+    count = kernels.prepare_paged_attention(ctypes.byref(sizes_of(kernels, batch, cache_format)))
+    assert count > 0
+    return torch.zeros(count, dtype=torch.int32)
 
 
 def paged_attention(
@@ -227,14 +320,17 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `ops.paged_attention` by the CUDA kernels, from a poisoned workspace and output."""
+    arrivals: torch.Tensor | None = None,
+    only_check: bool = False,
+) -> Any:
+    """(out, lse) of `ops.paged_attention` by the CUDA kernels, from a poisoned workspace and output; or what the checks
+    of bounds find."""
     query = batch.query
     num_tokens, num_heads, _ = query.shape
     out = torch.full(query.shape, torch.nan, dtype=query.dtype)
     lse = torch.full((num_heads, num_tokens), -torch.inf)
     params = PagedAttentionParams(
-        cache_of(kernels, batch.kv_cache, cache_format),
+        cache_of(kernels, batch.kv_cache, cache_format, batch.query.shape[-1]),
         pointer(query),
         pointer(out),
         *query.stride()[:2],
@@ -256,12 +352,43 @@ def paged_attention(
         DTYPES[query.dtype],
         causal,
     )
+    if only_check:
+        max_blocks = ctypes.c_int64(batch.block_table.shape[1])
+        return kernels.check_attention(ctypes.byref(params), max_blocks).decode()
     size = kernels.workspace_bytes(ctypes.byref(params))
     workspace = torch.full((size + 16,), -1, dtype=torch.int8)
     address = -(-workspace.data_ptr() // 16) * 16
-    error = kernels.paged_attention(ctypes.byref(params), ctypes.c_void_p(address), ctypes.c_int64(size))
-    assert error == 0
+    counters = ctypes.c_void_p(pointer(arrivals)), ctypes.c_int64(0 if arrivals is None else len(arrivals))
+    place = ctypes.c_void_p(address), ctypes.c_int64(size), *counters
+    assert kernels.paged_attention(ctypes.byref(params), *place) == 0
     return out, lse
+
+
+def results(
+    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int, **options: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for mode in MODES:
+        kernels.set_mode(*mode, num_blocks)
+        # Without arrivals of the caller, and twice with the same, which every launch leaves as it found them.
+        arrivals = arrivals_for(kernels, batch, batch.cache_format) if any(mode) else None
+        for _ in range(2 if any(mode) else 1):
+            yield paged_attention(kernels, batch, **options, cache_format=batch.cache_format, arrivals=arrivals)
+        assert arrivals is None or not arrivals.any()
+
+
+def check(
+    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int = BLOCKS[0], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a batch, compared with the reference, in two modes that differ in the order of threads and blocks
+    and in when asynchronous copies land, and must give equal bits."""
+    window = options.get("sliding_window")
+    seen = batch.freed_before_window(window) if window else batch
+    first, *others = results(kernels, seen, num_blocks, **options)
+    hostile.assert_attention_close(first, batch, **options)
+    for other in others:
+        for name, x, y in zip(("out", "lse"), first, other, strict=True):
+            assert hostile.same_bits(x, y), f"{name} depends on the order of blocks, threads or copies"
+    return first
 
 
 def quantize_per_channel(

@@ -2,7 +2,7 @@
 // what becomes of it when its keys are done.
 #pragma once
 
-#include "cuda/attention/work_items.cuh"
+#include "cuda/attention/work_shares.h"
 #include "cuda/key_transform.cuh"
 #include "format/softmax_state.h"
 
@@ -15,13 +15,12 @@ struct QueryRow {
   bool exists;  // the last tile of a sequence may be partly empty
 };
 
-INT8KV_DEVICE QueryRow query_row(const PagedAttentionParams& p, const WorkItem& item,
-                                 int rows_per_tile, int row) {
-  const int num_queries_per_kv = p.num_queries_per_kv();
-  const int index = item.row_tile * rows_per_tile + row;
-  return {index / num_queries_per_kv,
-          item.kv_head * num_queries_per_kv + index % num_queries_per_kv,
-          index < item.query_len * num_queries_per_kv};
+INT8KV_DEVICE QueryRow query_row(const AttentionParams& p, const WorkItem& item, int rows_per_tile,
+                                 int row) {
+  const int32_t index = item.row_tile * rows_per_tile + row;
+  const int32_t query = p.queries_per_kv.divide(index);
+  const int32_t first_head = item.kv_head * p.queries_per_kv.value;
+  return {query, first_head + index - query * p.queries_per_kv.value, query < item.query_len};
 }
 
 // What the first and the last row of an item's tile see. From row to row both ends of the range
@@ -31,7 +30,7 @@ struct TileRanges {
   KeyRange last;
 };
 
-INT8KV_DEVICE TileRanges tile_ranges(const PagedAttentionParams& p, const WorkItem& item,
+INT8KV_DEVICE TileRanges tile_ranges(const AttentionParams& p, const WorkItem& item,
                                      int rows_per_tile) {
   const QueryRow first = query_row(p, item, rows_per_tile, 0);
   const QueryRow last = query_row(p, item, rows_per_tile, rows_per_tile - 1);
@@ -42,18 +41,19 @@ INT8KV_DEVICE TileRanges tile_ranges(const PagedAttentionParams& p, const WorkIt
 }
 
 // The keys of a split that at least one row of its tile sees.
-INT8KV_DEVICE KeyRange split_keys(const PagedAttentionParams& p, const WorkItem& item,
+INT8KV_DEVICE KeyRange split_keys(const AttentionParams& p, const WorkItem& item,
                                   int rows_per_tile) {
   const TileRanges ranges = tile_ranges(p, item, rows_per_tile);
-  const int64_t end = int64_t{item.tile_end} * kTileSlots;
   KeyRange keys{ranges.first.begin, ranges.last.end};
   keys.begin = max(keys.begin, item.tile_begin * kTileSlots);
-  if (keys.end > end) keys.end = static_cast<int32_t>(end);
+  // The end of the last tile may be 2^31.
+  const uint32_t end = static_cast<uint32_t>(item.tile_end) * kTileSlots;
+  if (static_cast<uint32_t>(keys.end) > end) keys.end = static_cast<int32_t>(end);
   return keys;
 }
 
 // The keys that all rows of an item's tile see.
-INT8KV_DEVICE KeyRange keys_all_see(const PagedAttentionParams& p, const WorkItem& item,
+INT8KV_DEVICE KeyRange keys_all_see(const AttentionParams& p, const WorkItem& item,
                                     int rows_per_tile) {
   const TileRanges ranges = tile_ranges(p, item, rows_per_tile);
   return {ranges.last.begin, ranges.first.end};
@@ -61,7 +61,7 @@ INT8KV_DEVICE KeyRange keys_all_see(const PagedAttentionParams& p, const WorkIte
 
 // A query row as the scores use it: equalized and rotated, fp32.
 template <int kPairs>
-__device__ HeadVector<kPairs> load_query(const PagedAttentionParams& p, int64_t token, int head,
+__device__ HeadVector<kPairs> load_query(const AttentionParams& p, int64_t token, int head,
                                          int kv_head, int lane) {
   const int head_size = p.cache.head_size;
   const int64_t offset = token * p.query_token_stride + head * p.query_head_stride;
@@ -70,8 +70,7 @@ __device__ HeadVector<kPairs> load_query(const PagedAttentionParams& p, int64_t 
   return query;
 }
 
-INT8KV_DEVICE void store_out(const PagedAttentionParams& p, int64_t token, int head, int dim,
-                             float x) {
+INT8KV_DEVICE void store_out(const AttentionParams& p, int64_t token, int head, int dim, float x) {
   const int64_t index = token * p.out_token_stride + head * p.out_head_stride + dim;
   if (p.dtype == DType::kFloat32) {
     static_cast<float*>(p.out)[index] = x;
@@ -84,7 +83,7 @@ INT8KV_DEVICE void store_out(const PagedAttentionParams& p, int64_t token, int h
 
 // Adds the head's sink, writes the row's lse (by the one thread that `writes_lse`) and returns what
 // the unnormalized output is multiplied by.
-INT8KV_DEVICE float finish_row(const PagedAttentionParams& p, SoftmaxState state, int64_t token,
+INT8KV_DEVICE float finish_row(const AttentionParams& p, SoftmaxState state, int64_t token,
                                int head, bool writes_lse) {
   float factor = 1.0f;
   const float poison = 0.0f * state.sum;  // NaN if a score was, which a sink must not hide

@@ -11,12 +11,15 @@ struct KeyRange {
   int32_t end;
 };
 
+// In 32 bits: a position is less than seq_len and at most the number of queries before it.
 INT8KV_HD KeyRange visible_keys(const PagedAttentionParams& p, int32_t position, int32_t seq_len) {
-  const int64_t window = p.sliding_window > 0 ? p.sliding_window : int64_t{1} << 32;
-  const int64_t first = position - window + 1;
-  int64_t end = p.causal ? int64_t{position} + 1 : position + window;
+  const int32_t window = p.sliding_window;
+  const int32_t begin = window > 0 && window <= position ? position - window + 1 : 0;
+  int32_t end = p.causal || (window > 0 && window < seq_len - position)
+                    ? position + (p.causal ? 1 : window)
+                    : seq_len;
   if (end > seq_len) end = seq_len;
-  return {first > 0 ? static_cast<int32_t>(first) : 0, end > 0 ? static_cast<int32_t>(end) : 0};
+  return {begin, end > 0 ? end : 0};
 }
 
 }  // namespace int8kv

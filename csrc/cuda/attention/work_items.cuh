@@ -2,123 +2,121 @@
 //
 // It needs no plan from the host. Every block sums up the work of all sequences and finds its own
 // share of it (work_shares.h), so that the launch shape is the number of blocks the chip holds, for
-// any batch. An item that several blocks share is put together by combine_splits_kernel.
+// any batch. An item that several blocks share is put together by those that end last
+// (merge_splits.cuh).
 #pragma once
 
+#include "cuda/attention/merge_splits.cuh"
 #include "cuda/attention/work_shares.h"
-#include "cuda/attention/workspace.h"
-#include "cuda/ptx.cuh"
 
 namespace int8kv {
-
-constexpr int kAttentionWarps = 4;
-constexpr int kAttentionThreads = kAttentionWarps * 32;
-
-struct WorkItem {
-  int32_t seq;
-  int32_t query_begin;  // row of the sequence's first token in `query`
-  int32_t query_len;
-  int32_t seq_len;
-  int32_t row_tile;
-  int32_t kv_head;
-  int32_t tile_begin, tile_end;  // of the keys; the split that is this block's
-  bool is_first, is_last;        // split of the item
-
-  INT8KV_DEVICE bool is_whole() const { return is_first && is_last; }
-  // Where row 0 of the split is in Workspace::states.
-  INT8KV_DEVICE int64_t first_row(int rows_per_tile) const {
-    return Workspace::first_row(blockIdx.x, is_first, rows_per_tile);
-  }
-};
 
 INT8KV_DEVICE int64_t shuffle_up_64(int64_t x, int delta) {
   const auto low = static_cast<uint32_t>(shuffle_up(static_cast<int32_t>(x), delta));
   return int64_t{shuffle_up(static_cast<int32_t>(x >> 32), delta)} << 32 | low;
 }
 
+// The sum of x, not negative, over this lane and those before it. In 32 bits where they hold it.
+INT8KV_DEVICE int64_t warp_prefix_sum(int64_t x, int lane) {
+  if (ballot(x >> 26 != 0) == 0) {
+    auto sum = static_cast<int32_t>(x);
+#pragma unroll
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int32_t before = shuffle_up(sum, delta);
+      if (lane >= delta) sum += before;
+    }
+    return sum;
+  }
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const int64_t before = shuffle_up_64(x, delta);
+    if (lane >= delta) x += before;
+  }
+  return x;
+}
+
 struct Sequence {
-  int32_t seq;
   int32_t query_begin;
   int32_t query_len;
   int32_t seq_len;
+  SequenceWork work;
 };
 
-INT8KV_DEVICE Sequence load_sequence(const PagedAttentionParams& p, int32_t seq) {
-  const int32_t query_begin = p.query_start_loc[seq];
-  return {seq, query_begin, p.query_start_loc[seq + 1] - query_begin, p.seq_lens[seq]};
+// Of a sequence that exists.
+INT8KV_DEVICE Sequence load_sequence(const AttentionParams& p, int32_t seq, int rows_per_tile) {
+  Sequence sequence;
+  sequence.query_begin = p.query_start_loc[seq];
+  sequence.query_len = p.query_start_loc[seq + 1] - sequence.query_begin;
+  sequence.seq_len = p.seq_lens[seq];
+  sequence.work = sequence_work(p, sequence.query_len, sequence.seq_len, rows_per_tile);
+  return sequence;
 }
 
-INT8KV_DEVICE SequenceWork work_of(const PagedAttentionParams& p, const Sequence& sequence,
-                                   int rows_per_tile) {
-  return sequence_work(p, sequence.query_len, sequence.seq_len, rows_per_tile);
-}
-
-// The work of 128 sequences of a batch, summed up in shared memory by all threads of a block.
+// The work of 128 sequences of a batch, summed up in shared memory by all threads of a block. No
+// more of them is kept there: with 32 bytes per sequence an A100 would hold three blocks, not four.
 struct WorkSums {
-  const PagedAttentionParams& p;
+  const AttentionParams& p;
   int rows_per_tile;
   int64_t* work_end;    // [kAttentionThreads], work tiles up to the end of each sequence
   int64_t* warp_total;  // [kAttentionWarps]
-  int lane;
-  int warp;
 
-  // Fills work_end for the sequences from `first_seq` on and returns the work of all 128.
+  // Sums up the sequences from `first_seq` on and returns the work of all 128.
   INT8KV_DEVICE int64_t sum_from(int32_t first_seq) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int32_t own = first_seq + threadIdx.x;
     int64_t sum = own < p.num_seqs
-                      ? work_of(p, load_sequence(p, own), rows_per_tile).total(p.cache.num_kv_heads)
+                      ? load_sequence(p, own, rows_per_tile).work.total(p.cache.num_kv_heads)
                       : 0;
-#pragma unroll
-    for (int delta = 1; delta < 32; delta *= 2) {
-      const int64_t before = shuffle_up_64(sum, delta);
-      if (lane >= delta) sum += before;
-    }
+    sum = warp_prefix_sum(sum, lane);
+    if (p.num_seqs > kAttentionThreads) __syncthreads();  // the sums before have been read
     if (lane == 31) warp_total[warp] = sum;
     __syncthreads();
-    for (int w = 0; w < warp; ++w) sum += warp_total[w];
-    work_end[threadIdx.x] = sum;
-    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps - 1; ++w) sum += w < warp ? warp_total[w] : 0;
+    work_end[threadIdx.x] = sum;  // find_sequence() has a barrier
     return total();
   }
 
-  INT8KV_DEVICE int64_t total() const { return work_end[kAttentionThreads - 1]; }
+  INT8KV_DEVICE int64_t total() const {
+    int64_t sum = 0;
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) sum += warp_total[w];
+    return sum;
+  }
 
-  // The first of the 128 sequences that ends after a work tile, which one of them has.
+  // The first of the 128 sequences that ends after a work tile, which one of them must have. By all
+  // threads together.
   INT8KV_DEVICE int find_sequence(int64_t work_tile) const {
-    int low = 0, high = kAttentionThreads - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (work_end[middle] > work_tile) {
-        high = middle;
-      } else {
-        low = middle + 1;
-      }
-    }
-    return low;
+    return count_threads(work_end[threadIdx.x] <= work_tile);
   }
 };
 
 // The item of a sequence that has one of the sequence's work tiles.
 struct ItemPlace {
-  int64_t index;  // of the item within the sequence
+  int32_t index;  // of the item within the sequence
   int32_t begin;  // the work tile, counted from the item's first
 };
 
 INT8KV_DEVICE ItemPlace place_of_item(const SequenceWork& work, int64_t work_tile) {
   const int64_t index = divide_positive(work_tile, work.per_item());
-  return {index, static_cast<int32_t>(work_tile - index * work.per_item())};
+  return {static_cast<int32_t>(index), static_cast<int32_t>(work_tile - index * work.per_item())};
 }
 
-INT8KV_DEVICE WorkItem make_item(const Sequence& sequence, const SequenceWork& work, int64_t index,
+INT8KV_DEVICE WorkItem make_item(const Sequence& sequence, int32_t seq, int32_t index,
                                  const SplitTiles& tiles) {
+  const SequenceWork& work = sequence.work;
   WorkItem item;
-  item.seq = sequence.seq;
+  item.seq = seq;
   item.query_begin = sequence.query_begin;
   item.query_len = sequence.query_len;
   item.seq_len = sequence.seq_len;
-  item.kv_head = static_cast<int32_t>(divide_positive(index, work.row_tiles));
-  const auto row_index = static_cast<int32_t>(index - int64_t{item.kv_head} * work.row_tiles);
-  item.row_tile = row_tile_of(row_index, work.row_tiles);
+  item.kv_head = index;
+  item.row_tile = 0;
+  if (work.row_tiles > 1) {
+    const auto row_tiles = static_cast<uint32_t>(work.row_tiles);
+    item.kv_head = static_cast<int32_t>(static_cast<uint32_t>(index) / row_tiles);
+    item.row_tile = row_tile_of(index - item.kv_head * work.row_tiles, work.row_tiles);
+  }
   item.tile_begin = work.first_tile + tiles.begin;
   item.tile_end = work.first_tile + tiles.end;
   item.is_first = tiles.begin == 0;
@@ -126,55 +124,59 @@ INT8KV_DEVICE WorkItem make_item(const Sequence& sequence, const SequenceWork& w
   return item;
 }
 
-// Calls body(item) for every split of this block's share, by all threads together, and notes in the
-// workspace the item that goes on in other blocks.
+// Static shared memory of the scheduler, for who counts how many blocks fit: a little more than it
+// has.
+constexpr int kScheduleBytes = kAttentionThreads * sizeof(int64_t) + 256;
+
+// Calls body(item, stored) for every split of this block's share, by all threads together, and
+// merges the items of which this block's split is the last to arrive. `stored` is the item in
+// shared memory, which need not stay in registers; it is there from the body's first barrier on.
 template <typename Body>
-__device__ void for_each_work_item(const PagedAttentionParams& p, int rows_per_tile,
-                                   const Workspace& workspace, Body&& body) {
+__device__ void for_each_work_item(const AttentionParams& p, int rows_per_tile, Body&& body) {
   __shared__ int64_t work_end[kAttentionThreads];
   __shared__ int64_t warp_total[kAttentionWarps];
-  __shared__ int64_t batch_total;  // of thread 0 alone, to spare a register
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const WorkSums sums{p, rows_per_tile, work_end, warp_total, lane, warp};
+  __shared__ StoredItem stored;
+  const WorkSums sums{p, rows_per_tile, work_end, warp_total};
+  // A single sequence, whose step is short, needs neither sums nor the barriers around them.
+  const bool is_one = p.num_seqs == 1;
+  const bool are_many = p.num_seqs > kAttentionThreads;
   int64_t total = 0;
-  for (int32_t first = 0; first < p.num_seqs; first += kAttentionThreads) {
-    total += sums.sum_from(first);
+  if (is_one) {
+    total = load_sequence(p, 0, rows_per_tile).work.total(p.cache.num_kv_heads);
+  } else {
+    for (int32_t first = 0; first < p.num_seqs; first += kAttentionThreads) {
+      total += sums.sum_from(first);
+    }
   }
-  const int32_t blocks = sharing_blocks(total, static_cast<int32_t>(gridDim.x));
   const auto block = static_cast<int32_t>(blockIdx.x);
-  if (threadIdx.x == 0) {
-    batch_total = total;
-    workspace.shared_items[block] = {-1, 0, 0, 0, 0};
-  }
-  if (block >= blocks) return;
-
-  int64_t next = share_begin(total, block, blocks);  // counted from sequence `first`
-  auto left = static_cast<int32_t>(share_begin(total, block + 1, blocks) - next);
+  const WorkShares shares = work_shares(total, p.num_blocks);
+  int64_t next = shares.begin(block);  // counted from sequence `first`
+  int32_t left = shares.length_of(block, next);
+  if (threadIdx.x == 0) stored.shares = shares;
   for (int32_t first = 0; first < p.num_seqs && left > 0; first += kAttentionThreads) {
-    if (p.num_seqs > kAttentionThreads) sums.sum_from(first);
-    while (left > 0 && next < sums.total()) {
-      const int index = sums.find_sequence(next);
-      const int64_t work_tile = next - (index == 0 ? 0 : work_end[index - 1]);
-      const Sequence sequence = load_sequence(p, first + index);
-      const SequenceWork work = work_of(p, sequence, rows_per_tile);
-      const ItemPlace place = place_of_item(work, work_tile);
-      const SplitTiles tiles = split_tiles(work, place.begin, int64_t{place.begin} + left);
+    if (are_many) sums.sum_from(first);
+    while (left > 0 && (!are_many || next < sums.total())) {
+      const int index = is_one ? 0 : sums.find_sequence(next);
+      const int64_t begin = index == 0 ? 0 : work_end[index - 1];
+      const Sequence sequence = load_sequence(p, first + index, rows_per_tile);
+      const SequenceWork& work = sequence.work;
+      const ItemPlace place = place_of_item(work, next - begin);
+      const SplitTiles tiles = split_tiles(work, place.begin, left);
       const int32_t rest = work.per_item() - place.begin;
       next += rest;
       left -= rest;  // negative if the item goes on in other blocks
       if (tiles.is_empty()) continue;
-      const WorkItem item = make_item(sequence, work, place.index, tiles);
-      if (threadIdx.x == 0 && item.is_first && !item.is_last) {
-        const int32_t all = sharing_blocks(batch_total, static_cast<int32_t>(gridDim.x));
-        const int64_t last_work_tile = share_begin(batch_total, block + 1, all) - left - 1;
-        workspace.shared_items[block] = {block_of(batch_total, last_work_tile, all),
-                                         item.query_begin, item.query_len, item.row_tile,
-                                         item.kv_head};
-      }
-      body(item);
+      const WorkItem item = make_item(sequence, first + index, place.index, tiles);
+      if (threadIdx.x == 0) stored = {item, stored.shares, next, left, first, work.num_tiles};
+      body(item, stored.item);
+      __syncthreads();
+      if (!stored.item.is_whole()) merge_if_last(p, stored, rows_per_tile);
+      next = stored.next;  // not in registers meanwhile
+      left = stored.left;
+      first = stored.first_seq;
+      if (is_one && left > 0) __syncthreads();  // all have read it; find_sequence() has a barrier
     }
-    next -= sums.total();
+    if (are_many) next -= sums.total();
   }
 }
 

@@ -30,16 +30,18 @@ def test_operators_run_on_the_current_stream(cuda):
     assert same_bits(cache, expected)
 
 
+@pytest.mark.parametrize("keeps_arrivals", [True, False])
 @pytest.mark.parametrize("query_len", [1, 4])
-def test_a_graph_replays_with_other_lengths_and_blocks(query_len, cuda):
+def test_a_graph_replays_with_other_lengths_and_blocks(query_len, keeps_arrivals, cuda):
     """As vLLM replays a decode graph: the same buffers with other contents, padding sequences of no tokens included."""
     batch = make_batch([(query_len, seq_len) for _, seq_len in LENS], dtype=torch.bfloat16, device=cuda)
     query, _, block_table, seq_lens, starts = (tensor.clone() for tensor in batch.args)
     cache = batch.kv_cache
     out = torch.empty_like(query)
+    arrivals = ops.prepare_paged_attention(query, cache, cache_format=K8V8) if keeps_arrivals else None
 
     def attend() -> None:
-        ops.paged_attention(query, cache, block_table, seq_lens, starts, out=out, **OPTIONS)
+        ops.paged_attention(query, cache, block_table, seq_lens, starts, out=out, arrivals=arrivals, **OPTIONS)
 
     attend()
     graph = torch.cuda.CUDAGraph()
@@ -52,6 +54,7 @@ def test_a_graph_replays_with_other_lengths_and_blocks(query_len, cuda):
         want = ops.paged_attention(query, cache, block_table, seq_lens, starts, **OPTIONS)
         assert same_bits(out[:rows], want[:rows])
         assert not out[:rows].isnan().any()
+        assert arrivals is None or (len(arrivals) and not arrivals.any())
 
     check(3 * query_len)
     query[: 3 * query_len] = torch.randn_like(query[: 3 * query_len])
@@ -60,6 +63,13 @@ def test_a_graph_replays_with_other_lengths_and_blocks(query_len, cuda):
     check(3 * query_len)
     seq_lens[2], starts[3] = 0, starts[2]
     check(2 * query_len)
+
+
+def test_arrivals_of_another_size_are_refused(cuda):
+    batch = make_batch([(1, 700)], dtype=torch.bfloat16, device=cuda)
+    for arrivals in (torch.zeros(1, dtype=torch.int32, device=cuda), torch.zeros(9999, device=cuda)):
+        with pytest.raises(RuntimeError, match=r"paged_attention|arrivals"):
+            ops.paged_attention(*batch.args, arrivals=arrivals, **OPTIONS)
 
 
 def test_a_graph_writes_other_slots(cuda):

@@ -1,48 +1,19 @@
 """The CUDA kernels, run on the host thread by thread (cuda_emulation.h): what they compute, without a GPU.
 
 The same hostile inputs and tolerances as for every other kernel; small shapes, since a warp here is 32 fibers.
-Each case runs in two modes that differ in the order of threads and in when asynchronous copies land, and both
-must give equal bits.
 """
 
-import ctypes
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import emulated_cuda
 import hostile
 import pytest
 import torch
+from emulated_cuda import BLOCKS, MODES, OPTIONS, check
 
 from vllm_int8kv.cache import reference
 from vllm_int8kv.cache.formats import K8V8
 from vllm_int8kv.cache.key_transform import KeyTransform
-
-MODES = [(0, 0), (1, 1)]
-"""copies land late, threads run in falling order"""
-BLOCKS = [3, 1, 7]
-"""thread blocks that the device holds, which share the work"""
-
-
-def results(
-    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int, **options: Any
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for mode in MODES:
-        kernels.set_mode(*mode, num_blocks)
-        yield emulated_cuda.paged_attention(kernels, batch, **options, cache_format=K8V8)
-
-
-def check(
-    kernels: ctypes.CDLL, batch: hostile.Batch, num_blocks: int = BLOCKS[0], **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    window = options.get("sliding_window")
-    seen = batch.freed_before_window(window) if window else batch
-    first, second = results(kernels, seen, num_blocks, **options)
-    hostile.assert_attention_close(first, batch, **options)
-    assert hostile.same_bits(first[0], second[0]), "out depends on the order of threads or copies"
-    assert hostile.same_bits(first[1], second[1]), "lse depends on the order of threads or copies"
-    return first
 
 
 @pytest.mark.parametrize(
@@ -66,16 +37,38 @@ def test_cache_write_is_bit_equal(kernels, head_size, dtype):
     qkv[3, 1, 0, 5], qkv[4, 2, 1] = torch.nan, 0.0
     qkv[6, 1, 1, 2:4] = torch.inf
     key, value = qkv[:, 1], qkv[:, 2]
-    equalizer = torch.rand(num_kv_heads, head_size) + 0.5
-    transforms = KeyTransform(rotate=False), KeyTransform(equalizer=equalizer)
-    for mode, key_transform in zip(MODES, transforms, strict=True):
+    powers = 2.0 ** torch.randint(-6, 7, (num_kv_heads, head_size))
+    # One of a head is no power of two, one is too large, one is negative; the other head is plain.
+    mixed, huge, negative = powers.clone(), powers.clone(), powers.clone()
+    mixed[0, 17], huge[0, 9], negative[0, 3] = 3.0, 2.0**40, -0.5
+    equalizers = [None, torch.rand(num_kv_heads, head_size) + 0.5, powers, mixed, huge, negative]
+    transforms = [KeyTransform(rotate=False), *(KeyTransform(equalizer=x) for x in equalizers)]
+    for i, key_transform in enumerate(transforms):
         options = {"cache_format": K8V8, "key_transform": key_transform}
-        kernels.set_mode(*mode, BLOCKS[0])
+        kernels.set_mode(*MODES[i % 2], BLOCKS[i % 3])
         got = hostile.garbage_cache(6, num_kv_heads, block_size, head_size)
         want = got.clone()
         emulated_cuda.reshape_and_cache(kernels, key, value, got, slot_mapping, **options)
         reference.reshape_and_cache(key, value, want, slot_mapping, **options)
         assert hostile.same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cache_write_of_many_heads_and_odd_addresses(kernels, dtype):
+    """A block takes several KV heads where a device holds few blocks; rows that do not start on 16 bytes."""
+    slot_mapping = torch.tensor([*range(64, 80), 3, *range(16, 32), -1, 9])
+    key, value = torch.randn(2, len(slot_mapping), 5, 65).to(dtype)[..., 1:]
+    key[2, 3], key[9, 1, 5], value[20, 4, 1] = 1e25, torch.nan, torch.inf
+    equalizer = (2.0 ** torch.randint(-3, 4, (5 * 64 + 1,)))[1:].view(5, 64)
+    for num_blocks in (1, 3, 20):
+        for key_transform in (KeyTransform(), KeyTransform(equalizer=equalizer)):
+            kernels.set_mode(1, 1, 1, num_blocks)
+            options = {"cache_format": K8V8, "key_transform": key_transform}
+            got = hostile.garbage_cache(3, 5, 32, 64)
+            want = got.clone()
+            emulated_cuda.reshape_and_cache(kernels, key, value, got, slot_mapping, **options)
+            reference.reshape_and_cache(key, value, want, slot_mapping, **options)
+            assert hostile.same_bits(got, want)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +92,28 @@ def test_gather_is_bit_equal(kernels, head_size, dtype):
         reference.gather_cache(want[0], want[1][..., 1:], batch.kv_cache, *place, **options)
         for x, y in zip(got, want, strict=True):
             assert hostile.same_bits(x, y)
+
+
+def test_gather_of_short_stretches(kernels):
+    """Slot groups are numbered by bounds, not by sums: stretches of all lengths, from all places within a group."""
+    generator = torch.Generator().manual_seed(3)
+    lens = [0, 1, 2, 15, 16, 17, 31, 32, 33, 40, 0, 5]
+    batch = hostile.make_batch([(1, 90)] * len(lens), num_heads=1, num_kv_heads=1, head_size=32)
+    bounds = torch.tensor([0, *lens]).cumsum(0).int()
+    for _ in range(8):
+        starts = torch.tensor([int(torch.randint(0, 90 - n, (1,), generator=generator)) for n in lens]).int()
+        got = torch.full((230, 1, 32), -7.0), torch.full((230, 1, 32), -7.0)
+        want = tuple(x.clone() for x in got)
+        place = batch.kv_cache, batch.block_table, bounds, starts
+        emulated_cuda.gather_cache(kernels, *got, *place, cache_format=K8V8)
+        reference.gather_cache(*want, *place, cache_format=K8V8)
+        assert hostile.same_bits(got[0], want[0]) and hostile.same_bits(got[1], want[1])
+
+
+def test_quotients_of_the_quantizer_are_those_of_division(kernels):
+    """x / 127 for every mantissa, 1 / scale for every bf16 number in [1, 2) from approximations a few units off, and
+    x / scale for these scales."""
+    assert kernels.wrong_quotients() == 0
 
 
 LENS = [(1, 1), (1, 65), (1, 600), (5, 18), (3, 290), (19, 70), (17, 17)]
@@ -159,20 +174,6 @@ def test_more_queries_than_keys(kernels):
         check(kernels, batch, softmax_scale=0.125)
 
 
-OPTIONS = {
-    "sliding-window": {"sliding_window": 90},
-    "non-causal": {"causal": False},
-    "non-causal-window": {"causal": False, "sliding_window": 33},
-    "softcap": {"softcap": 2.0},
-    "alibi": {"alibi_slopes": torch.linspace(0.01, 0.5, 6)},
-    "sinks": {"sinks": torch.linspace(-3.0, 6.0, 6)},
-    "no-rotation": {"key_transform": KeyTransform(rotate=False)},
-    "equalizer": {"key_transform": KeyTransform(equalizer=torch.linspace(0.2, 9.0, 128).view(2, 64))},
-    "one-block": {"num_blocks": 1},
-    "many-blocks": {"num_blocks": 13},
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(kernels, name, dtype):
@@ -181,6 +182,17 @@ def test_options(kernels, name, dtype):
     lens = [(1, 400), (4, 530), (20, 70)]
     batch = hostile.make_batch(lens, num_heads=6, dtype=dtype, key_transform=key_transform)
     check(kernels, batch, softmax_scale=0.125, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("num_blocks", [12, 13, 23, 67])
+def test_splits_are_merged_in_groups(kernels, num_blocks, dtype):
+    """One group, two, three and six; of the last group a part, and shares that hold whole items beside splits."""
+    length = num_blocks * 8 * 64 - 4 * 64 - 37  # a share is at least 8 tiles of 64 keys, an item costs 4
+    sizes = {"num_heads": 3, "num_kv_heads": 1, "head_size": 32, "dtype": dtype}
+    check(kernels, hostile.make_batch([(1, length)], **sizes), num_blocks, softmax_scale=0.2, sinks=torch.ones(3))
+    lens = [(2, 200), (1, length * 3 // 4), (1, 70), (1, length // 2)]
+    check(kernels, hostile.make_batch(lens, **sizes), num_blocks, softmax_scale=0.2)
 
 
 def test_more_sequences_than_threads(kernels):
@@ -243,3 +255,58 @@ def test_a_query_that_is_not_finite_spoils_no_other(kernels, dtype, sinks):
         spoiled_out[token, head], spoiled_lse[head, token] = out[token, head], lse[head, token]
     rows = slice(0, batch.num_tokens)
     assert hostile.same_bits(spoiled_out[rows], out[rows]) and hostile.same_bits(spoiled_lse, lse)
+
+
+def test_checks_of_slots(kernels):
+    rows = torch.zeros(3, 2, 64)
+    cache = K8V8.allocate(4, 2, 16, 64)
+    options = {"cache_format": K8V8, "only_check": True}
+    for slots, found in (([0, -1, 63], ""), ([0, 64, -1], "slot_mapping[1] is 64 but kv_cache has 64 slots")):
+        assert emulated_cuda.reshape_and_cache(kernels, rows, rows, cache, torch.tensor(slots), **options) == found
+
+
+def changed(values: torch.Tensor, place, value: int) -> torch.Tensor:
+    values = values.clone()
+    values[place] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "name, place, value, found",
+    [
+        ("block_table", (1, 0), 99, "block_table[1, 0] is 99, which kv_cache does not have"),
+        ("block_table", (0, 6), -1, "block_table[0, 6] is -1, which kv_cache does not have"),
+        ("seq_lens", 0, 5000, "sequence 0 reads up to position 5000 but block_table has"),
+        ("seq_lens", 1, 1, "sequence 1 has 3 query tokens but seq_lens says 1"),
+        ("query_start_loc", 0, 1, "query_start_loc must start at 0, not decrease and not exceed"),
+        ("query_start_loc", 2, 90, "query_start_loc must start at 0, not decrease and not exceed"),
+        ("query_start_loc", 1, 9, "query_start_loc must start at 0, not decrease and not exceed"),
+    ],
+)
+def test_checks_of_attention(kernels, name, place, value, found):
+    batch = hostile.make_batch([(1, 100), (3, 40)])
+    options = {"softmax_scale": 0.1, "cache_format": K8V8, "only_check": True}
+    assert emulated_cuda.paged_attention(kernels, batch, **options) == ""
+    wrong = replace(batch, **{name: changed(getattr(batch, name), place, value)})
+    assert emulated_cuda.paged_attention(kernels, wrong, **options).startswith(found)
+    if name == "block_table":  # blocks that no query sees may be anything
+        windowed = emulated_cuda.paged_attention(kernels, wrong, sliding_window=5, **options)
+        assert (windowed == "") == (place == (1, 0))
+
+
+@pytest.mark.parametrize(
+    "bounds, starts, found",
+    [
+        ([0, 9, 19], [50, 0], ""),
+        ([0, 9, 19], [-1, 0], "seq_starts[0] must not be negative, got -1"),
+        ([0, 9, 19], [50, 5000], "sequence 1 reads up to position 5010 but block_table has"),
+        ([0, 12, 9], [0, 0], "cu_seq_lens must start at 0, not decrease and not exceed the rows of key; sequence 1"),
+    ],
+)
+def test_checks_of_gather(kernels, bounds, starts, found):
+    batch = hostile.make_batch([(1, 100), (3, 40)])
+    rows = torch.zeros(20, 2, 64)
+    place = batch.block_table, torch.tensor(bounds).int(), torch.tensor(starts).int()
+    options = {"cache_format": K8V8, "only_check": True}
+    got = emulated_cuda.gather_cache(kernels, rows, rows, batch.kv_cache, *place, **options)
+    assert got.startswith(found) and (got == "") == (found == "")

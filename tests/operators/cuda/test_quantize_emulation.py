@@ -18,7 +18,7 @@ from vllm_int8kv.cache import ladder, reference
 def test_emulated_kernels_equal_the_reference(kernels, shape, dtype):
     strided = matrix(*shape, dtype)
     fixed = torch.rand(shape[1]) + 0.01
-    for mode, x in (((0, 0, 3), strided), ((1, 1, 2), strided.contiguous())):
+    for mode, x in (((0, 0, 0, 3), strided), ((1, 1, 1, 2), strided.contiguous())):
         kernels.set_mode(*mode)
         want, want_scales = reference.quantize_per_channel(x)
         back = reference.dequantize_per_channel(want, want_scales, dtype=dtype)
@@ -38,7 +38,7 @@ def test_emulated_kernels_equal_the_reference(kernels, shape, dtype):
 def test_emulated_fused_with_many_strips(kernels, l2_bytes, dtype):
     x = matrix(700, 600, dtype).contiguous()
     kernels.set_l2_bytes(l2_bytes)
-    kernels.set_mode(0, 0, 2)
+    kernels.set_mode(0, 0, 1, 2)
     want, want_scales = reference.quantize_per_channel(x)
     codes, scales = emulated_cuda.quantize_per_channel(kernels, x, variant="fused")
     assert same_bits(codes, want) and same_bits(scales, want_scales)

@@ -1,10 +1,10 @@
 // One warp's codes on their way from the cache to tensor-core operands.
 //
 // A warp copies whole lines into a ring of its own, kRing tile spans (64 slots x 64 dims, K or V)
-// ahead of their use, and the scales of each tile with its first tile span. The tile spans of a
-// tile are numbered: first the spans of K, then those of V. The lane that copies a vector
-// is not the one that multiplies it, but both are of one warp, so that no barrier of the block is
-// needed.
+// ahead of their use, and the scales and midpoints of each tile with its first tile span. The tile
+// spans of a tile are numbered: first the spans of K, then those of V. The lane that copies a
+// vector is not the one that multiplies it, but both are of one warp, so that no barrier of the
+// block is needed.
 #pragma once
 
 #include "cuda/attention/mma/operands.cuh"
@@ -13,28 +13,29 @@
 
 namespace int8kv {
 
-constexpr int kScaleBuffers = 2;  // tiles whose scales are on their way
-
 // Where the codes and scales of a tile lie in a warp's shared memory.
 template <typename F>
 struct TileBuffers {
-  using KSpan = KTileSpan<typename F::K>;
-  using VSpan = VTileSpan<typename F::V>;
+  using KSpan = KSpans<typename F::K>;
+  using VSpan = VSpans<typename F::V>;
+  static constexpr bool kHasMidpoints = F::K::kHasMidpoint || F::V::kHasMidpoint;
   static constexpr int kSpanBytes = KSpan::kBytes > VSpan::kBytes ? KSpan::kBytes : VSpan::kBytes;
   static constexpr int kKScaleBytes = kTileSlots * F::K::kScaleBytes;
   static constexpr int kVScaleBytes = kTileSlots * F::V::kScaleBytes;
-  static constexpr int kScaleBytes = kKScaleBytes + kVScaleBytes;  // K, then V
+  static constexpr int kAllScaleBytes = kKScaleBytes + kVScaleBytes;  // K, then V
+  // The midpoints of K and V follow, if one of them has some.
+  static constexpr int kScaleBytes = (kHasMidpoints ? 2 : 1) * kAllScaleBytes;
 };
 
 // One warp's way through its tiles. With kWholeSpans the head size is kSpans * 64.
-template <typename F, int kSpans, bool kWholeSpans, int kRing>
+template <typename F, int kSpans, bool kWholeSpans, int kRing, int kScaleBuffers>
 struct CodeStream {
   using Buffers = TileBuffers<F>;
   using KSpan = typename Buffers::KSpan;
   using VSpan = typename Buffers::VSpan;
   static constexpr int kTileSpans = 2 * kSpans;  // of a tile: K, then V
 
-  const PagedAttentionParams& p;
+  const AttentionParams& p;
   const int32_t* block_table;
   int32_t kv_head;
   KeyRange keys;  // of the split
@@ -51,16 +52,15 @@ struct CodeStream {
   const int8_t* k_source = nullptr;
   const int8_t* v_source = nullptr;
 
-  INT8KV_DEVICE int32_t tile_end() const { return (keys.end + kTileSlots - 1) / kTileSlots; }
+  INT8KV_DEVICE int32_t tile_end() const { return end_tile_of(keys.end); }
 
   INT8KV_DEVICE void fetch_block() {
     const int32_t key = tile * kTileSlots + copy_group(lane) * kSlotGroup;
     is_seen = tile < tile_end() && key < keys.end && key + kSlotGroup > keys.begin;
     if (is_seen) {
-      const auto block_size = static_cast<uint32_t>(p.cache.block_size);
-      const uint32_t index = static_cast<uint32_t>(key) / block_size;
-      slot_group =
-          static_cast<int32_t>((static_cast<uint32_t>(key) - index * block_size) / kSlotGroup);
+      const int32_t index = p.block_size.divide(key);
+      slot_group = static_cast<int32_t>(static_cast<uint32_t>(key - index * p.block_size.value) /
+                                        kSlotGroup);
       block = block_table[index];
     }
   }
@@ -72,30 +72,45 @@ struct CodeStream {
     k_source = chunk + cache.k_code<F>(slot, 0) + copy_byte(lane);
     v_source = chunk + cache.v_code<F>(slot, 0) + copy_byte(lane);
     // A slot group has two vectors of K scales and two of V scales, for the first four of its eight
-    // lanes.
+    // lanes, and as many of midpoints, for the last four.
     static_assert(F::K::kScaleBytes * kSlotGroup == 2 * kVectorBytes &&
                   F::V::kScaleBytes * kSlotGroup == 2 * kVectorBytes);
-    if (is_seen && lane % 8 < 4) {
+    const auto copy_params = [&](int32_t first, int buffer) {
       const bool is_value = lane % 4 >= 2;
       const int vector = lane % 2 * kVectorBytes;
       const int32_t source = is_value ? cache.v_scale<F>(slot) : cache.k_scale<F>(slot);
-      copy_async_16(scales + scale_buffer * Buffers::kScaleBytes +
+      copy_async_16(scales + scale_buffer * Buffers::kScaleBytes + buffer +
                         (is_value ? Buffers::kKScaleBytes : 0) +
                         copy_group(lane) * 2 * kVectorBytes + vector,
-                    chunk + source + vector);
+                    chunk + first + source + vector);
+    };
+    if (is_seen && lane % 8 < 4) copy_params(0, 0);
+    if constexpr (Buffers::kHasMidpoints) {
+      const bool exists = lane % 4 >= 2 ? F::V::kHasMidpoint : F::K::kHasMidpoint;
+      if (is_seen && lane % 8 >= 4 && exists) {
+        copy_params(cache.midpoint_offset(), Buffers::kAllScaleBytes);
+      }
     }
     scale_buffer = (scale_buffer + 1) % kScaleBuffers;
   }
 
-  // This lane's part of a span of K or V.
+  // This lane's part of a plane of a span of K or V.
   template <typename TileSpan>
-  INT8KV_DEVICE void copy_codes(const int8_t* source, int span, unsigned char* target) {
+  INT8KV_DEVICE void copy_plane(const int8_t* source, int span, unsigned char* target) {
 #pragma unroll
     for (int i = 0; i < TileSpan::kVectors; ++i) {
       const int dim = span * kSpanDims + TileSpan::copy_dim(i);
       if (!kWholeSpans && dim >= p.cache.head_size) continue;
       copy_async_16(target + TileSpan::lane_target(lane) + TileSpan::copy_target(i),
                     source + TileSpan::copy_source(p.cache, span, i));
+    }
+  }
+  template <typename Spans>
+  INT8KV_DEVICE void copy_codes(const int8_t* source, int span, unsigned char* target) {
+    copy_plane<typename Spans::Low>(source, span, target);
+    if constexpr (Spans::kHasHigh) {
+      const int8_t* high = source + Spans::to_high(p.cache, slot_group);
+      copy_plane<typename Spans::High>(high, span, target + Spans::Low::kBytes);
     }
   }
 
@@ -133,15 +148,13 @@ struct CodeStream {
   }
 
   // Codes of the tile span in use, or of one `ahead` of it, which is not wrapped around the ring.
-  INT8KV_DEVICE OperandCodes<typename F::K> k_codes(int step, int ahead) const {
-    return OperandCodes<typename F::K>::template load<KSpan>(
-        ring, (read + ahead) * Buffers::kSpanBytes, lane, step);
+  INT8KV_DEVICE KOperand<typename F::K> k_codes(int step, int ahead) const {
+    return KOperand<typename F::K>::load(ring, (read + ahead) * Buffers::kSpanBytes, lane, step);
   }
-  INT8KV_DEVICE OperandCodes<typename F::V> v_codes(int step) const {
-    return OperandCodes<typename F::V>::template load<VSpan>(ring, read * Buffers::kSpanBytes, lane,
-                                                             step);
+  INT8KV_DEVICE VOperand<typename F::V> v_codes(int span, int step) const {
+    return VOperand<typename F::V>::load(ring, read * Buffers::kSpanBytes, lane, span, step);
   }
-  // Scales of this lane's 8 slots of a tile.
+  // Scales of this lane's 8 slots of a tile, and their midpoints.
   INT8KV_DEVICE const uint4& k_scales(int buffer) const {
     return *reinterpret_cast<const uint4*>(scales + buffer * Buffers::kScaleBytes +
                                            k_lane_slot(lane) * F::K::kScaleBytes);
@@ -150,6 +163,9 @@ struct CodeStream {
     return *reinterpret_cast<const uint4*>(scales + buffer * Buffers::kScaleBytes +
                                            Buffers::kKScaleBytes +
                                            k_lane_slot(lane) * F::V::kScaleBytes);
+  }
+  INT8KV_DEVICE const uint4& midpoints_of(const uint4& scales_of_lane) const {
+    return (&scales_of_lane)[Buffers::kAllScaleBytes / kVectorBytes];
   }
 
   // Gives tile span `number` of the tile in use back to the ring.

@@ -11,6 +11,17 @@ namespace int8kv {
 constexpr int kLargestWeightExponent = 14;
 constexpr int kMinWeightExponent = 20;  // biased; below the smallest scale that is ever stored
 
+// Half a dozen addresses follow from the number of a warp, more where there are midpoints. With one
+// row tile, whose registers three or four blocks share, a third of the formats would spill on SM80
+// and SM90 if those were held from item to item; on SM100 some spill if they are not.
+template <typename F, int kRowTiles>
+constexpr bool kHoldsWarp =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    true;
+#else
+    kRowTiles > 1 || !TileBuffers<F>::kHasMidpoints;
+#endif
+
 // One work item. With kSimple the head size is kSpans * 64 and scores are neither capped nor
 // biased, as in most models.
 template <typename F, int kSpans, int kRowTiles, bool kSimple>
@@ -25,10 +36,10 @@ class MmaItem {
   static constexpr int kPartColumns = 2 * kPartTiles;  // those of one part
   using Scores = float[4][kPartTiles][4];
   using Weights = uint32_t[4][kRowTiles][2];
-  using Stream = CodeStream<F, kSpans, kSimple, kRing>;
+  using Stream = CodeStream<F, kSpans, kSimple, kRing, Layout::kScaleBuffers>;
 
   // Starts the first copies.
-  __device__ MmaItem(const PagedAttentionParams& params, const WorkItem& work_item)
+  __device__ MmaItem(const AttentionParams& params, const WorkItem& work_item)
       : p(params),
         stream{params,
                params.block_table + work_item.seq * params.block_table_stride,
@@ -38,7 +49,7 @@ class MmaItem {
                dynamic_shared() + warp * Layout::kRingBytes,
                dynamic_shared() + Layout::kScales + warp * Layout::kScaleBytes} {
     // Tile n belongs to warp n % 4, wherever the split begins.
-    const int32_t tile_begin = stream.keys.begin / kTileSlots;
+    const int32_t tile_begin = tile_of(stream.keys.begin);
     first_tile = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
     stream.begin(first_tile);
     unsigned char* shared = dynamic_shared();
@@ -49,12 +60,13 @@ class MmaItem {
     for (int c = 0; c < kColumns; ++c) {
       row_max(c) = kMinusInfinity;
       row_sum(c) = 0.0f;
+      if constexpr (F::V::kHasMidpoint) row_middle(c) = 0.0f;
     }
   }
 
   // Writes the query operands and TileRows; the caller synchronizes.
   __device__ void load_queries(const WorkItem& item) {
-    int8kv::load_queries<kSpans, kRowTiles>(p, item, query, *rows);
+    int8kv::load_queries<F, kSpans, kRowTiles>(p, item, query, *rows, query_sums());
   }
 
   __device__ void attend() {
@@ -79,7 +91,7 @@ class MmaItem {
           softmax<true>(tile_key, part, scale_buffer, weight_scale, scores, weights);
         }
       }
-      scale_buffer = (scale_buffer + 1) % kScaleBuffers;
+      scale_buffer = (scale_buffer + 1) % Layout::kScaleBuffers;
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
         if (kParts > 1) stream.release(span);
@@ -108,6 +120,13 @@ class MmaItem {
         states->max[warp][r] = row_max(c);
         states->sum[warp][r] = total;
       }
+      if constexpr (F::V::kHasMidpoint) {
+        float middle = row_middle(c);
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) middle += shuffle_xor(middle, mask);
+        float* middles = reinterpret_cast<float*>(dynamic_shared() + Layout::kMiddles);
+        if (lane < 4) middles[warp * kRows + r] = middle;
+      }
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
 #pragma unroll
@@ -119,13 +138,15 @@ class MmaItem {
         }
       }
     }
-    if (lane == 0) states->out_scale[warp] = power_of_two(weight_exponent - kLargestWeightExponent);
+    // The codes of values with midpoints are doubled (DoubledCodes).
+    constexpr int kDoubled = F::V::kHasMidpoint ? 1 : 0;
+    if (lane == 0) {
+      states->out_scale[warp] = power_of_two(weight_exponent - kLargestWeightExponent - kDoubled);
+    }
   }
 
   // Merges the warps and writes the rows of `item`, which need not stay in registers until then.
-  __device__ void store(const WorkItem& item, const Workspace& workspace) {
-    store_rows<Layout>(p, item, workspace, *states);
-  }
+  __device__ void store(const WorkItem& item) { store_rows<Layout>(p, item, *states); }
 
  private:
   // The query row of a lane's column c of the scores and the output.
@@ -135,10 +156,17 @@ class MmaItem {
   // keys: in shared memory where registers are few.
   INT8KV_DEVICE float& row_max(int c) { return lane_state(c); }
   INT8KV_DEVICE float& row_sum(int c) { return lane_state(kColumns + c); }
+  // The sum of probabilities times midpoints of V, likewise.
+  INT8KV_DEVICE float& row_middle(int c) { return lane_state(2 * kColumns + c); }
   INT8KV_DEVICE float& lane_state(int i) {
     if constexpr (kParts == 1) return state[i];
     float* states_of_lanes = reinterpret_cast<float*>(dynamic_shared() + Layout::kLaneStates);
     return states_of_lanes[i * kAttentionThreads + threadIdx.x];
+  }
+
+  // Twice the sum of each row's query, as the operands have it.
+  INT8KV_DEVICE float* query_sums() const {
+    return reinterpret_cast<float*>(dynamic_shared() + Layout::kQuerySums);
   }
 
   __device__ void multiply_keys(int span, int part, Scores& scores) {
@@ -171,7 +199,7 @@ class MmaItem {
     if (!kSimple && span * kSpanDims >= p.cache.head_size) return;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const auto codes = stream.v_codes(w);
+      const auto codes = stream.v_codes(span, w);
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         uint32_t a[4];
@@ -193,10 +221,17 @@ class MmaItem {
     for (int c = 0; c < kPartColumns; ++c) {
       const int r = column_row(part * kPartColumns + c);
       const float factor = rows->score_factor[r];
+      [[maybe_unused]] float query_sum = 0.0f;
+      if constexpr (F::K::kHasMidpoint) query_sum = query_sums()[r];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
-        score *= scale_of(k_scales, i) * factor;
+        if constexpr (F::K::kHasMidpoint) {
+          const float middle = scale_of(stream.midpoints_of(k_scales), i);
+          score = (score * scale_of(k_scales, i) + middle * query_sum) * factor;
+        } else {
+          score *= scale_of(k_scales, i) * factor;
+        }
       }
       if (!kSimple && p.softcap > 0.0f) {
 #pragma unroll
@@ -245,6 +280,25 @@ class MmaItem {
     return is_seen ? scale_of(v_scales, i) : 0.0f;
   }
 
+  // The midpoints of this lane's 8 V, as they are stored: registers are few. 0 of keys that no row
+  // sees.
+  template <bool kMasked>
+  __device__ uint4 v_midpoints(int32_t tile_key, int scale_buffer) const {
+    uint4 middles = stream.midpoints_of(stream.v_scales(scale_buffer));
+    if (kMasked) {
+      const int32_t first = tile_key + k_lane_slot(lane);
+      const auto is_seen = [&](int i) {
+        return first + i >= stream.keys.begin && first + i < stream.keys.end;
+      };
+      uint32_t* words[] = {&middles.x, &middles.y, &middles.z, &middles.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        *words[i] &= (is_seen(2 * i) ? 0xffffu : 0u) | (is_seen(2 * i + 1) ? 0xffff0000u : 0u);
+      }
+    }
+    return middles;
+  }
+
   // Raises the scale of the weights where a tile's V scales ask for it.
   template <bool kMasked>
   __device__ WeightScale raise_weight_scale(int32_t tile_key, const uint4& v_scales) {
@@ -276,11 +330,13 @@ class MmaItem {
     for (int i = 0; i < 8; ++i) {
       v_factors[i] = value_scale<kMasked>(tile_key, v_scales, i) * weight_scale.v_factor;
     }
+    uint4 v_middles = {};
+    if constexpr (F::V::kHasMidpoint) v_middles = v_midpoints<kMasked>(tile_key, scale_buffer);
     float rescale[kPartColumns];
     bool is_rescaled = false;
 #pragma unroll
     for (int c = 0; c < kPartColumns; ++c) {
-      rescale[c] = weigh_column(part, c, v_factors, scores) * weight_scale.out_factor;
+      rescale[c] = weigh_column(part, c, v_factors, v_middles, scores) * weight_scale.out_factor;
       is_rescaled |= rescale[c] != 1.0f;
     }
     if (ballot(is_rescaled) != 0) {  // rarely, once the largest score has been seen
@@ -291,7 +347,8 @@ class MmaItem {
 
   // Turns the scores of column c of a part into weights in place and adds them to the row's state;
   // returns by what the row's output so far is to be multiplied.
-  INT8KV_DEVICE float weigh_column(int part, int c, const float (&v_factors)[8], Scores& scores) {
+  INT8KV_DEVICE float weigh_column(int part, int c, const float (&v_factors)[8],
+                                   [[maybe_unused]] const uint4& v_middles, Scores& scores) {
     float& old_max = row_max(part * kPartColumns + c);
     float tile_max = kMinusInfinity;
 #pragma unroll
@@ -307,15 +364,21 @@ class MmaItem {
     const float decay = exp2_fast(old_max - origin);
     old_max = new_max;
     float tile_sum = 0.0f;
+    [[maybe_unused]] float tile_middle = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& score = scores[i / 2][c / 2][i % 2 * 2 + c % 2];
       const float probability = exp2_fast(score - origin);
       tile_sum += probability;
+      if constexpr (F::V::kHasMidpoint) tile_middle += probability * scale_of(v_middles, i);
       score = probability * v_factors[i];
     }
     float& total = row_sum(part * kPartColumns + c);
     total = total * decay + tile_sum;
+    if constexpr (F::V::kHasMidpoint) {
+      float& middle = row_middle(part * kPartColumns + c);
+      middle = middle * decay + tile_middle;
+    }
     return decay;
   }
 
@@ -348,9 +411,9 @@ class MmaItem {
     }
   }
 
-  const PagedAttentionParams& p;
+  const AttentionParams& p;
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
+  const int warp = kHoldsWarp<F, kRowTiles> ? threadIdx.x / 32 : opaque(threadIdx.x / 32);
   Stream stream;
   int32_t first_tile;  // of this warp
   uint32_t* query;
@@ -358,7 +421,7 @@ class MmaItem {
   WarpStates<kRows>* states;
 
   int weight_exponent = kMinWeightExponent;
-  float state[kParts == 1 ? 2 * kColumns : 1];
+  float state[kParts == 1 ? Layout::kColumnStates * kColumns : 1];
   float out[kSpans][4][kRowTiles][4] = {};
 };
 

@@ -7,10 +7,11 @@
 namespace int8kv {
 
 // Equalizes and rotates the rows of an item and leaves them as operands of two fp16 terms in
-// `query`, and what else is to be known of them in `rows`.
-template <int kSpans, int kRowTiles>
-__device__ void load_queries(const PagedAttentionParams& p, const WorkItem& item, uint32_t* query,
-                             TileRows<8 * kRowTiles>& rows) {
+// `query`, and what else is to be known of them in `rows`; where keys have midpoints, twice the sum
+// of their elements in `sums`.
+template <typename F, int kSpans, int kRowTiles>
+__device__ void load_queries(const AttentionParams& p, const WorkItem& item, uint32_t* query,
+                             TileRows<8 * kRowTiles>& rows, [[maybe_unused]] float* sums) {
   constexpr int kRows = 8 * kRowTiles;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) rows.seen_by_all = keys_all_see(p, item, kRows);
@@ -25,6 +26,7 @@ __device__ void load_queries(const PagedAttentionParams& p, const WorkItem& item
       const int exponent = static_cast<int>(float_bits(warp_amax(values)) >> 23);
       to_half = power_of_two(min(max(127 + 8 + 127 - exponent, 1), 254));
     }
+    [[maybe_unused]] float sum = 0.0f;
     for_each_pair(values, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
       const float x0 = x[0] * to_half, x1 = x[1] * to_half;
       const uint32_t high = pack_half2(x0, x1);
@@ -32,10 +34,16 @@ __device__ void load_queries(const PagedAttentionParams& p, const WorkItem& item
       query[query_word(kRowTiles, r, pair, 1)] =
           pack_half2(x0 - half_bits_to_float(static_cast<uint16_t>(high & 0xffffu)),
                      x1 - half_bits_to_float(static_cast<uint16_t>(high >> 16)));
+      if constexpr (F::K::kHasMidpoint) sum += x0 + x1;
     });
+    if constexpr (F::K::kHasMidpoint) {
+      sum = warp_sum(sum);
+      if (lane == 0) sums[r] = 2.0f * sum;
+    }
     if (lane == 0) {
       const int32_t position = item.seq_len - item.query_len + row.query;
-      const float scale = p.softmax_scale / to_half;
+      // The codes of keys with midpoints are doubled (DoubledCodes).
+      const float scale = p.softmax_scale / (F::K::kHasMidpoint ? 2.0f * to_half : to_half);
       rows.score_factor[r] = p.softcap > 0.0f ? scale / p.softcap : scale * kLog2e;
       rows.alibi_slope[r] =
           p.alibi_slopes != nullptr && row.exists ? p.alibi_slopes[row.head] * kLog2e : 0.0f;
@@ -46,10 +54,13 @@ __device__ void load_queries(const PagedAttentionParams& p, const WorkItem& item
 }
 
 // Merges the warps' states and outputs, which lie in their rings, in their order, and writes the
-// rows of `item`: to `out` if it is whole, else to the workspace.
+// rows of `item`: to `out` if it is whole, else to the workspace. Where values are rotated, rows
+// are rotated back, those of a split too: the merge is a sum, to which the rotation does not
+// matter.
 template <typename Layout>
-__device__ void store_rows(const PagedAttentionParams& p, const WorkItem& item,
-                           const Workspace& workspace, const WarpStates<Layout::kRows>& states) {
+__device__ void store_rows(const AttentionParams& p, const WorkItem& item,
+                           const WarpStates<Layout::kRows>& states) {
+  using Format = typename Layout::Format;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int head_size = p.cache.head_size;
   for (int r = warp; r < Layout::kRows; r += kAttentionWarps) {
@@ -60,32 +71,54 @@ __device__ void store_rows(const PagedAttentionParams& p, const WorkItem& item,
 #pragma unroll
     for (int w = 0; w < kAttentionWarps; ++w) max2 = fmaxf(max2, states.max[w][r]);
     float factors[kAttentionWarps];
+    [[maybe_unused]] float middle = 0.0f;  // of all dims
 #pragma unroll
     for (int w = 0; w < kAttentionWarps; ++w) {
       const float weight =
           states.max[w][r] == kMinusInfinity ? 0.0f : exp2_fast(states.max[w][r] - max2);
       state.sum += weight * states.sum[w][r];
       factors[w] = weight * states.out_scale[w];
+      if constexpr (Format::V::kHasMidpoint) {
+        const float* middles = reinterpret_cast<const float*>(dynamic_shared() + Layout::kMiddles);
+        middle += weight * middles[w * Layout::kRows + r];
+      }
     }
     if (max2 != kMinusInfinity) state.max = max2 * kLn2;
 
     const int64_t token = int64_t{item.query_begin} + row.query;
     const bool is_whole = item.is_whole();
-    const int64_t partial = item.first_row(Layout::kRows) + r;
+    const int64_t partial = Workspace::first_row(blockIdx.x, item.is_first, Layout::kRows) + r;
     const float final_factor = is_whole ? finish_row(p, state, token, row.head, lane == 0) : 1.0f;
-    if (!is_whole && lane == 0) workspace.states[partial] = state;
+    if (!is_whole && lane == 0) p.workspace.states[partial] = state;
     const float* outs = reinterpret_cast<const float*>(dynamic_shared()) + r * Layout::kDims;
-    for (int dim = lane; dim < head_size; dim += 32) {
+    const auto merged = [&](int dim) {
       float x = 0.0f;
 #pragma unroll
       for (int w = 0; w < kAttentionWarps; ++w) {
         x += factors[w] * outs[w * (Layout::kRingBytes / 4) + dim];
       }
+      return x;
+    };
+    const auto store = [&](int dim, float x) {
       if (is_whole) {
         store_out(p, token, row.head, dim, x * final_factor);
       } else {
-        workspace.out[partial * head_size + dim] = x;
+        p.workspace.out[partial * head_size + dim] = x;
       }
+    };
+    if constexpr (!Format::kRotatesValues) {
+      for (int dim = lane; dim < head_size; dim += 32) store(dim, merged(dim));
+    } else {
+      HeadVector<Layout::kDims / kSpanDims> out = {};
+      for_each_pair(out, head_size, lane, [&](int pair, float (&x)[2]) {
+        x[0] = merged(2 * pair) + middle;
+        x[1] = merged(2 * pair + 1) + middle;
+      });
+      warp_hadamard_rotate(out, head_size, lane);
+      for_each_pair(out, head_size, lane, [&](int pair, float (&x)[2]) {
+        store(2 * pair, x[0]);
+        store(2 * pair + 1, x[1]);
+      });
     }
   }
 }
