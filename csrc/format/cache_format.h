@@ -33,6 +33,8 @@ struct Format {
   using V = V_;
   // Values below 8 bits are rotated as keys are (rotation.h), and the output is rotated back.
   static constexpr bool kRotatesValues = V::kBits < 8;
+  // The CUDA kernels have every head size with 8 bits, with fewer those of nearly all models.
+  static constexpr int32_t kMaxCudaHeadSize = K::kBits == 8 && V::kBits == 8 ? kMaxHeadSize : 128;
 
   // Bytes per slot and KV head.
   static INT8KV_HD constexpr int32_t content_bytes(int32_t head_size) {
@@ -76,15 +78,13 @@ decltype(auto) with_format(CacheFormat format, Call&& f) {
   __builtin_unreachable();
 }
 
-// The same for the formats that have CUDA kernels; the operators refuse others on a GPU.
-constexpr bool is_cuda_format(CacheFormat format) { return format == CacheFormat::kK8V8; }
-template <typename Call>
-decltype(auto) with_cuda_format(CacheFormat, Call&& f) {
-  return f.template operator()<K8V8>();
-}
-
 inline int32_t content_bytes(CacheFormat format, int32_t head_size) {
   return with_format(format, [&]<typename F>() { return F::content_bytes(head_size); });
+}
+
+// Up to which head size there are CUDA kernels; the operators refuse larger ones on a GPU.
+inline int32_t max_cuda_head_size(CacheFormat format) {
+  return with_format(format, [&]<typename F>() { return F::kMaxCudaHeadSize; });
 }
 
 // A paged cache of one layer, seen by a kernel. Offsets are bytes from the start of a chunk; they
@@ -103,7 +103,7 @@ struct KVCache {
     return data + block * block_stride + kv_head * head_stride;
   }
 
-  // The byte that holds a code.
+  // The byte that holds a code, below 8 bits its lower bits.
   template <typename F>
   INT8KV_HD int32_t k_code(int32_t slot, int32_t dim) const {
     return F::K::k_byte(head_size, slot, dim);

@@ -87,6 +87,14 @@ struct Codes {
     return Low::v_bytes(block_size, head_size) + High::v_bytes(block_size, head_size);
   }
 
+  // Byte of the lower bits of a code, from the first of its planes on.
+  static INT8KV_HD constexpr int32_t k_byte(int32_t head_size, int32_t slot, int32_t dim) {
+    return Low::k_byte(head_size, slot, dim);
+  }
+  static INT8KV_HD constexpr int32_t v_byte(int32_t block_size, int32_t slot, int32_t dim) {
+    return Low::v_byte(block_size, slot, dim);
+  }
+
   // A code, given the first byte of its planes.
   static INT8KV_HD int32_t load_k(const int8_t* codes, int32_t block_size, int32_t head_size,
                                   int32_t slot, int32_t dim) {

@@ -50,18 +50,23 @@ struct GatherCacheParams {
   int32_t num_seqs;
   DType dtype;
 
-  // The sequence of a row below cu_seq_lens[num_seqs].
-  INT8KV_HD int32_t seq_of(int64_t row) const {
+  // The last sequence for which first_of(seq), which does not decrease, is at most x; or the first.
+  template <typename F>
+  INT8KV_HD int32_t last_seq(int64_t x, F&& first_of) const {
     int32_t low = 0, high = num_seqs - 1;
     while (low < high) {
       const int32_t middle = (low + high + 1) / 2;
-      if (cu_seq_lens[middle] <= row) {
+      if (first_of(middle) <= x) {
         low = middle;
       } else {
         high = middle - 1;
       }
     }
     return low;
+  }
+  // The sequence of a row below cu_seq_lens[num_seqs].
+  INT8KV_HD int32_t seq_of(int64_t row) const {
+    return last_seq(row, [&](int32_t seq) { return cu_seq_lens[seq]; });
   }
 };
 

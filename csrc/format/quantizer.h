@@ -8,13 +8,14 @@
 //
 // Fewer bits, with levels = 2^bits - 1 steps between the ends of the vector:
 //
-//   middle = bf16((min_d x[d] + max_d x[d]) * 0.5)
+//   middle = bf16((min_d x[d] + max_d x[d]) * 0.5 + 0)
 //   half   = max(max_d x[d] - middle, middle - min_d x[d])
 //   scale  = bf16(2 * half / levels), or 0 if half < 1e-30
 //   q[d]   = clamp(round_half_even((x[d] - middle) / scale + levels / 2), 0, levels), or 0
 //   x[d]  ~= (q[d] - levels / 2) * scale + middle
 //
-// There |error| <= scale * (1/2 + levels / 1024): the ends may lie half a unit of bf16 outside.
+// There |error| <= scale * (1/2 + levels / 1024): the ends may lie half a unit of bf16 outside. The
+// 0 that is added makes 0 of -0: which of two zeros is the smaller, devices do not agree on.
 //
 // The codes are taken from the scale as stored, so rounding it to bf16 adds no error of its own: it
 // only makes a step up to 0.4 % larger or smaller, and 127.5 is never reached. bf16 keeps the range

@@ -55,6 +55,8 @@ constexpr int groups_per_pass(int rows, bool streams) {
 constexpr int pairs_per_pass(int rows, bool streams) {
   return !streams || !kHasDot ? 1 : rows <= 1 ? 4 : rows <= 2 ? 2 : 1;
 }
+// Masks and shifts cost as much as load_pairs(), two planes together half as much as a pass.
+constexpr int max_unpacking_rows(bool has_high) { return (has_high ? 2 : 8) * kBlockRows; }
 
 // Register i of a line's codes as 16-bit integers.
 INT8KV_INLINE IntRegister load_pairs(Codes<8>, const int8_t* line, int i) {
@@ -63,6 +65,17 @@ INT8KV_INLINE IntRegister load_pairs(Codes<8>, const int8_t* line, int i) {
 // Register i of a line's bytes as 16-bit integers.
 INT8KV_INLINE IntRegister widen_bytes(const int8_t* line, int i) {
   return _mm256_cvtepu8_epi16(load<__m128i>(line + 16 * i));
+}
+// Half of the bytes of a register as 16-bit integers: the lower (0) or upper (1) eight of
+// either 16.
+INT8KV_INLINE IntRegister interleave_zeros(IntRegister bytes, int half) {
+  const IntRegister zero = _mm256_setzero_si256();
+  return half == 0 ? _mm256_unpacklo_epi8(bytes, zero) : _mm256_unpackhi_epi8(bytes, zero);
+}
+// Register i, in the order of the line, of sums of the two.
+INT8KV_INLINE IntRegister order_halves(IntRegister lower, IntRegister upper, int i) {
+  return i == 0 ? _mm256_permute2x128_si256(lower, upper, 0x20)
+                : _mm256_permute2x128_si256(lower, upper, 0x31);
 }
 INT8KV_INLINE IntRegister broadcast_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
 INT8KV_INLINE IntRegister add(IntRegister a, IntRegister b) { return _mm256_add_epi32(a, b); }

@@ -119,6 +119,7 @@ constexpr int groups_per_pass(int rows, bool streams) {
 constexpr int pairs_per_pass(int rows, bool streams) {
   return !reads_in_order(rows, streams) ? 1 : rows <= 1 ? 8 : rows <= 2 ? 4 : 2;
 }
+constexpr int max_unpacking_rows(bool) { return kBlockRows; }
 
 // Register i of a line's codes as 16-bit integers.
 INT8KV_INLINE IntRegister load_pairs(Codes<8>, const int8_t* line, int) {

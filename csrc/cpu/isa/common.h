@@ -15,9 +15,11 @@
 //   times_power_of_two               for exp_negative(), with kZeroExponent
 //   exchange                         lane i ^ k of each lane i
 //   load_pairs, widen_bytes          signed codes and bytes of a line as 16-bit integers
+//   interleave_zeros, order_halves   all bytes of a line at once; where it has two registers only
 //   add, add_products                sums of integers and of products of pairs
 //   broadcast_pair                   two 16-bit integers to all lanes
 //   kBlockRows, groups_per_pass, pairs_per_pass, kHasDot   loop sizes of dot_pairs.h
+//   max_unpacking_rows               that of dot_fields.h
 //
 // Another instruction set is another such header, a line in CMakeLists.txt, one in kernels.h and
 // one in dispatch.cpp. Everything is inlined, so that no object shares a function with another.
@@ -28,6 +30,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "format/cache_format.h"
 
@@ -37,6 +40,14 @@
 namespace int8kv::cpu::INT8KV_ISA {
 
 constexpr int kLanes = 16;
+
+// Calls f(0), f(1), ... with constants.
+template <int kCount, typename F>
+INT8KV_INLINE void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
 
 typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));

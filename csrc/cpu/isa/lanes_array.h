@@ -18,9 +18,7 @@ typedef int32_t RegisterIndex __attribute__((vector_size(sizeof(Register))));
 // Calls f(i) for every register of a vector.
 template <typename F>
 INT8KV_INLINE void for_each_register(const F& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, kNumRegisters>{});
+  unrolled<kNumRegisters>(f);
 }
 
 template <typename T>

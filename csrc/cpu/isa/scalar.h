@@ -48,6 +48,7 @@ constexpr bool kHasDot = false;
 constexpr int kBlockRows = 4;
 constexpr int groups_per_pass(int, bool) { return 1; }
 constexpr int pairs_per_pass(int, bool) { return 1; }
+constexpr int max_unpacking_rows(bool) { return kBlockRows; }
 
 // Register i of a line's codes as 16-bit integers.
 INT8KV_INLINE IntRegister load_pairs(Codes<8>, const int8_t* line, int i) {

@@ -50,6 +50,13 @@ INT8KV_INLINE Words load_field(const int8_t* line, int part, int field) {
   return field == Plane::kFields - 1 ? shifted : shifted & static_cast<uint16_t>(Plane::kMask);
 }
 
+// To lower bits, or to higher ones where `bits` is negative.
+INT8KV_INLINE Words shift_down(Words x, int bits) {
+  return bits > 0   ? x >> static_cast<uint16_t>(bits)
+         : bits < 0 ? x << static_cast<uint16_t>(-bits)
+                    : x;
+}
+
 // Register `part` of a line of codes: field `low_field` of a line of the lower plane and, where
 // there is one, `high_field` of one of the upper plane.
 template <typename C>
@@ -58,17 +65,50 @@ INT8KV_INLINE IntRegister load_codes(const int8_t* low, int low_field,
                                      [[maybe_unused]] int high_field, int part) {
   Words codes = load_field<typename C::Low>(low, part, low_field);
   if constexpr (C::kBits > C::kLowBits) {
-    using High = typename C::High;
-    constexpr int kBits = 8 / High::kFields;
-    // Straight to where the field belongs, by one shift.
-    const int shift = high_field * kBits - C::kLowBits;
+    constexpr int kHighBits = C::kBits - C::kLowBits;
     const Words bytes = reinterpret_cast<Words>(widen_bytes(high, part));
-    const Words moved = shift > 0   ? bytes >> static_cast<uint16_t>(shift)
-                        : shift < 0 ? bytes << static_cast<uint16_t>(-shift)
-                                    : bytes;
-    codes |= moved & static_cast<uint16_t>(High::kMask << C::kLowBits);
+    // Straight to where the field belongs, by one shift.
+    codes |= shift_down(bytes, high_field * kHighBits - C::kLowBits) &
+             static_cast<uint16_t>(C::High::kMask << C::kLowBits);
   }
   return reinterpret_cast<IntRegister>(codes);
+}
+
+// The widened registers of a whole line of codes.
+//
+// Two planes cost less as bytes, twice as many to a register, where a line of bytes is one register
+// and two of integers. Widening then leaves the line's order: a register has eight bytes of either
+// half of the line (order_as_line).
+template <typename C>
+constexpr bool kIsInterleaved = kNumRegisters == 2 && C::kBits > C::kLowBits;
+
+template <typename C>
+INT8KV_INLINE void load_line(const int8_t* low, int low_field, const int8_t* high, int high_field,
+                             IntRegister (&codes)[kNumRegisters]) {
+  if constexpr (!kIsInterleaved<C>) {
+    unrolled<kNumRegisters>([&](auto i) __attribute__((always_inline)) {
+      codes[i] = load_codes<C>(low, low_field, high, high_field, i);
+    });
+  } else {
+    constexpr int kHighBits = C::kBits - C::kLowBits;
+    constexpr uint16_t kLowMask = C::Low::kMask * 0x101;
+    constexpr uint16_t kHighMask = (C::High::kMask << C::kLowBits) * 0x101;
+    const Words lows = shift_down(load<Words>(low), low_field * C::kLowBits);
+    const Words highs = shift_down(load<Words>(high), high_field * kHighBits - C::kLowBits);
+    const auto bytes = reinterpret_cast<IntRegister>((lows & kLowMask) | (highs & kHighMask));
+    unrolled<2>([&](auto i)
+                    __attribute__((always_inline)) { codes[i] = interleave_zeros(bytes, i); });
+  }
+}
+
+// Sums of a line's products in the order of the line.
+template <typename C>
+INT8KV_INLINE void order_as_line(IntRegister (&sums)[kNumRegisters]) {
+  if constexpr (kIsInterleaved<C>) {
+    const IntRegister lower = sums[0], upper = sums[1];
+    unrolled<2>([&](auto i)
+                    __attribute__((always_inline)) { sums[i] = order_halves(lower, upper, i); });
+  }
 }
 
 // Reads ahead evenly while `steps` steps of work are done; without a target it touches what is at
@@ -107,7 +147,7 @@ INT8KV_INLINE void dot_k_group(const DotFields& d, int32_t row, int32_t group,
   int32_t* c = d.c + row * d.c_stride + group * kLanes;
   IntRegister sum[kSums][kRows][kNumRegisters] = {};
   const auto add_unit = [&](int32_t unit, auto in_line) __attribute__((always_inline)) {
-    constexpr int kInLine = decltype(in_line)::value;
+    constexpr int kInLine = in_line;
     constexpr int kLowField = kInLine % (C::Low::kFields / 2) * 2;
     const int8_t* low_lines = low + unit / (C::Low::kFields / 2) * (4 * kLineBytes);
     const int8_t* high_lines = high;
@@ -116,13 +156,13 @@ INT8KV_INLINE void dot_k_group(const DotFields& d, int32_t row, int32_t group,
       high_field = kInLine % (C::High::kFields / 2) * 2;
       high_lines = high + unit / (C::High::kFields / 2) * (4 * kLineBytes);
     }
+#pragma GCC unroll 4
     for (int line = 0; line < 4; ++line) {
+#pragma GCC unroll 2
       for (int field = 0; field < 2; ++field) {
         IntRegister codes[kNumRegisters];
-        for (int i = 0; i < kNumRegisters; ++i) {
-          codes[i] = load_codes<C>(low_lines + line * kLineBytes, kLowField + field,
-                                   high_lines + line * kLineBytes, high_field + field, i);
-        }
+        load_line<C>(low_lines + line * kLineBytes, kLowField + field,
+                     high_lines + line * kLineBytes, high_field + field, codes);
         const int16_t* pair = a + 2 * (8 * unit + 4 * field + line);
         auto& sums = sum[(2 * line + field) % kSums];
         for (int r = 0; r < kRows; ++r) {
@@ -138,19 +178,20 @@ INT8KV_INLINE void dot_k_group(const DotFields& d, int32_t row, int32_t group,
   const int32_t num_units = d.num_pairs / 8;
   int32_t unit = 0;
   for (; unit + kUnits <= num_units; unit += kUnits) {
-    [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
-      (add_unit(unit + u, std::integral_constant<int, u>{}), ...);
-    }(std::make_integer_sequence<int, kUnits>{});
+    unrolled<kUnits>([&](auto u) __attribute__((always_inline)) { add_unit(unit + u, u); });
   }
   if constexpr (kUnits > 1) {
     const int32_t rest = num_units - unit;
-    [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
-      ((u < rest ? add_unit(unit + u, std::integral_constant<int, u>{}) : void()), ...);
-    }(std::make_integer_sequence<int, kUnits - 1>{});
+    unrolled<kUnits - 1>([&](auto u) __attribute__((always_inline)) {
+      if (u < rest) add_unit(unit + u, u);
+    });
   }
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kNumRegisters; ++i) {
       for (int s = 1; s < kSums; ++s) sum[0][r][i] = add(sum[0][r][i], sum[s][r][i]);
+    }
+    order_as_line<C>(sum[0][r]);
+    for (int i = 0; i < kNumRegisters; ++i) {
       int32_t* to = c + r * d.c_stride + i * kRegisterLanes;
       if (d.accumulate) sum[0][r][i] = add(sum[0][r][i], load<IntRegister>(to));
       store(to, sum[0][r][i]);
@@ -169,41 +210,54 @@ INT8KV_INLINE void dot_v_groups(const DotFields& d, int32_t row, int32_t group, 
   const int8_t* high = d.high;
   if constexpr (C::kBits > C::kLowBits) high += group / C::High::kFields * d.high_stride;
   int32_t* c = d.c + row * d.c_stride + group * kLanes + part * kRegisterLanes;
+  constexpr bool kIsWholeLine = kParts == kNumRegisters;
   IntRegister sum[kSums][kRows][kGroups][kParts] = {};
   const auto add_pair = [&](int32_t pair, auto& sums) __attribute__((always_inline)) {
     IntRegister codes[kGroups][kParts];
-    for (int g = 0; g < kGroups; ++g) {
-      for (int i = 0; i < kParts; ++i) {
-        codes[g][i] = load_codes<C>(low + pair * kLineBytes, field + g, high + pair * kLineBytes,
-                                    high_field + g, part + i);
+    const int8_t* low_line = low + pair * kLineBytes;
+    const int8_t* high_line = high + pair * kLineBytes;
+    unrolled<kGroups>([&](auto g) __attribute__((always_inline)) {
+      if constexpr (kIsWholeLine) {
+        load_line<C>(low_line, field + g, high_line, high_field + g, codes[g]);
+      } else {
+        unrolled<kParts>([&](auto i) __attribute__((always_inline)) {
+          codes[g][i] = load_codes<C>(low_line, field + g, high_line, high_field + g, part + i);
+        });
       }
-    }
-    for (int r = 0; r < kRows; ++r) {
+    });
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
       const IntRegister broadcast = broadcast_pair(load<int32_t>(a + r * d.a_stride + 2 * pair));
-      for (int g = 0; g < kGroups; ++g) {
-        for (int i = 0; i < kParts; ++i) {
-          sums[r][g][i] = add_products(sums[r][g][i], codes[g][i], broadcast);
-        }
-      }
-    }
-    prefetcher.advance();
+      unrolled<kGroups>([&](auto g) __attribute__((always_inline)) {
+        unrolled<kParts>([&](auto i) __attribute__((always_inline)) {
+          add_in_order(sums[r][g][i], codes[g][i], broadcast);
+        });
+      });
+    });
   };
+  constexpr int kPasses = kNumRegisters / kParts;  // which fetch ahead as much as one
+  constexpr int kPairs = kSums * kPasses;
   int32_t pair = 0;
-  for (; pair + kSums <= d.num_pairs; pair += kSums) {
-    for (int s = 0; s < kSums; ++s) add_pair(pair + s, sum[s]);
+  for (; pair + kPairs <= d.num_pairs; pair += kPairs) {
+    unrolled<kPairs>([&](auto i) __attribute__((always_inline)) {
+      add_pair(pair + i, sum[i % kSums]);
+      if (i % kPasses == 0) prefetcher.advance();
+    });
   }
-  for (; kSums > 1 && pair < d.num_pairs; ++pair) add_pair(pair, sum[0]);
-  for (int r = 0; r < kRows; ++r) {
-    for (int g = 0; g < kGroups; ++g) {
-      for (int i = 0; i < kParts; ++i) {
-        IntRegister total = sum[0][r][g][i];
-        for (int s = 1; s < kSums; ++s) total = add(total, sum[s][r][g][i]);
+  for (; kPairs > 1 && pair < d.num_pairs; ++pair) add_pair(pair, sum[0]);
+  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+    unrolled<kGroups>([&](auto g) __attribute__((always_inline)) {
+      auto& total = sum[0][r][g];
+      unrolled<kParts>([&](auto i) __attribute__((always_inline)) {
+        for (int s = 1; s < kSums; ++s) total[i] = add(total[i], sum[s][r][g][i]);
+      });
+      if constexpr (kIsWholeLine) order_as_line<C>(total);
+      unrolled<kParts>([&](auto i) __attribute__((always_inline)) {
         int32_t* to = c + r * d.c_stride + g * kLanes + i * kRegisterLanes;
-        if (d.accumulate) total = add(total, load<IntRegister>(to));
-        store(to, total);
-      }
-    }
-  }
+        if (d.accumulate) total[i] = add(total[i], load<IntRegister>(to));
+        store(to, total[i]);
+      });
+    });
+  });
 }
 
 template <typename C, int kRows>
@@ -222,10 +276,9 @@ __attribute__((noinline)) static void dot_v_rows(const DotFields& shared, int32_
   // As many sums as registers hold beside the codes.
   constexpr int kParts = kNumRegisters > 1 && kRows * kNumRegisters > 4 ? 1 : kNumRegisters;
   constexpr int kUnits = units_per_line<C>();
-  Prefetcher prefetcher(
-      d, static_cast<int64_t>((d.num_groups + 1) / 2) * d.num_pairs * (kNumRegisters / kParts));
+  Prefetcher prefetcher(d, static_cast<int64_t>((d.num_groups + 1) / 2) * d.num_pairs);
   const auto add_groups = [&](int32_t group, auto in_line) __attribute__((always_inline)) {
-    constexpr int kInLine = decltype(in_line)::value;
+    constexpr int kInLine = in_line;
     constexpr int kField = kInLine % (C::Low::kFields / 2) * 2;
     constexpr int kHighField = kInLine * 2;
     for (int part = 0; part < kNumRegisters; part += kParts) {
@@ -237,11 +290,9 @@ __attribute__((noinline)) static void dot_v_rows(const DotFields& shared, int32_
     }
   };
   for (int32_t group = 0; group < d.num_groups; group += 2 * kUnits) {
-    [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
-      ((group + 2 * u < d.num_groups ? add_groups(group + 2 * u, std::integral_constant<int, u>{})
-                                     : void()),
-       ...);
-    }(std::make_integer_sequence<int, kUnits>{});
+    unrolled<kUnits>([&](auto u) __attribute__((always_inline)) {
+      if (group + 2 * u < d.num_groups) add_groups(group + 2 * u, u);
+    });
   }
 }
 
@@ -287,12 +338,13 @@ template <typename C>
 INT8KV_INLINE void unpack_k(const DotFields& d) {
   constexpr int kUnits = units_per_line<C>();
   const int32_t num_units = d.num_pairs / 8;
+  Prefetcher prefetcher(d, static_cast<int64_t>(d.num_groups) * (d.num_pairs / 2));
   for (int32_t group = 0; group < d.num_groups; ++group) {
     const int8_t* low = d.low + group * d.low_stride;
     const int8_t* high = d.high + group * d.high_stride;
     int8_t* to = d.scratch + static_cast<int64_t>(group) * d.num_pairs * kLineBytes;
     const auto unpack_unit = [&](int32_t unit, auto in_line) __attribute__((always_inline)) {
-      constexpr int kInLine = decltype(in_line)::value;
+      constexpr int kInLine = in_line;
       constexpr int kLowField = kInLine % (C::Low::kFields / 2) * 2;
       const int8_t* low_lines = low + unit / (C::Low::kFields / 2) * (4 * kLineBytes);
       const int8_t* high_lines = high + unit / kUnits * (4 * kLineBytes);
@@ -302,13 +354,13 @@ INT8KV_INLINE void unpack_k(const DotFields& d) {
                          high_lines + line * kLineBytes, 2 * kInLine + field,
                          to + (8 * unit + 4 * field + line) * kLineBytes);
         }
+        prefetcher.advance();
       }
     };
     for (int32_t unit = 0; unit < num_units; unit += kUnits) {
-      [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
-        ((unit + u < num_units ? unpack_unit(unit + u, std::integral_constant<int, u>{}) : void()),
-         ...);
-      }(std::make_integer_sequence<int, kUnits>{});
+      unrolled<kUnits>([&](auto u) __attribute__((always_inline)) {
+        if (unit + u < num_units) unpack_unit(unit + u, u);
+      });
     }
   }
 }
@@ -317,47 +369,51 @@ template <typename C>
 INT8KV_INLINE void unpack_v(const DotFields& d) {
   constexpr int kFields = 2 * units_per_line<C>();
   const int64_t group_bytes = static_cast<int64_t>(d.num_pairs) * kLineBytes;
+  Prefetcher prefetcher(d, static_cast<int64_t>(d.num_groups) * d.num_pairs);
   for (int32_t first = 0; first < d.num_groups; first += kFields) {
     const int8_t* high = d.high + first / kFields * d.high_stride;
     const auto unpack_group = [&](auto in_line) __attribute__((always_inline)) {
-      constexpr int kInLine = decltype(in_line)::value;
+      constexpr int kInLine = in_line;
       if (first + kInLine >= d.num_groups) return;
       const int8_t* low = d.low + (first + kInLine) / C::Low::kFields * d.low_stride;
       int8_t* to = d.scratch + (first + kInLine) * group_bytes;
       for (int32_t pair = 0; pair < d.num_pairs; ++pair) {
         unpack_line<C>(low + pair * kLineBytes, kInLine % C::Low::kFields, high + pair * kLineBytes,
                        kInLine, to + pair * kLineBytes);
+        prefetcher.advance();
       }
     };
-    [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
-      (unpack_group(std::integral_constant<int, u>{}), ...);
-    }(std::make_integer_sequence<int, kFields>{});
+    unrolled<kFields>(unpack_group);
   }
 }
 
 template <typename C, bool kIsKey>
-static void dot_fields(const DotFields& d) {
-  if (d.num_rows <= kBlockRows) {
-    dot_fields_rows_of<C, kIsKey>(d.num_rows, d, 0);
+static void dot_fields(const DotFields& all) {
+  if (all.num_rows <= max_unpacking_rows(C::kBits > C::kLowBits)) {
+    DotFields d = all;
+    for_each_row_block(all.num_rows, [&](int32_t row, int32_t rows) {
+      dot_fields_rows_of<C, kIsKey>(rows, d, row);
+      d.prefetch = nullptr;  // once is enough
+    });
     return;
   }
-  // More rows than one pass has, as prompts have them, would unpack everything again in each.
+  // With as many rows as prompts have, every code is unpacked once instead of in every pass.
   if constexpr (kIsKey) {
-    unpack_k<C>(d);
+    unpack_k<C>(all);
   } else {
-    unpack_v<C>(d);
+    unpack_v<C>(all);
   }
-  dot_pairs<Codes<8>>({.a = d.a,
-                       .a_stride = d.a_stride,
-                       .b = d.scratch,
-                       .group_stride = static_cast<int64_t>(d.num_pairs) * kLineBytes,
+  dot_pairs<Codes<8>>({.a = all.a,
+                       .a_stride = all.a_stride,
+                       .b = all.scratch,
+                       .group_stride = static_cast<int64_t>(all.num_pairs) * kLineBytes,
                        .prefetch_ahead = 0,
-                       .c = d.c,
-                       .c_stride = d.c_stride,
-                       .num_rows = d.num_rows,
-                       .num_groups = d.num_groups,
-                       .num_pairs = d.num_pairs,
-                       .accumulate = d.accumulate});
+                       .c = all.c,
+                       .c_stride = all.c_stride,
+                       .num_rows = all.num_rows,
+                       .num_groups = all.num_groups,
+                       .num_pairs = all.num_pairs,
+                       .accumulate = all.accumulate});
 }
 
 }  // namespace int8kv::cpu::INT8KV_ISA

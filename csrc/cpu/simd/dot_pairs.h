@@ -108,17 +108,25 @@ INT8KV_INLINE void dot_pairs_rows_of(int32_t rows, const DotPairs& d, int32_t ro
   }
 }
 
+// Calls f(row, rows) for blocks of at most kBlockRows rows, as even as can be.
+template <typename F>
+INT8KV_INLINE void for_each_row_block(int32_t num_rows, const F& f) {
+  const int32_t num_blocks = (num_rows + kBlockRows - 1) / kBlockRows;
+  for (int32_t block = 0, row = 0; block < num_blocks; ++block) {
+    const int32_t rows = (num_rows - row + num_blocks - block - 1) / (num_blocks - block);
+    f(row, rows);
+    row += rows;
+  }
+}
+
 // `C` is the trait of the plane that b is a part of.
 template <typename C>
 static void dot_pairs(const DotPairs& all) {
-  const int32_t num_blocks = (all.num_rows + kBlockRows - 1) / kBlockRows;
   DotPairs d = all;
-  for (int32_t block = 0, row = 0; block < num_blocks; ++block) {
-    const int32_t rows = (all.num_rows - row + num_blocks - block - 1) / (num_blocks - block);
+  for_each_row_block(all.num_rows, [&](int32_t row, int32_t rows) {
     dot_pairs_rows_of<C>(rows, d, row);
-    row += rows;
     d.prefetch_ahead = 0;  // once is enough
-  }
+  });
 }
 
 }  // namespace int8kv::cpu::INT8KV_ISA

@@ -169,7 +169,7 @@ class LowBitQuantizer {
       low = min(low, x);
       high = max(high, x);
     }
-    const u16x16 middle_bits = float_to_bf16((low + high) * 0.5f);
+    const u16x16 middle_bits = float_to_bf16((low + high) * 0.5f + f32x16{});
     middle_ = bf16_to_floats(middle_bits);
     const f32x16 half = max(high - middle_, middle_ - low);
     const f32x16 steps = (half + half) / static_cast<float>(C::kLevels);
