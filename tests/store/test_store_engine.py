@@ -9,6 +9,7 @@ import engines
 import pytest
 import tiny_models
 import torch
+from support import refuses, supports
 
 import vllm_int8kv
 from vllm_int8kv.store import files
@@ -98,6 +99,7 @@ def store(answers_and_store, tmp_path) -> Path:
     return Path(shutil.copytree(answers_and_store[1], tmp_path / "store"))
 
 
+@supports("the KV store, with any format, policy, or cache of vLLM's own", "another engine gives the same answers")
 @pytest.mark.parametrize(
     "options",
     [
@@ -119,7 +121,7 @@ def test_another_engine_answers_the_same_from_the_store(llama, prompts, tmp_path
     assert {path: path.read_bytes() for path in stored(tmp_path)} == before
 
 
-@pytest.mark.parametrize(("codec", "max_kl"), [("k6v4", 0.2), ("bound:0.05", 0.02)])
+@pytest.mark.parametrize(("codec", "max_kl"), [("k6v4", 0.2), ("bound:0.05", 0.06)])
 def test_codecs_that_lose_something_are_near(llama, prompts, tmp_path, codec, max_kl):
     """Log-probabilities after a hit against those of an engine that computes everything; the model is random."""
     from vllm import SamplingParams
@@ -241,13 +243,13 @@ def test_a_request_may_be_aborted_while_its_blocks_are_loaded(llama, prompts, an
 
     from vllm_int8kv.store.engine.transfers import Transfers
 
-    original = Transfers._load_batch
+    original = Transfers._read_batch
 
     def slow(self, blocks):
         time.sleep(0.3)
-        original(self, blocks)
+        return original(self, blocks)
 
-    monkeypatch.setattr(Transfers, "_load_batch", slow)
+    monkeypatch.setattr(Transfers, "_read_batch", slow)
     with store_engine(llama, store) as llm:
         free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
         before = free()
@@ -295,16 +297,29 @@ def test_adapters_of_one_name_are_told_apart(llama, prompts, tmp_path):
     assert found[0][1] == found[1][1] == [0] * len(prompts)
 
 
-def test_a_loader_that_fails_lets_nobody_wait(llama, prompts, answers, store, monkeypatch):
+@pytest.mark.parametrize("step", ["_read_batch", "_decode"])
+def test_a_loader_that_fails_lets_nobody_wait(llama, prompts, answers, store, monkeypatch, step):
     from vllm_int8kv.store.engine.transfers import Transfers
 
-    def broken(self, found):
-        raise MemoryError("no room for a batch")
-
-    monkeypatch.setattr(Transfers, "_fill", broken)
+    monkeypatch.setattr(Transfers, step, out_of_memory)
     with store_engine(llama, store) as llm:
+        counts = count_of(llm, lambda: generate(llm, prompts)[0], answers)
+        assert counts["failed_blocks"] and "loaded_blocks" not in counts
         assert generate(llm, prompts)[0] == answers
+
+
+def test_a_cache_that_cannot_be_filled_lets_nobody_wait(llama, prompts, answers, store, monkeypatch):
+    from vllm_int8kv.store.engine.contents import PageContents
+
+    monkeypatch.setattr(PageContents, "put", out_of_memory)
+    with store_engine(llama, store) as llm:
+        counts = count_of(llm, lambda: generate(llm, prompts)[0], answers)
+        assert counts["failed_blocks"] and "loaded_blocks" not in counts
         assert generate(llm, prompts)[0] == answers
+
+
+def out_of_memory(self, *_):
+    raise MemoryError("no room for a batch")
 
 
 def test_a_block_that_was_evicted_is_computed_again(llama, prompts, answers, store):
@@ -318,6 +333,7 @@ def test_a_block_that_was_evicted_is_computed_again(llama, prompts, answers, sto
         assert counts["missing_blocks"] == 1 and "failed_blocks" not in counts
 
 
+@refuses("the KV store, of models all of whose layers see a window", "by the connector: blocks outlive the window")
 def test_layers_that_see_a_window_are_refused(tmp_path):
     model = tiny_models.mistral(tmp_path / "mistral")
     problem = r"layers of this model \(SlidingWindowSpec\): blocks are kept of layers that see all tokens"

@@ -11,6 +11,20 @@ LLM(model, kv_cache_dtype="int8_custom", kv_transfer_config={
 from typing import Any
 
 
+def transfer_config(options: dict[str, Any]) -> dict[str, Any]:
+    """`kv_transfer_config` of an engine with the store.
+
+    Args:
+        options: `kv_connector_extra_config`, see `options.StoreOptions`; not checked here.
+    """
+    return {
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": __name__,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": options,
+    }
+
+
 def __getattr__(name: str) -> Any:
     """The connector, which imports vLLM; the files and codecs work without it."""
     if name == "KVStoreConnector":

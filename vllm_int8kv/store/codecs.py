@@ -6,19 +6,30 @@ of their time on being called.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 import zstandard
 
 from vllm_int8kv.cache.formats import CacheFormat
+from vllm_int8kv.cache.key_transform import KeyTransform
+from vllm_int8kv.store import entropy
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.pages import PagedLayer, read_pages, write_pages
 
-ZSTD_LEVEL = 1
-"""Higher ones gain less than a percent on codes, at a fraction of the speed."""
+AS_THEY_LIE = KeyTransform(rotate=False)
+"""Between two formats keys stay equalized and rotated; undoing both and doing it again would cost time and digits."""
 
 Payload = bytes | memoryview
+
+
+class StoredLayer(Protocol):
+    """What codecs ask all layers."""
+
+    name: str
+    page_bytes: int
+    """Of one block."""
 
 
 class Codec(ABC):
@@ -28,7 +39,7 @@ class Codec(ABC):
         layers: in the order of the pages.
     """
 
-    def __init__(self, layers: Sequence[PagedLayer]) -> None:
+    def __init__(self, layers: Sequence[StoredLayer]) -> None:
         self.layers = list(layers)
 
     @abstractmethod
@@ -52,15 +63,15 @@ class LayerCodec(Codec):
     """The base of codecs that turn a layer's page into a fixed number of bytes."""
 
     @abstractmethod
-    def layer_bytes(self, layer: PagedLayer) -> int:
+    def layer_bytes(self, layer: StoredLayer) -> int:
         """Of one block."""
 
     @abstractmethod
-    def encode_layer(self, layer: PagedLayer, pages: torch.Tensor) -> torch.Tensor:
+    def encode_layer(self, layer: StoredLayer, pages: torch.Tensor) -> torch.Tensor:
         """Bytes of pages, a tensor whose first dimension are the blocks."""
 
     @abstractmethod
-    def decode_layer(self, layer: PagedLayer, rows: torch.Tensor) -> torch.Tensor:
+    def decode_layer(self, layer: StoredLayer, rows: torch.Tensor) -> torch.Tensor:
         """Pages of bytes `[num_blocks, layer_bytes]` uint8."""
 
     def encode(self, pages: Sequence[torch.Tensor]) -> list[Payload]:
@@ -117,14 +128,16 @@ class Requantized(LayerCodec):
     def encode_layer(self, layer: PagedLayer, pages: torch.Tensor) -> torch.Tensor:
         if self._is_exact(layer):
             return self._exact.encode_layer(layer, pages)
-        return write_pages(layer.read(pages), len(pages), layer.block_size, self._format, layer.key_transform)
+        kv = read_pages(pages, layer.cache_format, AS_THEY_LIE, layer.head_size)
+        return write_pages(kv, len(pages), layer.block_size, self._format, AS_THEY_LIE)
 
     def decode_layer(self, layer: PagedLayer, rows: torch.Tensor) -> torch.Tensor:
         if self._is_exact(layer):
             return self._exact.decode_layer(layer, rows)
         shape = (len(rows), layer.num_kv_heads, layer.block_size, -1)
         stored = rows.contiguous().view(torch.int8).reshape(shape)
-        return layer.write(read_pages(stored, self._format, layer.key_transform, layer.head_size))
+        kv = read_pages(stored, self._format, AS_THEY_LIE, layer.head_size)
+        return write_pages(kv, len(rows), layer.block_size, layer.cache_format, AS_THEY_LIE)
 
 
 class Compressed(Codec):
@@ -135,12 +148,14 @@ class Compressed(Codec):
         self._inner = inner
 
     def encode(self, pages: Sequence[torch.Tensor]) -> list[Payload]:
-        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        compressor = zstandard.ZstdCompressor(level=entropy.ZSTD_LEVEL)
         return [compressor.compress(payload) for payload in self._inner.encode(pages)]
 
     def decode(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
         decompressor = zstandard.ZstdDecompressor()
         try:
-            return self._inner.decode([decompressor.decompress(payload) for payload in payloads])
+            return self._inner.decode(
+                [decompressor.decompress(payload, allow_extra_data=False) for payload in payloads]
+            )
         except zstandard.ZstdError as error:
             raise BadFile(f"its payload cannot be decompressed ({error})") from None

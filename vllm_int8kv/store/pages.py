@@ -44,15 +44,6 @@ class PagedLayer:
             "rotate_keys": self.key_transform.rotate,
         }
 
-    def read(self, pages: torch.Tensor) -> KV:
-        """Keys and values of copied pages `[num_blocks, ...]` of this layer."""
-        return read_pages(pages, self.cache_format, self.key_transform, self.head_size)
-
-    def write(self, kv: KV) -> torch.Tensor:
-        """Pages that hold keys and values of whole blocks."""
-        num_blocks = len(kv[0]) // self.block_size
-        return write_pages(kv, num_blocks, self.block_size, self.cache_format, self.key_transform)
-
 
 def read_pages(pages: torch.Tensor, cache_format: CacheFormat, key_transform: KeyTransform, head_size: int) -> KV:
     """Dequantize whole blocks `[num_blocks, num_kv_heads, block_size, content_bytes]`."""

@@ -1,45 +1,84 @@
 """The codecs by name."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from vllm_int8kv.cache.formats import FORMATS
 from vllm_int8kv.store.bounded import Bounded, parse_bound
 from vllm_int8kv.store.codecs import Codec, Compressed, Exact, Requantized
+from vllm_int8kv.store.inputs.codecs import FIRST_BITS, BoundedInputs, ExactInputs, QuantizedInputs
+from vllm_int8kv.store.inputs.factors import NAME, KeptFactors
+from vllm_int8kv.store.inputs.layers import InputLayer
 from vllm_int8kv.store.pages import PagedLayer
 
-EXACT = "exact"
+EXACT, EXACT_INPUTS = "exact", "x"
+BOUND, INPUT_BOUND = "bound:", "xbound:"
 ZSTD = "+zstd"
 """What a codec's name ends with if its payload is compressed in the end."""
+INPUT_BITS = {"x8": 8, "x6": 6, "x4": 4}
+CROSS_LAYER_BITS = {"xcl8": 8, "xcl6": 6, "xcl4": 4}
+"""Of what is left of a layer's inputs when those of the layer before have been subtracted."""
+INPUT_CODECS = (EXACT_INPUTS, *INPUT_BITS, *CROSS_LAYER_BITS)
+
+
+def stores_inputs(name: object) -> bool:
+    """Whether a codec is one of the inputs of layers in place of their K and V."""
+    return isinstance(name, str) and (name.removesuffix(ZSTD) in INPUT_CODECS or name.startswith(INPUT_BOUND))
 
 
 def check_codec(name: str) -> None:
     """Raise ValueError unless a codec is called so."""
     base = name.removesuffix(ZSTD)
-    if base.startswith("bound:"):
+    if base.startswith((BOUND, INPUT_BOUND)):
         parse_bound(base)
         if name.endswith(ZSTD):
-            raise ValueError(f"codec {name!r}: bound compresses already; leave {ZSTD} out")
-    elif base not in ("exact", *FORMATS):
+            raise ValueError(f"codec {name!r}: it compresses already; leave {ZSTD} out")
+    elif base not in (EXACT, *FORMATS, *INPUT_CODECS):
         raise ValueError(
-            f"codec must be exact, a cache format ({', '.join(FORMATS)}) or bound:R with R as 0.1, each but the last "
-            f"with {ZSTD} behind it if wanted, got {name!r}"
+            f"codec must be exact, a cache format ({', '.join(FORMATS)}), inputs of layers "
+            f"({', '.join(INPUT_CODECS)}), each with {ZSTD} behind it if wanted, or bound:R or xbound:R with R as 0.1, "
+            f"got {name!r}"
         )
 
 
 def make_codec(name: str, layers: Sequence[PagedLayer]) -> Codec:
-    """The codec of a name for the layers of an engine.
+    """The codec of a name for the pages of an engine's layers.
 
     Raises:
         ValueError: there is none, or no layer has the cache that it is for.
     """
     check_codec(name)
     base = name.removesuffix(ZSTD)
-    if base == "exact":
+    if base == EXACT:
         codec: Codec = Exact(layers)
     elif all(layer.cache_format is None for layer in layers):
-        raise ValueError(f"codec {name!r} needs kv_cache_dtype='int8_custom'; other caches can be stored with exact")
-    elif base.startswith("bound:"):
+        raise ValueError(
+            f"codec {name!r} needs kv_cache_dtype='int8_custom'; other caches can be stored with exact, or as inputs "
+            f"of layers ({', '.join(INPUT_CODECS)})"
+        )
+    elif base.startswith(BOUND):
         codec = Bounded(layers, parse_bound(base))
     else:
         codec = Requantized(layers, FORMATS[base])
+    return Compressed(codec) if name.endswith(ZSTD) else codec
+
+
+def make_input_codec(name: str, layers: Sequence[InputLayer], namespace: Path) -> Codec:
+    """The codec of a name for the inputs of an engine's layers.
+
+    Args:
+        namespace: the folder of what is saved, which keeps what the codec must know beforehand.
+    """
+    base = name.removesuffix(ZSTD)
+    if base == EXACT_INPUTS:
+        codec: Codec = ExactInputs(layers)
+    elif base in INPUT_BITS:
+        factors, bits = KeptFactors(namespace / NAME, across_layers=False), INPUT_BITS[base]
+        codec = QuantizedInputs(layers, factors, bits, first_bits=bits)
+    else:
+        factors = KeptFactors(namespace / NAME, across_layers=True)
+        if base in CROSS_LAYER_BITS:
+            codec = QuantizedInputs(layers, factors, CROSS_LAYER_BITS[base], first_bits=FIRST_BITS)
+        else:
+            codec = BoundedInputs(layers, factors, parse_bound(base))
     return Compressed(codec) if name.endswith(ZSTD) else codec

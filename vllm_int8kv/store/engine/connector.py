@@ -28,18 +28,22 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_int8kv.store import namespace as names
+from vllm_int8kv.store.engine import inputs
+from vllm_int8kv.store.engine.contents import Block, Contents, PageContents, Written
 from vllm_int8kv.store.engine.lookups import Lookups
 from vllm_int8kv.store.engine.stats import StorePromMetrics, StoreStats
-from vllm_int8kv.store.engine.transfers import Block, Outcome, Transfers
+from vllm_int8kv.store.engine.transfers import Outcome, Transfers
 from vllm_int8kv.store.index import Index
 from vllm_int8kv.store.options import StoreOptions
 from vllm_int8kv.store.pages import paged_layers
-from vllm_int8kv.store.registry import make_codec
+from vllm_int8kv.store.registry import make_codec, make_input_codec, stores_inputs
 
 logger = init_logger("vllm.int8kv")
 
 IDLE_WAIT_SECONDS = 0.02
 """How long a step without a forward pass waits for a load: an idle engine spins, and would starve it."""
+IDLE_FILL_SECONDS = 0.1
+"""How long such a step fills blocks where it does that itself; meanwhile nobody sees new requests."""
 BAD_FILE_SECONDS = 3600.0
 """How long a block whose file was bad is not asked for again; it is written anew when it has been computed."""
 OWN_NAMES = ("_name_or_path", "transformers_version")
@@ -55,6 +59,8 @@ class StoreMetadata(KVConnectorMetadata):
     loads: dict[str, list[Block]] = field(default_factory=dict)
     """by request, in the order of its tokens"""
     saves: dict[str, list[Block]] = field(default_factory=dict)
+    written: dict[int, Written] = field(default_factory=dict)
+    """by id, blocks that the step writes to and that may be saved; if inputs are stored"""
     touches: list[list[str]] = field(default_factory=list)
     """hashes of the blocks of prefixes that were used"""
     is_idle: bool = False
@@ -100,7 +106,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         self._transfers: Transfers | None = None
         self._namespace = ""
         self._outcome = Outcome()
-        self._last_logged = 0.0
+        self._last_logged = self._step_began = 0.0
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -114,12 +120,16 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     # Worker
 
+    @classmethod
+    def follow_model(cls, model: torch.nn.Module, vllm_config: VllmConfig) -> None:
+        """A model has been loaded and is not yet compiled."""
+        if stores_inputs((vllm_config.kv_transfer_config.kv_connector_extra_config or {}).get("codec")):
+            inputs.follow_model(model, vllm_config)
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         config, options = self._vllm_config, self._options
-        layers = paged_layers(
-            kv_caches, config.compilation_config.static_forward_context, self._kv_cache_config.num_blocks
-        )
-        codec = make_codec(options.codec, layers)
+        num_blocks = self._kv_cache_config.num_blocks
+        layers = paged_layers(kv_caches, config.compilation_config.static_forward_context, num_blocks)
         group, model_config = get_tp_group(), config.model_config
         description = {
             "layout": names.LAYOUT_VERSION,
@@ -132,17 +142,34 @@ class KVStoreConnector(KVConnectorBase_V1):
             "block_size": self._block_size,
             "codec": options.codec,
             "layers": [layer.describe() for layer in layers],
-            "equalizers": [
-                None if layer.key_transform.equalizer is None else layer.key_transform.equalizer.tolist()
-                for layer in layers
-            ],
-            "rank": [group.rank_in_group, group.world_size],
         }
+        if stores_inputs(options.codec):  # the same on all ranks
+            input_layers = inputs.input_layers({layer.name for layer in layers}, config)
+            description |= {"inputs": [layer.describe() for layer in input_layers], "ranks": group.world_size}
+        else:
+            description |= {
+                "equalizers": [
+                    None if layer.key_transform.equalizer is None else layer.key_transform.equalizer.tolist()
+                    for layer in layers
+                ],
+                "rank": [group.rank_in_group, group.world_size],
+            }
         self._namespace = names.digest(description)
+        if stores_inputs(options.codec):
+            contents: Contents = inputs.InputContents(
+                make_input_codec(options.codec, input_layers, options.root / self._namespace),
+                config,
+                num_blocks=num_blocks,
+                page_bytes=sum(layer.page_bytes for layer in layers),
+                max_bytes=options.max_queued_bytes,
+                saves=group.rank_in_group == 0,
+            )
+        else:
+            contents = PageContents(make_codec(options.codec, layers))
         self._transfers = Transfers(
             options.root,
             self._namespace,
-            codec,
+            contents,
             options.codec,
             max_bytes=options.max_bytes,
             max_queued_bytes=options.max_queued_bytes,
@@ -162,6 +189,11 @@ class KVStoreConnector(KVConnectorBase_V1):
     def get_handshake_metadata(self) -> Handshake | None:
         return Handshake(self._namespace)
 
+    def bind_connector_metadata(self, connector_metadata: StoreMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._transfers.contents.begin_step(connector_metadata.written)
+        self._step_began = time.monotonic()
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         for request_id, blocks in metadata.loads.items():
@@ -175,14 +207,21 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         metadata = self._get_connector_metadata()
-        for blocks in metadata.saves.values():
-            self._transfers.save(blocks)
+        if self._transfers.contents.saves:
+            for blocks in metadata.saves.values():
+                self._transfers.save(blocks)
         for hashes in metadata.touches:
             self._transfers.touch(hashes)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        self._transfers.contents.forget(finished_req_ids)
         is_idle = self.has_connector_metadata() and self._get_connector_metadata().is_idle
-        self._outcome = self._transfers.take_outcome(IDLE_WAIT_SECONDS if is_idle else 0.0)
+        wait_seconds = IDLE_WAIT_SECONDS if is_idle else 0.0
+        if self._transfers.contents.is_filled_in_step:
+            # A step takes at most twice as long as without.
+            self._transfers.fill(IDLE_FILL_SECONDS if is_idle else time.monotonic() - self._step_began, wait_seconds)
+            wait_seconds = 0.0
+        self._outcome = self._transfers.take_outcome(wait_seconds)
         self._log_problems()
         return None, self._outcome.finished_loads or None
 
@@ -213,7 +252,7 @@ class KVStoreConnector(KVConnectorBase_V1):
     # Scheduler
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Handshake]) -> None:
-        found = [metadata[rank].namespace for rank in sorted(metadata)]
+        found = sorted({handshake.namespace for handshake in metadata.values()})
         self._lookups = Lookups(Index(self._options.root, found), self._block_size, num_ranks=len(found))
 
     def on_new_request(self, request: Any) -> None:
@@ -233,9 +272,15 @@ class KVStoreConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> StoreMetadata:
         if self._lookups is None:
             return StoreMetadata()
-        loads, saves = self._lookups.take_loads(), self._lookups.find_saves(scheduler_output)
-        touches, is_idle = self._lookups.take_touches(), scheduler_output.total_num_scheduled_tokens == 0
-        return StoreMetadata(loads, saves, touches, is_idle)
+        lookups = self._lookups
+        written = lookups.find_written(scheduler_output) if stores_inputs(self._options.codec) else {}
+        return StoreMetadata(
+            loads=lookups.take_loads(),
+            saves=lookups.find_saves(scheduler_output),
+            written=written,
+            touches=lookups.take_touches(),
+            is_idle=scheduler_output.total_num_scheduled_tokens == 0,
+        )
 
     def update_connector_output(self, connector_output: Any) -> None:
         if (found := connector_output.kv_connector_worker_meta) is not None and self._lookups is not None:

@@ -1,6 +1,6 @@
 """The scheduler's side of the store: which blocks of a request are stored, to be loaded, or worth saving."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
 from vllm_int8kv.store import namespace as names
-from vllm_int8kv.store.engine.transfers import Block
+from vllm_int8kv.store.engine.contents import Block, Written
 from vllm_int8kv.store.index import Index
 
 
@@ -79,17 +79,21 @@ class Lookups:
         taken, self._loads = self._loads, {}
         return taken
 
+    def find_written(self, scheduler_output: Any) -> dict[int, Written]:
+        """Blocks that a step writes to and that may be saved when they are full, by id."""
+        state, found = scheduler_output.kv_connector_block_state, {}
+        for request_id, tracked, begin, end in self._scheduled(scheduler_output):
+            block_ids = state.get_block_ids(request_id)[0]
+            first = max(begin // self._block_size, tracked.num_saved)
+            for place in range(first, -(-end // self._block_size)):
+                found[block_ids[place]] = Written(request_id, place)
+        return found
+
     def find_saves(self, scheduler_output: Any) -> dict[str, list[Block]]:
         """Blocks that a step fills and that are not stored, by request, in their order."""
-        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        cached = scheduler_output.scheduled_cached_reqs
-        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         state, found = scheduler_output.kv_connector_block_state, {}
-        for request_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
-            if (tracked := self._tracked.get(request_id)) is None or tracked.has_hole:
-                continue
-            num_known = _num_settled_tokens(tracked.request, computed[request_id] + num_scheduled)
-            num_blocks = num_known // self._block_size
+        for request_id, tracked, _, end in self._scheduled(scheduler_output):
+            num_blocks = _num_settled_tokens(tracked.request, end) // self._block_size
             if num_blocks <= tracked.num_saved:
                 continue
             block_ids = state.get_block_ids(request_id)[0]
@@ -101,6 +105,15 @@ class Lookups:
                     found.setdefault(request_id, []).append(Block(block, block_ids[place], place))
             tracked.num_saved = len(hashes)
         return found
+
+    def _scheduled(self, scheduler_output: Any) -> Iterator[tuple[str, Tracked, int, int]]:
+        """Requests of a step whose blocks are worth saving, and their tokens before and after it."""
+        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        cached = scheduler_output.scheduled_cached_reqs
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
+            if (tracked := self._tracked.get(request_id)) is not None and not tracked.has_hole:
+                yield request_id, tracked, computed[request_id], computed[request_id] + num_scheduled
 
     def note(self, saved: Mapping[str, int], unsaved: Collection[str]) -> None:
         """Blocks were written by so many ranks more, or not by one of them."""

@@ -1,5 +1,6 @@
 """Threads of a worker that carry blocks between the cache and the folder, beside the steps of the engine."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -8,24 +9,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_int8kv.store import files
-from vllm_int8kv.store.codecs import Codec
+from vllm_int8kv.store.engine.contents import Block, Contents
 from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, touch
-from vllm_int8kv.store.pages import PagedLayer, copy_in, copy_out
 
 LOAD_BATCH = 32
 """Blocks that are decoded together: operators on one block would spend most of their time on being called."""
 
+READY_BATCHES = 2
+"""Of blocks that have been read and decoded and wait to be filled."""
+ENDING_SECONDS = 0.1
+"""How long a thread waits before it looks whether it should end."""
+
+Found = tuple[Sequence[Block], Sequence[torch.Tensor], int]
+"""Blocks, what was decoded of them by layer, and the bytes of their payloads."""
+
 
 @dataclass(frozen=True)
-class Block:
-    """A block of the cache, and what it holds."""
+class Finished:
+    """All blocks of a request have been read."""
 
-    hash: str
-    block_id: int
-    place: int = 0
-    """in its prefix"""
+    request_id: str
+    since: float
+    """when the load began"""
+
+
+Ready = Found | Finished
 
 
 @dataclass
@@ -57,8 +69,8 @@ class Transfers:
 
     Args:
         root, namespace: where the files are.
-        codec: of the layers.
-        codec_name: what the files call it.
+        contents: of the blocks.
+        codec_name: what the files call their codec.
         max_bytes: of the whole folder; None for no limit.
         max_queued_bytes: pages that may wait to be written; what does not fit is not saved.
     """
@@ -67,16 +79,17 @@ class Transfers:
         self,
         root: Path,
         namespace: str,
-        codec: Codec,
+        contents: Contents,
         codec_name: str,
         *,
         max_bytes: int | None,
         max_queued_bytes: int,
     ) -> None:
-        self._root, self._namespace, self._codec, self._codec_name = root, namespace, codec, codec_name
+        self._root, self._namespace, self._codec_name = root, namespace, codec_name
+        self.contents = contents
         self._evictor = Evictor(root, max_bytes)
         self._max_queued_bytes = max_queued_bytes
-        self._page_bytes = sum(layer.page_bytes for layer in codec.layers)
+        self._block_bytes = contents.block_bytes
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._outcome = Outcome()
@@ -84,17 +97,17 @@ class Transfers:
         self._num_loading = 0
         self._loads: queue.SimpleQueue[tuple[str, Sequence[Block], float] | None] = queue.SimpleQueue()
         self._saves: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        """Blocks with copies of their pages, or hashes of blocks that were used."""
+        """Blocks with copies of what they hold, or hashes of blocks that were used."""
+        self._ready: queue.Queue[Ready] = queue.Queue(READY_BATCHES)
+        self._is_ending = threading.Event()
+        runs = {"load": self._run_loads, "save": self._run_saves}
+        if not contents.is_filled_in_step:
+            runs["fill"] = self._run_fills
         self._threads = [
-            threading.Thread(target=run, name=f"kv-store-{name}", daemon=True)
-            for name, run in (("load", self._run_loads), ("save", self._run_saves))
+            threading.Thread(target=run, name=f"kv-store-{name}", daemon=True) for name, run in runs.items()
         ]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def layers(self) -> Sequence[PagedLayer]:
-        return self._codec.layers
 
     def load(self, request_id: str, blocks: Sequence[Block]) -> None:
         """Fill blocks from their files; `take_outcome` says when."""
@@ -103,23 +116,40 @@ class Transfers:
         self._loads.put((request_id, blocks, time.monotonic()))
 
     def save(self, blocks: Sequence[Block]) -> None:
-        """Write blocks of one request to files. Their pages are copied before this returns, as they may be overwritten.
+        """Write blocks of one request to files. They are copied before this returns, as they may be overwritten.
 
         Of more than may wait, the ends of prefixes are left out: a block is worth nothing without the ones before it.
         """
         with self._lock:
-            room = max(0, (self._max_queued_bytes - self._queued_bytes) // self._page_bytes)
-            kept, dropped = blocks[:room], blocks[room:]
-            self._queued_bytes += len(kept) * self._page_bytes
+            room = max(0, (self._max_queued_bytes - self._queued_bytes) // self._block_bytes)
+        kept, parts = self.contents.take(blocks[:room])
+        dropped = {block.hash for block in blocks} - {block.hash for block in kept}
+        with self._lock:
+            self._queued_bytes += len(kept) * self._block_bytes
             if dropped:
                 self._outcome.count("dropped_blocks", len(dropped))
-                self._outcome.unsaved.update(block.hash for block in dropped)
+                self._outcome.unsaved |= dropped
         if kept:
-            self._saves.put((kept, copy_out(self.layers, [block.block_id for block in kept])))
+            self._saves.put((kept, parts))
 
     def touch(self, hashes: Sequence[str]) -> None:
         """Note that all blocks of a prefix, the first one first, are used now."""
         self._saves.put(hashes)
+
+    def fill(self, seconds: float, wait_seconds: float = 0.0) -> None:
+        """Fill blocks that have been read, where only the engine's own thread may.
+
+        Args:
+            seconds: when to stop; something is done all the same.
+            wait_seconds: how long to wait for the first of them, if loads are on their way.
+        """
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            wait_seconds = wait_seconds if self._num_loading else 0.0
+        with contextlib.suppress(queue.Empty):
+            self._fill(self._ready.get(wait_seconds > 0, wait_seconds))
+            while time.monotonic() < deadline:
+                self._fill(self._ready.get_nowait())
 
     def take_outcome(self, wait_seconds: float = 0.0) -> Outcome:
         """What happened since the last call.
@@ -136,6 +166,7 @@ class Transfers:
 
     def finish(self) -> None:
         """Write what waits, and end the threads."""
+        self._is_ending.set()
         self._loads.put(None)
         self._saves.put(None)
         for thread in self._threads:
@@ -147,17 +178,25 @@ class Transfers:
             for begin in range(0, len(blocks), LOAD_BATCH):
                 batch = blocks[begin : begin + LOAD_BATCH]
                 try:
-                    self._load_batch(batch)
+                    for found in self._read_batch(batch):
+                        self._hand_over(found)
                 except Exception as error:  # the request would wait for ever, and so would all behind it
-                    for block in batch:
-                        self._fail(block, f"{type(error).__name__}: {error}")
-            with self._changed:
-                self._outcome.count("load_seconds", time.monotonic() - since)
-                self._outcome.finished_loads.add(request_id)
-                self._num_loading -= 1
-                self._changed.notify_all()
+                    self._fail_all(batch, error)
+            self._hand_over(Finished(request_id, since))
 
-    def _load_batch(self, blocks: Sequence[Block]) -> None:
+    def _hand_over(self, item: Ready) -> None:
+        """Let blocks be filled; waits while there are enough of them."""
+        while not self._is_ending.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._ready.put(item, timeout=ENDING_SECONDS)
+
+    def _run_fills(self) -> None:
+        while not self._is_ending.is_set():
+            with contextlib.suppress(queue.Empty):
+                self._fill(self._ready.get(timeout=ENDING_SECONDS))
+
+    def _read_batch(self, blocks: Sequence[Block]) -> list[Found]:
+        """What the files of some blocks hold, decoded together if that is possible."""
         found: list[tuple[Block, memoryview]] = []
         for block in blocks:
             try:
@@ -167,27 +206,42 @@ class Transfers:
             except BadFile as error:
                 self._fail(block, str(error))
         try:
-            self._fill(found)
+            return [self._decode(found)] if found else []
         except BadFile:  # one of them is none of this codec; the others are good
-            for pair in found:
+            decoded = []
+            for block, payload in found:
                 try:
-                    self._fill([pair])
+                    decoded.append(self._decode([(block, payload)]))
                 except BadFile as error:
-                    self._fail(pair[0], str(error))
+                    self._fail(block, str(error))
+            return decoded
 
-    def _fill(self, found: Sequence[tuple[Block, memoryview]]) -> None:
-        """Decode payloads into their blocks, all of them or none.
+    def _decode(self, found: Sequence[tuple[Block, memoryview]]) -> Found:
+        blocks, payloads = zip(*found, strict=True)
+        return blocks, self.contents.codec.decode(payloads), sum(map(len, payloads))
 
-        Raises:
-            BadFile: a payload is none of the codec.
-        """
-        if not found:
+    def _fill(self, item: Ready) -> None:
+        """Put what files hold into the cache, or note that a request has all that there is for it."""
+        if isinstance(item, Finished):
+            with self._changed:
+                self._outcome.count("load_seconds", time.monotonic() - item.since)
+                self._outcome.finished_loads.add(item.request_id)
+                self._num_loading -= 1
+                self._changed.notify_all()
             return
-        pages = self._codec.decode([payload for _, payload in found])
-        copy_in(self.layers, [block.block_id for block, _ in found], pages)
+        blocks, parts, num_bytes = item
+        try:
+            self.contents.put(blocks, parts)
+        except Exception as error:
+            self._fail_all(blocks, error)
+            return
         with self._lock:
-            self._outcome.count("loaded_blocks", len(found))
-            self._outcome.count("loaded_bytes", sum(len(payload) for _, payload in found))
+            self._outcome.count("loaded_blocks", len(blocks))
+            self._outcome.count("loaded_bytes", num_bytes)
+
+    def _fail_all(self, blocks: Sequence[Block], error: Exception) -> None:
+        for block in blocks:
+            self._fail(block, f"{type(error).__name__}: {error}")
 
     def _path(self, block: str) -> Path:
         return files.path_of(self._root, self._namespace, block)
@@ -215,9 +269,9 @@ class Transfers:
             if isinstance(item, list):
                 touch(map(self._path, item))
                 continue
-            blocks, pages = item
+            blocks, parts = item
             try:
-                payloads = self._codec.encode(pages)
+                payloads = self.contents.codec.encode(parts)
                 for block, payload in zip(blocks, payloads, strict=True):
                     self._write(block.hash, payload)
                 touch([self._path(block.hash) for block in blocks], blocks[0].place)
@@ -227,7 +281,7 @@ class Transfers:
                     self._outcome.unsaved.update(block.hash for block in blocks)
                     self._outcome.problems.append(f"blocks are not saved: {type(error).__name__}: {error}")
             with self._lock:
-                self._queued_bytes -= len(blocks) * self._page_bytes
+                self._queued_bytes -= len(blocks) * self._block_bytes
 
     def _write(self, block: str, payload: Any) -> None:
         header = Header(self._namespace, block, self._codec_name, len(payload))
@@ -243,7 +297,7 @@ class Transfers:
         with self._lock:
             self._outcome.count("saved_blocks")
             self._outcome.count("saved_bytes", num_bytes)
-            self._outcome.count("saved_page_bytes", self._page_bytes)
+            self._outcome.count("saved_page_bytes", self.contents.page_bytes)
             self._outcome.saved.add(block)
             if evicted:
                 self._outcome.count("evicted_files", evicted)

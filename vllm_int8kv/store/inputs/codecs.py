@@ -1,0 +1,196 @@
+"""Codecs of the inputs of layers (XQuant, arXiv 2508.10395).
+
+    x           as they are
+    x8          8 bits per channel, a scale per group of channels of a token
+    xcl8        the same of what is left when the input of the layer before has been subtracted
+    xbound:R    as xcl, in steps of R times the root mean square of a token, entropy-coded per channel
+
+Scales follow the token, and errors the channel: what is rounded is equalized, and rotated where all channels have the
+same number of bits (`factors`).
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_int8kv.cache.formats import CODES
+from vllm_int8kv.cache.key_transform import hadamard_rotate
+from vllm_int8kv.cache.quantizer import SCALE_DTYPE, Quantized, quantize, sanitize
+from vllm_int8kv.store.bounded import join, split, steps_of
+from vllm_int8kv.store.codecs import Codec, LayerCodec, Payload
+from vllm_int8kv.store.files import BadFile
+from vllm_int8kv.store.inputs.factors import DIGEST_BYTES, Factors, KeptFactors
+from vllm_int8kv.store.inputs.layers import InputLayer
+
+ROTATION_BLOCK = 64
+"""Channels that are rotated together; more would cost a pass over the inputs for each factor of two."""
+MAX_GROUP_BLOCKS = 4
+"""Blocks of channels that share a scale, at most. Less would cost more bytes than it gains."""
+FIRST_LAYERS, FIRST_BITS = 3, 8
+"""Layers of the codecs `xcl` from which all later ones begin, and their bits. With 4 bits for them, as in the paper,
+their errors are in all layers: with 8 bits in the others KL is 9.4e-3, not 6.7e-5."""
+
+
+class ExactInputs(LayerCodec):
+    """Inputs as they are."""
+
+    def layer_bytes(self, layer: InputLayer) -> int:
+        return layer.page_bytes
+
+    def encode_layer(self, layer: InputLayer, pages: torch.Tensor) -> torch.Tensor:
+        return pages
+
+    def decode_layer(self, layer: InputLayer, rows: torch.Tensor) -> torch.Tensor:
+        return rows.contiguous().view(layer.dtype).reshape(-1, layer.block_size, layer.hidden_size)
+
+
+class PredictedInputs(Codec):
+    """The base of codecs that round what is left when something has been predicted, in factors' units.
+
+    A payload begins with the digest of the factors, so that those of other factors are none of this codec.
+    """
+
+    def __init__(self, layers: Sequence[InputLayer], factors: KeptFactors) -> None:
+        super().__init__(layers)
+        self._kept = factors
+
+    @abstractmethod
+    def encode_rests(self, inputs: Sequence[torch.Tensor], factors: Factors) -> list[Payload]:
+        """Payloads of finite inputs, of every layer `[num_blocks, block_size, hidden_size]` fp32."""
+
+    @abstractmethod
+    def decode_rests(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
+        """What was left of the inputs, multiplied by the equalizers.
+
+        Raises:
+            BadFile: a payload is none of this codec.
+        """
+
+    def encode(self, pages: Sequence[torch.Tensor]) -> list[Payload]:
+        factors = self._kept.known_or_measured(pages)
+        payloads = self.encode_rests([sanitize(part) for part in pages], factors)
+        return [factors.digest + bytes(payload) for payload in payloads]
+
+    def decode(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
+        factors = self._kept.known()
+        payloads = [memoryview(payload) for payload in payloads]
+        if any(payload[:DIGEST_BYTES] != factors.digest for payload in payloads):
+            raise BadFile("its payload was made with other factors")
+        previous, found = torch.zeros(1), []
+        for layer, rest in enumerate(self.decode_rests([payload[DIGEST_BYTES:] for payload in payloads])):
+            own = rest.mul_(1 / factors.equalizers[layer])
+            if factors.predicts:
+                own.addcmul_(previous, factors.predictors[layer])
+            found.append(own)
+            previous = own
+        return found
+
+
+class QuantizedInputs(PredictedInputs):
+    """Codes of few bits, scales, and below 8 bits midpoints, laid out as the cache does with V.
+
+    Args:
+        bits: of a code.
+        first_bits: of the first layers.
+    """
+
+    def __init__(self, layers: Sequence[InputLayer], factors: KeptFactors, bits: int, first_bits: int) -> None:
+        super().__init__(layers, factors)
+        self._bits = [bits if place >= FIRST_LAYERS else first_bits for place in range(len(layers))]
+        layer = layers[0]
+        self._block = min(ROTATION_BLOCK, layer.hidden_size & -layer.hidden_size)
+        # A product takes a third of the time of additions and subtractions, each a pass over the inputs.
+        self._rotation = hadamard_rotate(torch.eye(self._block))
+        num_blocks = layer.hidden_size // self._block
+        blocks = max(n for n in range(1, MAX_GROUP_BLOCKS + 1) if num_blocks % n == 0)
+        self._shape = (layer.block_size, num_blocks // blocks, blocks * self._block)
+        """Of a block of one layer: tokens, groups, channels."""
+
+    def encode_rests(self, inputs: Sequence[torch.Tensor], factors: Factors) -> list[Payload]:
+        restored, encoded = torch.zeros(()), []
+        for layer, (x, bits) in enumerate(zip(inputs, self._bits, strict=True)):
+            predicted = factors.predictors[layer] * restored
+            rest = self._rotated((x - predicted) * factors.equalizers[layer])
+            quantized = quantize(rest.view(-1, *self._shape), bits)
+            encoded.append(self._pack(quantized, bits))
+            if factors.predicts:
+                rounded = self._rotated(quantized.dequantize(bits).reshape(x.shape))
+                restored = rounded / factors.equalizers[layer] + predicted
+        return [memoryview(row.numpy()) for row in torch.cat(encoded, dim=1)]
+
+    def decode_rests(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
+        num_tokens, num_groups, _ = self._shape
+        sizes = [self._code_bytes(bits) + num_tokens * num_groups * CODES[bits].param_bytes for bits in self._bits]
+        if wrong := [len(payload) for payload in payloads if len(payload) != sum(sizes)]:
+            raise BadFile(f"its payload has {wrong[0]} bytes, expected {sum(sizes)}")
+        rows = torch.from_numpy(np.stack([np.frombuffer(payload, np.int8) for payload in payloads]))
+        shape = (len(payloads), num_tokens, self.layers[0].hidden_size)
+        return [
+            self._rotated(self._unpack(part, bits).dequantize(bits).reshape(shape))
+            for part, bits in zip(rows.split(sizes, dim=1), self._bits, strict=True)
+        ]
+
+    def _code_bytes(self, bits: int) -> int:
+        num_tokens, num_groups, width = self._shape
+        return num_groups * CODES[bits].v_bytes(num_tokens, width)
+
+    def _pack(self, quantized: Quantized, bits: int) -> torch.Tensor:
+        """Bytes of blocks of `[num_blocks, tokens, groups, channels]`."""
+        params = [quantized.scales] if quantized.midpoints is None else [quantized.scales, quantized.midpoints]
+        parts = [
+            CODES[bits].pack_v(quantized.codes.transpose(1, 2)),
+            *(p.contiguous().view(torch.int8) for p in params),
+        ]
+        return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+
+    def _unpack(self, rows: torch.Tensor, bits: int) -> Quantized:
+        """The inverse of `_pack`."""
+        num_tokens, num_groups, width = self._shape
+        code_bytes, vector = self._code_bytes(bits), num_tokens * num_groups * SCALE_DTYPE.itemsize
+        codes = rows[:, :code_bytes].reshape(len(rows), num_groups, -1)
+        params = rows[:, code_bytes:].split(vector, dim=1)
+        return Quantized(
+            CODES[bits].unpack_v(codes, num_tokens, width).transpose(1, 2),
+            *(p.contiguous().view(SCALE_DTYPE).view(len(rows), num_tokens, num_groups) for p in params),
+        )
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotated in blocks of channels, which is its own inverse."""
+        return (x.reshape(-1, self._block) @ self._rotation).view(x.shape)
+
+
+class BoundedInputs(PredictedInputs):
+    """Multiples of the step of their token, which is a share of the root mean square of its equalized inputs.
+
+    Args:
+        relative_step: R of `xbound:R`.
+    """
+
+    def __init__(self, layers: Sequence[InputLayer], factors: KeptFactors, relative_step: float) -> None:
+        super().__init__(layers, factors)
+        self._relative_step = relative_step
+
+    def encode_rests(self, inputs: Sequence[torch.Tensor], factors: Factors) -> list[Payload]:
+        previous, multiples, steps = torch.zeros(()), [], []
+        for layer, x in enumerate(inputs):
+            equalizer = factors.equalizers[layer]
+            predicted = factors.predictors[layer] * previous
+            step = steps_of(x * equalizer, self._relative_step)
+            multiple = torch.round((x - predicted) * equalizer / step.float()[..., None])
+            previous = multiple * step.float()[..., None] / equalizer + predicted
+            multiples.append(multiple.transpose(1, 2).int())
+            steps.append(step)
+        return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
+
+    def decode_rests(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
+        num_layers, layer = len(self.layers), self.layers[0]
+        found = []
+        for payload in payloads:
+            multiples, steps, rest = split(payload, num_layers, num_layers * layer.hidden_size, layer.block_size)
+            if rest:
+                raise BadFile(f"its payload has {len(rest)} bytes more than expected")
+            own = torch.from_numpy(multiples).view(num_layers, layer.hidden_size, -1)
+            found.append((own * steps[:, None].float()).transpose(1, 2))
+        return list(torch.stack(found, dim=1))
