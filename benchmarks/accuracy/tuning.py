@@ -42,9 +42,13 @@ def tune_model(
     model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
     tokens: Annotated[int, typer.Option(help="of each text; the first half for the search")] = 1024,
     work: Annotated[Path | None, typer.Option(help="folder of the journals, to go on from when interrupted")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="a question by its name; all by default")] = None,
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Tune the bits of every layer, with all pairs, with those of KVTuner, with its search, and by single texts."""
+    if unknown := set(only or ()) - {*QUESTIONS, STABLE}:
+        raise typer.BadParameter(f"expected of {', '.join([*QUESTIONS, STABLE])}, got {', '.join(sorted(unknown))}")
+    asked = only or [*QUESTIONS, STABLE]
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     console = Console(stderr=True)
     chosen = texts()
@@ -54,14 +58,17 @@ def tune_model(
         folder = work or Path(temporary)
         journal = folder / "journal.jsonl"
         for question, options in QUESTIONS.items():
+            if question not in asked:
+                continue
             report = tune(replace(plan, journal=journal, **options), console, name=model)
             print_tuning(report, console)
             metrics = summary_of(report)
             if question != FRONTIER:  # they would be the same
                 metrics.pop("layers")
             accuracy_record.append("tuning", case, question, metrics, out)
-        metrics = stability(model, tokens, chosen, folder, console)
-        accuracy_record.append("tuning", case, STABLE, metrics, out)
+        if STABLE in asked:
+            metrics = stability(model, tokens, chosen, folder, console)
+            accuracy_record.append("tuning", case, STABLE, metrics, out)
 
 
 def _eval_plan(model: str, tokens: int, chosen: Mapping[str, str]) -> Any:

@@ -30,6 +30,7 @@ from rich.progress import Progress
 
 from benchmarks.engines import dummy_model
 from benchmarks.operators.peers import name_missing
+from benchmarks.processes import run_group
 from benchmarks.timing import require_gpu, summarize
 from vllm_int8kv.commands import models
 from vllm_int8kv.evaluation import record
@@ -79,33 +80,37 @@ class EnginePlan:
         return self.engine_args.get("load_format") == RANDOM_WEIGHTS
 
 
-def run_engine(plan: EnginePlan, num_threads: int | None) -> dict:
+def run_engine(plan: EnginePlan, num_threads: int | None, log: Path, seconds: float | None = None) -> dict:
     """Run one engine to its end.
 
     Args:
         num_threads: of the CPU engine; None on a GPU.
+        log: gets all that it says, after what is there.
+        seconds: when to give it up.
 
     Returns:
         `backends`, and per workload in `answers`: `times_us` and `first_tokens` and `prefill_s`.
 
     Raises:
-        RuntimeError: it failed; the message has the last lines of its log and names the file with all of them.
+        RuntimeError: it failed or took too long; the message has the last lines of the log.
     """
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING"}
     if num_threads is not None:
         cores = sorted(os.sched_getaffinity(0))[-num_threads:]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.engines.engine", json.dumps(asdict(plan)), str(answer)]
-        done = subprocess.run(
-            command, cwd=record.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if done.returncode or not answer.exists():
-            lines = "\n".join(done.stdout.splitlines()[-30:])
-            log = Path(tempfile.mkstemp(prefix=f"engine-{plan.kv_cache_dtype}-", suffix=".log")[1])
-            log.write_text(done.stdout)
-            raise RuntimeError(f"engine with {plan.kv_cache_dtype} exited with {done.returncode}, see {log}:\n{lines}")
+        with log.open("ab", buffering=0) as file:
+            file.write(f"=== {plan.kv_cache_dtype}\n".encode())
+            try:
+                code = run_group(command, file, environment, seconds, cwd=record.ROOT)
+                ended = f"exited with {code}"
+            except subprocess.TimeoutExpired:
+                ended = f"was stopped after {seconds:g} s"
+        if not answer.exists() or ended != "exited with 0":
+            lines = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+            raise RuntimeError(f"engine with {plan.kv_cache_dtype} {ended}, see {log}:\n{lines}")
         return json.loads(answer.read_text())
 
 
@@ -163,6 +168,8 @@ def main(
     threads: Annotated[str, typer.Option(help="CPU thread counts; default: all cores but one, as vLLM does")] = "",
     impls: Annotated[str, typer.Option(help="formats, comma-separated; default: all, auto is always one")] = "",
     engine_args: Annotated[str, typer.Option(help="arguments of every LLM, JSON")] = "{}",
+    engine_seconds: Annotated[float | None, typer.Option(help="limit of one engine; default: none")] = None,
+    log: Annotated[Path | None, typer.Option(help="file for what the engines say; default: a temporary one")] = None,
     out: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
 ) -> None:
     """Measure decoding end to end; one JSON line per format and workload."""
@@ -185,6 +192,7 @@ def main(
     name_missing(missing)
     chosen = ("auto", *(impl for impl in impls.split(",") if impl != "auto")) if impls else IMPLS[device]
     plans = {impl: EnginePlan(model, dtype, impl, workloads, steps, args) for impl in chosen if impl not in missing}
+    kept_log = log or Path(tempfile.mkstemp(prefix="engines-", suffix=".log")[1])
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(counts) * rounds * len(plans))
         for count in counts:
@@ -193,9 +201,19 @@ def main(
                 for impl, plan in plans.items():
                     where = device if count is None else f"{count} threads"
                     progress.update(task, description=f"{impl}, {where}, round {turn} of {rounds}")
-                    answers[impl].append(run_engine(plan, count))
-                    progress.advance(task)
+                    try:
+                        answers[impl].append(run_engine(plan, count, kept_log, engine_seconds))
+                    except RuntimeError as error:
+                        if impl == "auto":  # without it there is nothing to compare the others with
+                            raise
+                        console.print(str(error), style="red", markup=False)
+                        failed = True
+                        continue
+                    finally:
+                        progress.advance(task)
                     failed |= not keep(plan, answers[impl], answers["auto"], count, out, console)
+    if log is None and not failed:
+        kept_log.unlink()
     sys.exit(1 if failed else 0)
 
 

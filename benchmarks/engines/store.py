@@ -3,6 +3,8 @@
 For every codec one engine computes prompts and saves them, and another one, in a process of its own, finds them: time
 to the first token, bytes on disk, speed of the codec, and the KL divergence of what is decoded behind a restored prefix
 from an engine that has nothing but an unquantized cache. One engine without a store is what both are compared with.
+
+    python -m benchmarks.engines.store --steps --codecs exact,k6v4,bound:0.2    what saving costs the steps meanwhile
 """
 
 import tempfile
@@ -16,6 +18,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy import accuracy_record
+from benchmarks.accuracy.mha_model import make_mha_model
 from benchmarks.accuracy.texts import texts
 from vllm_int8kv.commands.models import resolve
 from vllm_int8kv.config import KV_CACHE_DTYPE
@@ -26,10 +29,12 @@ from vllm_int8kv.evaluation.scoring import summarize
 from vllm_int8kv.store import index
 
 BLOCK_SIZE = 32
-CODECS = "exact,k6v4,k6v4+zstd,k4v4,k4v4+zstd,bound:0.1,bound:0.2,bound:0.4"
+CODECS = "exact,k6v4,k4v4,k4v4+zstd,bound:0.1,bound:0.2,bound:0.4,x,x8,x6,xcl8,xcl4,xbound:0.02,xbound:0.1"
+MHA = ", a KV head for each query head"
 PREFIX_TOKENS = 1024
 SCORED_TOKENS = 256
 NO_STORE = "no store"
+STEP_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class StorePlan:
     scores: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     is_reference: bool = False
+    times_steps: bool = False
+    """of an engine that saves all the time"""
 
 
 def run(plan: StorePlan, progress: ProgressDisplay, name: str) -> dict[str, Any]:
@@ -64,11 +71,34 @@ def run(plan: StorePlan, progress: ProgressDisplay, name: str) -> dict[str, Any]
         return engine.ask(asdict(plan), is_last=True)
 
 
+def measure_steps(plan: StorePlan, codecs: str, case: dict[str, Any], progress: ProgressDisplay, out: Path) -> None:
+    """Record the steps of engines that save, and of one that does not, in turns: a shared machine has its moods."""
+    chosen = [NO_STORE, *codecs.split(",")]
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
+    for turn in range(STEP_ROUNDS):
+        for name in chosen:
+            with tempfile.TemporaryDirectory() as root:
+                stored = {} if name == NO_STORE else {"folder": root, "codec": name}
+                ran = run(replace(plan, **stored), progress, f"{name}, round {turn + 1}")
+            for kind, seconds in ran["steps"].items():
+                found[name].setdefault(kind, []).append(float(np.median(seconds)))
+            found[name].setdefault("all", []).append(sum(map(sum, ran["steps"].values())))
+    case = {key: case[key] for key in ("model", "dtype", "block_size")}
+    for name, metrics in found.items():
+        accuracy_record.append(
+            "store_steps", case, name, {f"{kind}_s": values for kind, values in metrics.items()}, out
+        )
+
+
 def main(
     model: Annotated[str, typer.Option(help="folder of a model, or smollm2")] = "smollm2",
     codecs: Annotated[str, typer.Option(help="comma-separated")] = CODECS,
+    multi_head: Annotated[
+        bool, typer.Option("--multi-head", help="a copy of the model with a KV head for each query head")
+    ] = False,
     lengths: Annotated[str, typer.Option(help="tokens of the prompts")] = "2000,4000,6000",
     dtype: Annotated[str, typer.Option(help="of weights and arithmetic")] = "float32",
+    steps: Annotated[bool, typer.Option("--steps", help="only how long steps take while blocks are saved")] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Time and score prompts from the store, one line per codec."""
@@ -78,9 +108,20 @@ def main(
     token_ids = tuple(tokenizer.encode(text)[: PREFIX_TOKENS + SCORED_TOKENS] for text in chosen.values())
     sizes = tuple(int(length) for length in lengths.split(","))
     long_text = "\n".join(text for name, text in chosen.items() if name != "prose")
-    case = {"model": model, "dtype": dtype, "block_size": BLOCK_SIZE, "lengths": list(sizes), "texts": list(chosen)}
+    case = {
+        "model": model + (MHA if multi_head else ""),
+        "dtype": dtype,
+        "block_size": BLOCK_SIZE,
+        "lengths": list(sizes),
+        "texts": list(chosen),
+    }
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, ProgressDisplay(console) as progress:
+        if multi_head:
+            path = str(make_mha_model(Path(path), Path(folder, "model")))
+        if steps:
+            measure_steps(StorePlan(path, dtype, long_text=long_text, times_steps=True), codecs, case, progress, out)
+            return
         references = tuple(str(Path(folder, f"reference-{text}.npy")) for text in chosen)
 
         def scored(plan: StorePlan, label: str) -> StorePlan:

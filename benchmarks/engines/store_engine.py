@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
@@ -16,27 +17,25 @@ from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.engines.forced_decoding import OPTIONS, forced_params, kv_cache_memory_bytes, steps
 from vllm_int8kv.evaluation.engines.process import emit, finish
 from vllm_int8kv.evaluation.scoring import TextFiles
-from vllm_int8kv.store import files
-from vllm_int8kv.store.pages import copy_out
+from vllm_int8kv.store import files, index, transfer_config
+from vllm_int8kv.store.engine.contents import Block
 
 BF16_ITEMSIZE = 2
 SHEET_BLOCKS = 16
 SHEET_ROUNDS = 3
 IDLE_SECONDS = 30.0
+STEP_DECODES = 4
+STEP_DECODE_TOKENS = 256
+STEP_PROMPTS = 5
+STEP_PROMPT_TOKENS = 1024
+STEPS_PER_PROMPT = 32
 
 
 def start(plan: StorePlan) -> LLM:
     """The engine, with the store if the plan has one."""
     longest = max([*plan.lengths, plan.prefix_tokens + plan.scored_tokens]) + BLOCK_SIZE
     config = EngineArgs(model=plan.model, dtype=plan.dtype).create_model_config()
-    store = None
-    if plan.folder:
-        store = {
-            "kv_connector": "KVStoreConnector",
-            "kv_connector_module_path": "vllm_int8kv.store",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"path": plan.folder, "codec": plan.codec},
-        }
+    store = transfer_config({"path": plan.folder, "codec": plan.codec}) if plan.folder else None
     spec = CacheSpec.parse(plan.cache, "cache")
     return LLM(
         plan.model,
@@ -66,14 +65,40 @@ def first_tokens(llm: LLM, prompts: Sequence[list[int]]) -> dict:
     return found
 
 
+def step_times(llm: LLM, tokens: Sequence[int]) -> dict[str, list[float]]:
+    """Seconds of the steps of an engine that decodes all the time and computes a prompt now and then.
+
+    Every block that is full is saved, those of a prompt all at once: "prefill" are the steps that compute one beside
+    the decodes, "decode" all others.
+    """
+    texts = (tokens[begin:] for begin in range(0, len(tokens), STEP_PROMPT_TOKENS))  # none begins as another one
+    num_steps = (STEP_PROMPTS + 1) * STEPS_PER_PROMPT
+    engine = llm.llm_engine
+    for number in range(STEP_DECODES):
+        params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True, detokenize=False)
+        engine.add_request(f"decode-{number}", {"prompt_token_ids": next(texts)[:STEP_DECODE_TOKENS]}, params)
+    found: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for step in range(num_steps):
+        is_prompt = step > 0 and step % STEPS_PER_PROMPT == 0
+        if is_prompt:
+            params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+            engine.add_request(f"prompt-{step}", {"prompt_token_ids": next(texts)[:STEP_PROMPT_TOKENS]}, params)
+        begin = time.perf_counter()
+        engine.step()
+        seconds = time.perf_counter() - begin
+        if step >= STEPS_PER_PROMPT:  # the first ones compute the beginnings and warm up
+            found["prefill" if is_prompt else "decode"].append(seconds)
+    return found
+
+
 def score(llm: LLM, plan: StorePlan, vocab_size: int) -> None:
     """Score the tokens behind each text's prefix by decode steps, into the plan's files."""
-    for index, token_ids in enumerate(plan.texts):
-        text = TextFiles(token_ids, plan.scores[index], plan.references[index], plan.is_reference)
+    for place, token_ids in enumerate(plan.texts):
+        text = TextFiles(token_ids, plan.scores[place], plan.references[place], plan.is_reference)
         text.create(vocab_size)
         begin = plan.prefix_tokens + 1  # what is read from the store are whole blocks
         prompt = {"prompt_token_ids": token_ids[:begin]}
-        llm.llm_engine.add_request(f"text-{index}", prompt, forced_params(text, begin, len(token_ids)))
+        llm.llm_engine.add_request(f"text-{place}", prompt, forced_params(text, begin, len(token_ids)))
     for _ in steps(llm):
         pass
 
@@ -89,33 +114,38 @@ def wait_for_saves(folder: Path) -> None:
         time.sleep(1.0)
 
 
-def sheet(llm: LLM) -> dict[str, float]:
-    """Bytes and speed of the codec on pages of the cache, on one thread."""
+def sheet(llm: LLM, folder: Path) -> dict[str, float]:
+    """Bytes and speed of the codec on blocks that were saved, on one thread; speeds in bytes of the cache."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    transfers = get_kv_transfer_group()._transfers
-    layers, codec = transfers.layers, transfers._codec
-    pages = copy_out(layers, list(range(1, SHEET_BLOCKS + 1)))
-    page_bytes = SHEET_BLOCKS * sum(layer.page_bytes for layer in layers)
+    contents = get_kv_transfer_group()._transfers.contents
+    paths = [file.path for file in index.stored_files(folder)][:SHEET_BLOCKS]
+    payloads = [files.read(path)[1] for path in paths]
+    blocks = [Block(path.stem, place + 1, place) for place, path in enumerate(paths)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    encode, decode = [], []
+    seconds: dict[str, list[float]] = {"encode": [], "decode": [], "put": []}
+
+    def timed(what: str, run: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = run()
+        seconds[what].append(time.perf_counter() - begin)
+        return result
+
     for _ in range(SHEET_ROUNDS):
-        begin = time.perf_counter()
-        payloads = codec.encode(pages)
-        encode.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        codec.decode(payloads)
-        decode.append(time.perf_counter() - begin)
+        parts = timed("decode", lambda: contents.codec.decode(payloads))
+        timed("put", lambda parts=parts: contents.put(blocks, parts))
+        timed("encode", lambda parts=parts: contents.codec.encode(parts))
     torch.set_num_threads(threads)
-    tokens = SHEET_BLOCKS * BLOCK_SIZE
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    num_bytes = len(blocks) * contents.page_bytes
     return {
-        "bytes_per_token": sum(map(len, payloads)) / tokens,
+        "bytes_per_token": sum(map(len, payloads)) / (len(blocks) * BLOCK_SIZE),
+        "page_bytes_per_token": contents.page_bytes / BLOCK_SIZE,
         "bf16_bytes_per_token": sum(
             layer.num_kv_heads * native_content_bytes(layer.head_size, BF16_ITEMSIZE) for layer in layers
         ),
-        "encode_gb_per_s": page_bytes / min(encode) / 1e9,
-        "decode_gb_per_s": page_bytes / min(decode) / 1e9,
+        **{f"{what}_gb_per_s": num_bytes / min(found) / 1e9 for what, found in seconds.items()},
     }
 
 
@@ -130,12 +160,14 @@ def main() -> None:
         # Each from another place, or the prefix cache would know the beginning.
         prompts = [tokens[1000 * place : 1000 * place + length] for place, length in enumerate(plan.lengths)]
         result = first_tokens(llm, prompts)
+    if plan.times_steps:
+        result["steps"] = step_times(llm, llm.get_tokenizer().encode(plan.long_text))
     if plan.texts:
         score(llm, plan, llm.llm_engine.vllm_config.model_config.get_vocab_size())
     if plan.folder:
         wait_for_saves(Path(plan.folder))
         if plan.is_cold:
-            result["sheet"] = sheet(llm)
+            result["sheet"] = sheet(llm, Path(plan.folder))
     emit(stage="run", done=1.0)
     finish(llm, result)
 

@@ -47,6 +47,7 @@ def every_case() -> Iterator[Case]:
     for model in (replace(GQA_4, num_heads=8), GQA_4, SMOLLM2):
         yield Case(What.formats, replace(model, num_seqs=8))
         yield Case(What.formats, replace(model, seq_len=2048, query_len=2048))
+    yield Case(What.formats, replace(GQA_4, num_heads=64, num_seqs=8))
     for model in (GQA_4, SMOLLM2):
         for num_seqs in (1, 8):
             yield Case(What.verify, replace(model, num_seqs=num_seqs, query_len=4))
@@ -125,10 +126,22 @@ def bytes_moved(case: Case, peer: Peer) -> int | None:
     return sum(shape.seq_lens) * slot
 
 
-def choose_cases(device: Device, quick: bool) -> list[Case]:
+def choose_cases(device: Device, quick: bool, first_model: bool = False) -> list[Case]:
+    """The shapes of a run.
+
+    Args:
+        first_model: on a GPU those of the first of the models only, where there are minutes.
+    """
     if quick:
         return list(quick_cases())
-    return list(gpu_cases() if device == Device.cuda else every_case())
+    if device == Device.cpu:
+        return list(every_case())
+    first = next(iter(GPU_MODELS.values()))
+    return [case for case in gpu_cases() if not first_model or _heads(case.shape) == _heads(first)]
+
+
+def _heads(shape: Shape) -> tuple[int, int, int]:
+    return shape.num_heads, shape.num_kv_heads, shape.head_size
 
 
 def batch_text(case: dict) -> str:

@@ -167,9 +167,9 @@ def keep(line: record.Record, out: Path | None) -> None:
         record.append(line, out)
 
 
-def fastest_other(group: list[record.Record]) -> record.Record:
-    """The fastest implementation that is not ours."""
-    return min((line for line in group if not line.impl.startswith("int8_custom")), key=lambda line: line.median_us)
+def is_slower(group: list[record.Record]) -> bool:
+    """Whether an implementation that is not ours is faster."""
+    return any(line.median_us < group[0].median_us for line in group if not line.impl.startswith("int8_custom"))
 
 
 def summary(groups: list[list[record.Record]]) -> Table:
@@ -207,20 +207,25 @@ def missing_peers(device: Device) -> dict[str, str]:
     return cpu_peers.missing()
 
 
-def load_peers(case: Case, device: Device) -> list[Peer]:
-    """The implementations for a case, ours first."""
+def load_peers(case: Case, device: Device, chosen: tuple[str, ...] = ()) -> list[Peer]:
+    """The implementations for a case, ours first; of the others those whose names begin with a chosen one, or all."""
     if device == Device.cuda:
-        return cuda_peers.load()
-    from benchmarks.operators import cpu_peers  # needs vLLM
+        ours, *others = cuda_peers.load()
+    else:
+        from benchmarks.operators import cpu_peers  # needs vLLM
 
-    every = {"every_isa": case.what == What.isa, "every_format": case.what == What.formats}
-    return cpu_peers.load(case.shape.torch_dtype, **every)
+        every = {"every_isa": case.what == What.isa, "every_format": case.what == What.formats}
+        ours, *others = cpu_peers.load(case.shape.torch_dtype, **every)
+    return [ours, *(peer for peer in others if not chosen or peer.name.startswith(chosen))]
 
 
 def main(
     device: Annotated[Device, typer.Option(help="where to run")] = Device.cpu,
     threads: Annotated[str, typer.Option(help="thread counts, comma-separated; default: 1 and all cores")] = "",
     only: Annotated[list[What] | None, typer.Option(help="measure only this; may be repeated")] = None,
+    first_model: Annotated[bool, typer.Option("--first-model", help="on a GPU the shapes of one model")] = False,
+    block_size: Annotated[int | None, typer.Option(help="only shapes with blocks of so many slots")] = None,
+    peers: Annotated[str, typer.Option(help="what to compare with, by how names begin, comma-separated")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="few shapes, short timing, busy machines allowed")] = False,
     seed: Annotated[int, typer.Option(help="of keys, values and queries")] = 0,
     out: Annotated[Path | None, typer.Option(help=f"folder of the records; default: {DEFAULT_OUT}")] = None,
@@ -230,8 +235,10 @@ def main(
         timing.require_gpu()
         threads = "1"  # nothing of what is timed runs on the CPU
     name_missing(missing_peers(device))
+    chosen = tuple(peers.split(",")) if peers else ()
     counts = [int(count) for count in threads.split(",")] if threads else sorted({1, os.cpu_count() or 1})
-    cases = [case for case in choose_cases(device, quick) if not only or case.what in only]
+    cases = [case for case in choose_cases(device, quick, first_model) if not only or case.what in only]
+    cases = [case for case in cases if block_size in (None, case.shape.block_size)]
     budget = Budget(seconds=0.2, min_samples=3) if quick else Budget(seconds=0.3 if device == Device.cuda else 2.0)
     if out is None and not quick:
         out = record.RESULTS
@@ -247,7 +254,7 @@ def main(
         for case in cases:
             progress.update(task, description=f"{case.what} {batch_text(asdict(case.shape))}", refresh=True)
             torch.set_num_threads(os.cpu_count() or 1)
-            layers = Layers(case.shape, load_peers(case, device), seed, device)
+            layers = Layers(case.shape, load_peers(case, device, chosen), seed, device)
             for count in counts:
                 torch.set_num_threads(count)
                 try:
@@ -258,7 +265,7 @@ def main(
                     failures.append(f"{case.what} {case.shape}, {count} threads: {error}")
                 progress.advance(task)
     console.print(summary(groups))
-    slower = sum(group[0].median_us > fastest_other(group).median_us for group in groups)
+    slower = sum(map(is_slower, groups))
     console.print(
         f"{len(groups)} cases measured, {slower} slower than the fastest other, {len(failures)} failed; records: {out}"
     )

@@ -41,8 +41,14 @@ class Layers:
         first = {peer.name: peer.allocate(shape) for peer in peers}
         self.expected: dict[str, dict[int, torch.Tensor]] = {peer.name: {} for peer in peers}
         self._fill(first)
-        # Each as many as it takes itself: as many as the smallest needs would not fit into memory.
-        counts = {name: cold_copies(cache.numel() * cache.itemsize, device) for name, cache in first.items()}
+        # Each as many as it takes itself: as many as the smallest needs would not fit into memory. On a CPU the caches
+        # of all implementations are read between two turns of one, so each needs its share; 13 formats beside a
+        # last-level cache of 480 MiB would take 26 GB otherwise. In a CUDA graph each has its turns in a row.
+        sharers = len(peers) if device == "cpu" else 1
+        counts = {
+            name: max(2, -(-cold_copies(cache.numel() * cache.itemsize, device) // sharers))
+            for name, cache in first.items()
+        }
         self.num_copies = max(counts.values())
         self.caches = {name: copies(first.pop(name), count) for name, count in counts.items()}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.accuracy_record import OURS
 from benchmarks.report.accuracy_tables import find
+from benchmarks.report.cuda.tables import bounds_sentence
 from benchmarks.report.tables import faster, is_8b, machines, markdown, missing, sizes, times
 from vllm_int8kv.evaluation.record import Group
 
@@ -99,7 +100,7 @@ def spread(values: list[float], show: Callable[[float], str] = times) -> str:
 
 
 def summary_table(results: Path) -> str:
-    """A row per machine: decode attention from least to largest, and the whole engine."""
+    """A row per machine: decode attention from least to largest, and the whole engine; of GPUs what was computed."""
     found = long_contexts(results)
     if not found:
         return missing("decode")
@@ -120,7 +121,8 @@ def summary_table(results: Path) -> str:
             ]
         )
     head = ["CPU", "attention, vs bf16", "vs fp8", "of read bandwidth", "engine, output tokens/s", "attention measured"]
-    return f"{markdown(head, rows)}\n\n{_conditions([group for same in found for group in same])}"
+    conditions = _conditions([group for same in found for group in same])
+    return f"{markdown(head, rows)}\n\n{conditions}\n\n{bounds_sentence(results)}"
 
 
 def _engine(found: list[Group]) -> str:

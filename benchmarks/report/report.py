@@ -20,7 +20,9 @@ from benchmarks.report import (
     reliability_tables,
     throughput_tables,
     tuning_tables,
+    xquant_tables,
 )
+from benchmarks.report.cuda import tables as cuda_tables
 from benchmarks.report.ladder import plots as ladder_plots
 from benchmarks.report.ladder import tables as ladder_tables
 from benchmarks.report.plots import PLOTS as KERNEL_PLOTS
@@ -35,7 +37,9 @@ TABLES = (
     | throughput_tables.TABLES
     | accuracy_tables.TABLES
     | tuning_tables.TABLES
+    | xquant_tables.TABLES
     | reliability_tables.TABLES
+    | cuda_tables.TABLES
 )
 PLOTS = KERNEL_PLOTS | ladder_plots.PLOTS | tuning_tables.PLOTS
 PLOT_FOLDER = record.ROOT / "benchmarks" / "plots"

@@ -17,6 +17,8 @@ CAPTIONS = {
     "cpu_online": "The OpenAI server on one core, the load on the other:",
 }
 """By configuration; one that is not here is introduced by its name."""
+SHARED_STORE = "cpu_shared_store"
+"""The configuration with a table of its own, by rounds: the store is empty in the first."""
 
 
 def end_to_end_table(results: Path) -> str:
@@ -58,6 +60,7 @@ def spread(line: Record) -> str:
 def throughput_table(results: Path) -> str:
     """Whole runs, prefill included, by configuration."""
     found = groups("throughput", results)
+    found.pop(SHARED_STORE, None)
     if not any(found.values()):
         return "_Not measured yet: `vllm-int8kv bench cpu_long_context`._"
     head = ["requests", "cache", "output tokens/s", "least to largest round", "vs bf16", "TTFT p50, ms", "ITL p50, ms"]
@@ -82,6 +85,27 @@ def throughput_table(results: Path) -> str:
         ]
         parts.append(f"{CAPTIONS.get(config, f'{config}:')}\n\n{markdown(head, rows)}\n\n{source(cases)}")
     return "\n\n".join(parts)
+
+
+def shared_store_table(results: Path) -> str:
+    """Replicas with a store between them, round by round."""
+    cases = groups("throughput", results).get(SHARED_STORE)
+    if not cases:
+        return f"_Not measured yet: `vllm-int8kv bench {SHARED_STORE}`._"
+    num_rounds = cases[0]["auto"].case["rounds"]
+    head = ["requests", "cache"]
+    for round_ in range(num_rounds):
+        head += [f"round {round_ + 1}: output tokens/s", "vs bf16", "TTFT p50, ms"]
+    rows = []
+    for group in cases:
+        for impl, line in group.items():
+            row = [case_text(line.case), label(impl)]
+            for round_ in range(num_rounds):
+                rate, ttft = (line.metrics[f"{name}_by_round"][round_] for name in ("output_tok_per_s", "ttft_ms_p50"))
+                baseline = group["auto"].metrics["output_tok_per_s_by_round"][round_]
+                row += [f"{rate:,.1f}", times(rate / baseline), f"{ttft:,.0f}"]
+            rows.append(row)
+    return f"{markdown(head, rows)}\n\n{source(cases)}"
 
 
 def online_table(results: Path) -> str:
@@ -121,5 +145,6 @@ def pressure_data(results: Path) -> list[Group]:
 TABLES: dict[str, Callable[[Path], str]] = {
     "end_to_end": end_to_end_table,
     "throughput": throughput_table,
+    "shared_store": shared_store_table,
     "online": online_table,
 }

@@ -1,8 +1,10 @@
-"""The tables and plots of bits by layer and of the KV store, from `results/accuracy/tuning.jsonl` and `store.jsonl`."""
+"""The tables and plots of bits by layer and of the KV store, from `results/accuracy`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.accuracy_record import AccuracyRecord
@@ -15,6 +17,7 @@ from vllm_int8kv.evaluation.tuning.report import draw_points, label_of
 
 NOT_TUNED = "_Not measured yet: `python -m benchmarks.accuracy tune`._"
 NOT_STORED = "_Not measured yet: `python -m benchmarks.engines.store`._"
+STEPS_NOT_TIMED = "_Not measured yet: `python -m benchmarks.engines.store --steps`._"
 
 
 def read(what: str, results: Path) -> dict[str, AccuracyRecord]:
@@ -120,36 +123,70 @@ def sides_table(results: Path) -> str:
     return f"{markdown(['', *(f'{count} bits' for count in bits)], rows)}\n\n{source(found[FRONTIER])}"
 
 
+def stores(results: Path) -> list[dict[str, AccuracyRecord]]:
+    """What was measured of the store, by codec, of each model by itself: the runs of one commit, as codecs change."""
+    by_model: dict[str, dict[str, AccuracyRecord]] = {}
+    for line in accuracy_record.latest(accuracy_record.read("store", results / "accuracy")):
+        by_model.setdefault(line.case["model"], {})[line.impl] = line
+    measured = [found for found in by_model.values() if NO_STORE in found]
+    same = [{k: v for k, v in found.items() if v.commit == found[NO_STORE].commit} for found in measured]
+    return [found for found in same if len(found) > 1]
+
+
 def store_table(results: Path) -> str:
-    """Every codec: time to the first token, bytes, speed, divergence."""
-    found = read("store", results)
-    if NO_STORE not in found or len(found) == 1:
-        return NOT_STORED
-    without = found[NO_STORE]
+    """Every codec, model by model: time to the first token, bytes, speed, divergence."""
+    return "\n\n".join(map(_store_table, stores(results))) or NOT_STORED
+
+
+def _store_table(found: Mapping[str, AccuracyRecord]) -> str:
+    without, exact = found[NO_STORE], found.get("exact")
     lengths = without.case["lengths"]
-    head = ["codec", *(f"TTFT, {length:,} tokens" for length in lengths), "bytes vs bf16", "encode, decode GB/s"]
-    head += ["KL behind a prefix", "KL, served so"]
+    head = [without.case["model"], *(f"TTFT, {length:,} tokens" for length in lengths)]
+    head += [
+        "bytes per token",
+        "vs bf16",
+        "vs `exact`",
+        "encode, decode, fill GB/s",
+        "KL behind a prefix",
+        "KL, served so",
+    ]
     prefill = [f"{seconds:.2f} s" for seconds in without.metrics["ttft_s"]]
-    rows = [["none: prefill", *prefill, "-", "-", "-", "-"]]
+    rows = [["no store: prefill", *prefill, *["-"] * 6]]
     for codec, line in found.items():
         if codec == NO_STORE or codec.startswith("served "):
             continue
         metrics = line.metrics
         shares = [a / b for a, b in zip(metrics["ttft_s"], without.metrics["ttft_s"], strict=True)]
         times = [f"{a:.2f} s, {b:.1%}" for a, b in zip(metrics["ttft_s"], shares, strict=True)]
-        base = codec.partition("+")[0]
+        base, size = codec.partition("+")[0], metrics["file_bytes_per_token"]
         served = found.get("served int8_custom" if base == "exact" else f"served int8_custom:format={base}")
         rows.append(
             [
                 f"`{codec}`",
                 *times,
-                f"{metrics['bf16_bytes_per_token'] / metrics['file_bytes_per_token']:.2f}x less",
-                f"{metrics['encode_gb_per_s']:.2f}, {metrics['decode_gb_per_s']:.2f}",
+                f"{size:,.0f}",
+                f"{metrics['bf16_bytes_per_token'] / size:.2f}x less",
+                "-" if exact is None else f"{size / exact.metrics['file_bytes_per_token']:.2f}",
+                ", ".join(f"{metrics[f'{what}_gb_per_s']:.2f}" for what in ("encode", "decode", "put")),
                 kl_of(metrics["scores"]["kl_per_token"]),
                 "-" if served is None else kl_of(served.metrics["scores"]["kl_per_token"]),
             ]
         )
     return f"{markdown(head, rows)}\n\n{source(without)}"
+
+
+def store_steps_table(results: Path) -> str:
+    """How long steps take while blocks are saved, against the same steps without a store, round by round."""
+    lines = read("store_steps", results)
+    if NO_STORE not in lines:
+        return STEPS_NOT_TIMED
+    without = lines.pop(NO_STORE)
+    kinds = {"decode_s": "decode step", "prefill_s": "step with a prompt", "all_s": "all steps together"}
+    rows = [["no store", *(f"{np.median(without.metrics[kind]):.3g} s" for kind in kinds)]]
+    for codec, line in lines.items():
+        ratios = (np.divide(line.metrics[kind], without.metrics[kind]) for kind in kinds)
+        rows.append([f"`{codec}`", *(f"{np.median(r):.2f}x ({min(r):.2f} to {max(r):.2f})" for r in ratios)])
+    return f"{markdown(['', *kinds.values()], rows)}\n\n{source(without)}"
 
 
 def tuning_plot_data(results: Path) -> list[dict[str, AccuracyRecord]]:
@@ -171,26 +208,28 @@ def draw_tuning(found: Sequence[Mapping[str, AccuracyRecord]], path: Path) -> No
 
 
 def store_plot_data(results: Path) -> list[dict[str, AccuracyRecord]]:
-    """Prefill and every codec, if they were measured."""
-    found = {name: line for name, line in read("store", results).items() if not name.startswith("served ")}
-    return [found] if len(found) > 1 else []
+    """Prefill and every codec, if they were measured, model by model."""
+    return [{k: v for k, v in found.items() if not k.startswith("served ")} for found in stores(results)]
 
 
 def draw_store(found: Sequence[Mapping[str, AccuracyRecord]], path: Path) -> None:
     """Time to the first token against the length of the prompt."""
     import matplotlib.pyplot as plt
 
-    lines = {name: line for name, line in found[0].items() if "+" not in name}
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, line in lines.items():
-        axes.plot(line.case["lengths"], line.metrics["ttft_s"], "o-", label="prefill" if name == NO_STORE else name)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens of the prompt")
-    axes.set_ylabel("seconds to the first token")
-    axes.legend(loc="upper left", ncols=2)
-    axes.set_ylim(top=30 * axes.get_ylim()[1] / 10)  # room for the legend
-    line = lines[NO_STORE]
-    axes.set_title(f"{line.case['model']}: a prompt that is computed, and one from the store")
+    size = (6 * len(found) + 1, 4.5)
+    figure, panels = plt.subplots(1, len(found), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, lines in zip(panels[0], found, strict=True):
+        for place, (name, line) in enumerate((n, x) for n, x in lines.items() if "+" not in n):
+            style = {"color": f"C{place % 10}", "marker": "o" if place < 10 else "s"}
+            label = "prefill" if name == NO_STORE else name
+            axes.plot(line.case["lengths"], line.metrics["ttft_s"], label=label, **style)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens of the prompt")
+        axes.set_ylabel("seconds to the first token")
+        axes.legend(loc="upper left", ncols=3, fontsize="small")
+        axes.set_title(lines[NO_STORE].case["model"])
+    panels[0][0].set_ylim(top=40 * panels[0][0].get_ylim()[1] / 10)  # room for the legend
+    line = found[0][NO_STORE]
     save(figure, found, path, f"{line.device.split(',')[0]}, {line.utc[:10]}")
 
 
@@ -199,5 +238,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tuning_questions": questions_table,
     "tuning_sides": sides_table,
     "store": store_table,
+    "store_steps": store_steps_table,
 }
 PLOTS = {"tuning": (tuning_plot_data, draw_tuning), "store": (store_plot_data, draw_store)}

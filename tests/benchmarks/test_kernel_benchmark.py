@@ -2,16 +2,14 @@
 
 import contextlib
 import gc
-import sys
 import weakref
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, timing
-from benchmarks.operators import cases, cuda_peers, layers, peers
+from benchmarks import timing
+from benchmarks.operators import cases, cuda_peers, kernels, layers, peers
+from vllm_int8kv.evaluation import record
 
 SHAPES = {
     "decode": dict(num_seqs=3, seq_len=100, query_len=1, num_heads=8, num_kv_heads=2, head_size=64, block_size=16),
@@ -84,36 +82,21 @@ def test_bytes_of_a_case_are_those_of_its_format():
     assert cases.bytes_moved(case, cuda_peers.Sdpa()) == 3 * 100 * 2 * 256
 
 
-def test_without_a_gpu_the_check_says_so(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="gpu_check needs an NVIDIA GPU"):
-        gpu_check.main()
+def test_the_cases_of_one_model_are_a_third_of_all():
+    found = cases.choose_cases(record.Device.cuda, quick=False, first_model=True)
+    assert {(case.shape.num_heads, case.shape.num_kv_heads, case.shape.head_size) for case in found} == {(32, 8, 128)}
+    assert {case.what for case in found} == {"decode", "verify", "write", "prefill"}
+    assert {case.shape.block_size for case in found} == {16, 64}
+    assert len(found) < len(list(cases.gpu_cases())) / 2
 
 
-def test_every_stage_of_the_gpu_check_names_files_that_exist(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    stages = list(gpu_check.stages(tmp_path))
-    names = ["tests", "memcheck", "racecheck", "operators", "ladder", "engines"]
-    assert [stage.name for stage in stages] == names[: None if find_spec("vllm") else -1]
-    words = {word for stage in stages for word in stage.command}
-    tests = {Path(word) for word in words if "/tests/" in word}
-    assert tests and all(path.is_dir() for path in tests)
-    assert all(find_spec(f"{word}.__main__") for word in words if word.startswith("benchmarks."))
-    assert sum(stage.seconds for stage in stages) < 9 * 60
-
-
-def test_a_failed_check_does_not_stop_the_others_and_shows_in_the_exit_status(tmp_path, monkeypatch, capsys):
-    commands = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "pass"}
-    fakes = [gpu_check.Stage(name, [sys.executable, "-c", code], 5) for name, code in commands.items()]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(gpu_check.library, "has_cuda_kernels", lambda: True)
-    monkeypatch.setattr(gpu_check, "stages", lambda out: fakes)
-    with pytest.raises(SystemExit) as exit_:
-        gpu_check.main(tmp_path)
-    assert exit_.value.code == 1
-    summary = capsys.readouterr().out.split("=== summary")[1]
-    for line in ("fails        failed with 3", "hangs        stopped after 5 s", "works        passed"):
-        assert line in summary
+def test_peers_are_chosen_by_how_their_names_begin(monkeypatch):
+    every = [peers.Int8Custom(), cuda_peers.Sdpa(), cuda_peers.Triton(), cuda_peers.FlashInfer(cuda_peers.FP8)]
+    monkeypatch.setattr(cuda_peers, "load", lambda: every)
+    shape = cases.Case(cases.What.decode, peers.Shape(**SHAPES["decode"]))
+    assert kernels.load_peers(shape, record.Device.cuda) == every
+    assert kernels.load_peers(shape, record.Device.cuda, ("triton", "flash_attn_3")) == [every[0], every[2]]
+    assert kernels.load_peers(shape, record.Device.cuda, ("int8_custom",)) == every[:1]
 
 
 def test_a_graph_keeps_alive_what_it_uses(monkeypatch):

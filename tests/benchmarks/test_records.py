@@ -139,10 +139,12 @@ NAMES = (
         "quantize",
         "quantize_error",
         "throughput",
+        "shared_store",
         "online",
     ),
     *("accuracy", "accuracy_paths", "accuracy_formats", "schemes", "support", "soak", "fuzz"),
-    *("tuning", "tuning_questions", "tuning_sides", "store"),
+    *("tuning", "tuning_questions", "tuning_sides", "store", "store_steps", "xquant", "roofline"),
+    *("cuda_bounds", "cuda_kernels"),
 )
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
 
@@ -291,7 +293,7 @@ def test_end_to_end_makes_a_model_of_random_weights(monkeypatch, tmp_path):
     """Its answers need not agree, and nothing but its configuration is on disk."""
     monkeypatch.setattr(cpu_peers, "missing", dict)
 
-    def run_engine(plan, num_threads):
+    def run_engine(plan, num_threads, log, seconds):
         assert json.loads((Path(plan.model) / "config.json").read_text())["num_hidden_layers"] == 32
         assert plan.engine_args == {"load_format": "dummy", "block_size": 16}
         assert plan.dtype == "float16"
@@ -338,7 +340,7 @@ def test_end_to_end_records_what_answers_like_auto(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(cpu_peers, "missing", lambda: missing)
     order = []
 
-    def run_engine(plan, num_threads):
+    def run_engine(plan, num_threads, log, seconds):
         order.append(plan.kv_cache_dtype)
         first_tokens = [7] * 4 if plan.kv_cache_dtype != "int8_custom" else [7] * agree + [8] * (4 - agree)
         answer = {"times_us": [1000.0, 2000.0, 4000.0], "first_tokens": first_tokens, "prefill_s": 0.5}

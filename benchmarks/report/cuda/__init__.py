@@ -1,0 +1,1 @@
+"""What is known of the CUDA kernels without a GPU."""
