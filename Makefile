@@ -10,8 +10,12 @@ UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 CUDA_ARCHITECTURES ?= 75;80;86;89;90;100;120
+# Cache formats that `make cuda-compile` compiles, as `k8v8 k6v4`; empty: all, as a wheel has them.
+CUDA_FORMATS ?=
+# Folder where `make cuda-compile` leaves its objects; empty: none.
+CUDA_OBJECTS ?=
 SOURCES := $(shell find csrc -type f)
-CPP_FILES := $(filter-out %CMakeLists.txt,$(SOURCES)) $(shell find tests -name '*.h' -o -name '*.cpp')
+CPP_FILES := $(filter-out %CMakeLists.txt,$(SOURCES)) $(shell find tests benchmarks -name '*.h' -o -name '*.cpp')
 PYTHON_FILES := vllm_int8kv tests benchmarks .ci
 # ON: warnings of the C++ compiler are errors, in CI, where it is known which one.
 WERROR ?= OFF
@@ -120,11 +124,34 @@ format: $(VENV)/.dependencies  ## Format all sources
 
 .PHONY: cuda-compile
 cuda-compile: $(VENV)/.dependencies  ## Compile the CUDA kernels for every architecture; needs nvcc, no GPU
-	@$(BIN)/python .ci/cuda_compile.py --arch $(subst ;, ,$(CUDA_ARCHITECTURES))
+	@$(BIN)/python .ci/cuda_compile.py --arch $(subst ;, ,$(CUDA_ARCHITECTURES)) $(if $(CUDA_FORMATS),--formats $(CUDA_FORMATS)) \
+	  $(if $(CUDA_OBJECTS),--keep $(CUDA_OBJECTS))
+
+.PHONY: cuda-records
+cuda-records: CUDA_OBJECTS := build/cuda
+cuda-records: CUDA_FORMATS := k8v8 k6v4
+cuda-records: setup cuda-compile  ## Record the instructions and registers of the CUDA kernels; needs nvcc, no GPU
+	@$(BIN)/python -m benchmarks.cuda_static $(CUDA_OBJECTS) $(addprefix --arch ,$(subst ;, ,$(CUDA_ARCHITECTURES)))
+	@$(BIN)/python -m benchmarks.report
 
 .PHONY: gpu-check
 gpu-check:  ## Test, sanitize and measure the CUDA kernels installed for PYTHON=python3; needs a GPU
-	@$(PYTHON) -m benchmarks.gpu_check
+	@$(PYTHON) -m benchmarks.gpu all
+
+.PHONY: gpu-kit
+gpu-kit: CUDA_ARCHITECTURES = 90
+gpu-kit: cuda-driver  ## Build and pack what a GPU machine without network needs, in parts; fetches vLLM
+	@$(BIN)/python -m benchmarks.gpu prepare
+
+DRY_RUN ?=
+.PHONY: gpu-dry-run
+gpu-dry-run: setup  ## Run every call of a first run on a GPU here, with a stub GPU (DRY_RUN="--calls kernels part")
+	@PYTHONPATH=.:tests/helpers $(BIN)/python tests/builds/gpu_dry_run.py $(DRY_RUN)
+
+.PHONY: cuda-driver
+cuda-driver: wheel  ## Build the kernels without PyTorch, for compute-sanitizer; needs nvcc
+	@$(BIN)/cmake --build "$$(ls -td build/py3-*/ | head -1)" --target cuda_driver
+	@ls build/py3-*/cuda_driver
 
 .PHONY: wheel
 wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/

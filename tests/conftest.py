@@ -79,21 +79,15 @@ def kernel(request: pytest.FixtureRequest, set_num_threads: Callable[[int], None
     library.set_cpu_isa(before)
 
 
-@pytest.fixture
-def cpu_kernel(kernel: str) -> str:
-    """Every CPU path, for what has no CUDA kernels yet."""
-    if kernel != "cpu":
-        pytest.skip("no CUDA kernels for formats below 8 bits")
-    return kernel
-
-
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def kernels(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> ctypes.CDLL:
     """The CUDA kernels compiled for the host, see `emulated_cuda`."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulation needs g++ for its 16-bit floats")
-    return emulated_cuda.build(compiler, tmp_path_factory.mktemp("emulated_cuda"))
+    return emulated_cuda.build(
+        compiler, tmp_path_factory.mktemp("emulated_cuda"), emulated_cuda.formats_of(pytestconfig)
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -119,6 +113,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-formats", action="store_true", help="emulate the CUDA attention of all cache formats")
     parser.addoption("--write-support", action="store_true", help="record the tests' support table when they passed")
 
 

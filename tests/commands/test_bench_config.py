@@ -9,7 +9,7 @@ import yaml
 
 from vllm_int8kv.commands import models, serve
 from vllm_int8kv.commands.bench import config as bench_config
-from vllm_int8kv.commands.bench import sweep, workload
+from vllm_int8kv.commands.bench import replica, sweep, workload
 from vllm_int8kv.evaluation.cache_spec import CacheSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +85,12 @@ def test_every_key_is_documented_and_frozen(tmp_path):
         ({"engine_args": {"model": "x"}}, "engine_args has 'model'; set it with the key 'model'"),
         ({"kv_cache_seqs": 1, "engine_args": {"kv_cache_memory_bytes": 1}}, "both set the KV memory"),
         ({"goodput_ms": {"ttft": 100}}, "goodput_ms needs mode online"),
+        ({"kv_cache_dtypes": ["auto:kv_store=k9v9"]}, "k9v9"),
+        ({"kv_store_path": "a"}, "kv_store_path is for caches with :kv_store=CODEC, of which kv_cache_dtypes has none"),
+        (
+            {"kv_cache_dtypes": ["auto:kv_store=exact"], "engine_args": {"kv_transfer_config": {}}},
+            "engine_args has 'kv_transfer_config', which :kv_store=CODEC of a cache sets; leave out one",
+        ),
         ({"goodput_ms": {"tft": 100}}, "goodput_ms.tft.* Input should be 'ttft', 'tpot' or 'e2el'"),
     ],
 )
@@ -112,6 +118,20 @@ def test_a_cache_is_a_dtype_with_options(tmp_path):
         CacheSpec("fp8:block_size=64", "fp8", engine_options={"block_size": 64}),
     )
     assert dataclasses.replace(config, seed=1).kv_cache_dtypes == config.kv_cache_dtypes
+
+
+def test_engines_of_a_cache_share_a_store(tmp_path):
+    names = ["auto", K6V4, f"{K6V4}:kv_store=bound:0.2"]
+    config = dataclasses.replace(load(tmp_path, kv_cache_dtypes=names), kv_store_path="folder")
+    assert [cache.name for cache in config.kv_cache_dtypes] == names
+    without, with_store = (replica.engine_args(config, "model", cache) for cache in config.kv_cache_dtypes[1:])
+    assert with_store.pop("kv_transfer_config") == {
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "vllm_int8kv.store",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"codec": "bound:0.2", "path": "folder"},
+    }
+    assert with_store == without
 
 
 def test_a_layer_policy_lies_beside_its_configuration_and_is_part_of_it(tmp_path):

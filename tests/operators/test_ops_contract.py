@@ -1,5 +1,7 @@
 """What the operators promise PyTorch and their callers: schemas, empty inputs, odd addresses, any arguments."""
 
+import threading
+
 import pytest
 import torch
 from hostile import assert_attention_close, gather_args, make_batch, read_args, same_bits, write_args
@@ -7,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_int8kv.cache import ops
-from vllm_int8kv.cache.formats import K8V8
+from vllm_int8kv.cache.formats import FORMATS, K8V8
 
 
 def test_opcheck_reshape_and_cache(device):
@@ -31,6 +33,42 @@ def test_opcheck_paged_attention(device, with_options):
     equalizer = torch.ones(2, 64, device=device) if with_options else None
     positional = (out, *args.values(), *options, K8V8.name, True, equalizer, softmax_scale, True, 0, 0.0)
     torch.library.opcheck(torch.ops.int8kv.paged_attention.default, positional)
+
+
+@pytest.mark.parametrize("cache_format", [K8V8, FORMATS["k6v4"]], ids=lambda cache_format: cache_format.name)
+def test_operators_let_the_interpreter_go_on(cache_format):
+    """The store calls them beside the steps of an engine."""
+    num_tokens, num_heads, head_size, block_size = 16384, 8, 128, 128
+    key = torch.randn(num_tokens, num_heads, head_size)
+    cache = cache_format.allocate(num_tokens // block_size, num_heads, block_size, head_size, "cpu")
+    slots = torch.arange(num_tokens)
+    turns = 0
+    caller = threading.Thread(
+        target=ops.reshape_and_cache, args=(key, key, cache, slots), kwargs={"cache_format": cache_format}
+    )
+    caller.start()
+    while caller.is_alive():
+        turns += 1
+    # With the lock held for tens of milliseconds there would be a handful, before and after.
+    assert turns > 1000
+
+
+def test_kernels_are_prepared_for_a_query_and_a_cache(device):
+    """What comes back is for GPUs alone."""
+    args = read_args(device)
+    arrivals = ops.prepare_paged_attention(args["query"], args["kv_cache"], cache_format=K8V8)
+    empty = args["query"][:0], K8V8.allocate(0, 2, 16, 64, device)
+    same = ops.prepare_paged_attention(*empty, cache_format=K8V8)
+    if arrivals is None:
+        assert same is None and str(device) == "cpu"
+        with pytest.raises(RuntimeError, match="arrivals are for GPUs, the cache is on the CPU"):
+            ops.paged_attention(**args, cache_format=K8V8, arrivals=torch.zeros(3, dtype=torch.int32))
+    else:
+        assert len(same) == len(arrivals) and not arrivals.any()
+        want = ops.paged_attention(**args, cache_format=K8V8)
+        assert same_bits(ops.paged_attention(**args, cache_format=K8V8, arrivals=arrivals), want)
+    with pytest.raises(RuntimeError, match="kv_cache holds 132 bytes per slot, but k8v8 of query's head_size 32 takes"):
+        ops.prepare_paged_attention(args["query"][..., :32].contiguous(), args["kv_cache"], cache_format=K8V8)
 
 
 def test_slot_mapping_may_be_shorter_than_key(device):

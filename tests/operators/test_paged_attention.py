@@ -81,19 +81,26 @@ def test_around_a_split(kernel, dtype):
 
 @wide_and_narrow
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "k8v8"])
-def test_formats(cpu_kernel, name, dtype):
+def test_formats(kernel, name, dtype):
     """Fewer bits, with heads and blocks that fill lines of their planes and that do not."""
     for num_heads, num_kv_heads, head_size, block_size in ((6, 2, 64, 32), (5, 1, 80, 16), (4, 4, 128, 128)):
         sizes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, block_size=block_size)
-        check(make_batch(((1, 270), (5, 18), (40, 90)), **sizes, dtype=dtype, cache_format=FORMATS[name]))
+        check(
+            make_batch(((1, 270), (5, 18), (40, 90)), **sizes, dtype=dtype, device=kernel, cache_format=FORMATS[name])
+        )
 
 
 @wide_and_narrow
 @pytest.mark.parametrize("head_size", [*range(32, 257, 16), 512])
 @pytest.mark.parametrize("name", ["k6v4", "k5v2"])
-def test_head_sizes_of_formats(cpu_kernel, name, head_size, dtype):
-    sizes = dict(num_heads=3, num_kv_heads=1, head_size=head_size)
-    check(make_batch(((1, 200), (7, 40)), **sizes, dtype=dtype, cache_format=FORMATS[name]))
+def test_head_sizes_of_formats(kernel, name, head_size, dtype):
+    sizes = dict(num_heads=3, num_kv_heads=1, head_size=head_size, device=kernel)
+    batch = make_batch(((1, 200), (7, 40)), **sizes, dtype=dtype, cache_format=FORMATS[name])
+    if kernel == "cpu" or FORMATS[name].has_cuda_kernels(head_size):
+        check(batch)
+        return
+    with pytest.raises(RuntimeError, match=f"'{name}' has CUDA kernels for head sizes up to 128, but query has head_"):
+        attend(batch, softmax_scale=0.1)
 
 
 SLOPES = torch.tensor([2.0**-i for i in range(1, 9)])
@@ -147,22 +154,28 @@ def test_options(kernel, option, dtype):
 
 @wide_and_narrow
 @each_option
-def test_options_of_formats(cpu_kernel, option, dtype):
-    check(batch_for(option, MIXED, dtype=dtype, cache_format=FORMATS["k6v4"]), **OPTIONS[option])
+def test_options_of_formats(kernel, option, dtype):
+    batch = batch_for(option, MIXED, dtype=dtype, device=kernel, cache_format=FORMATS["k6v4"])
+    check(batch, **on(kernel, OPTIONS[option]))
 
 
 @wide_and_narrow
 @pytest.mark.parametrize("name", ["k6v4", "k4v4"])
-def test_outliers_of_formats(cpu_kernel, name, dtype):
+def test_outliers_of_formats(kernel, name, dtype):
     """Values whose steps and midpoints differ by many powers of ten, and scores below ten."""
-    check(make_batch(MIXED, outliers=True, dtype=dtype, cache_format=FORMATS[name]), softmax_scale=0.002)
+    batch = make_batch(MIXED, outliers=True, dtype=dtype, device=kernel, cache_format=FORMATS[name])
+    check(batch, softmax_scale=0.002)
 
 
-def test_bits_of_a_format_do_not_depend_on_the_batch(cpu_kernel, set_num_threads):
-    """Nor on the number of threads, nor on how a prompt was cut into chunks."""
-    batch = make_batch(((1, 1328), (129, 700), (1, 40)), dtype=torch.bfloat16, cache_format=FORMATS["k6v4"])
+def test_bits_of_a_format_do_not_depend_on_the_batch(kernel, set_num_threads):
+    """Nor on the number of threads, nor on how a prompt was cut into chunks; on a GPU they do, as with 8 bits."""
+    lens = ((1, 1328), (129, 700), (1, 40))
+    batch = make_batch(lens, dtype=torch.bfloat16, device=kernel, cache_format=FORMATS["k6v4"])
     options = {"softmax_scale": 0.125}
     want = attend(batch, **options)[0]
+    if kernel == "cuda":
+        assert same_bits(attend(batch, **options)[0][: batch.num_tokens], want[: batch.num_tokens])
+        return
     set_num_threads(2)
     assert same_bits(attend(batch, **options)[0][: batch.num_tokens], want[: batch.num_tokens])
     for seq in range(3):

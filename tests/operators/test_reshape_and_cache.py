@@ -72,12 +72,20 @@ def test_head_sizes(kernel, head_size, dtype):
 @wide_and_narrow
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128, 512])
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "k8v8"])
-def test_formats(cpu_kernel, name, head_size, dtype):
+def test_formats(kernel, name, head_size, dtype):
     """Whole slot groups and single slots; constant, zero and non-finite vectors among the tokens."""
-    key, value = random_kv(53, 2, head_size, dtype, "cpu")
+    key, value = random_kv(53, 2, head_size, dtype, kernel)
+    if kernel == "cuda" and not FORMATS[name].has_cuda_kernels(head_size):
+        with pytest.raises(
+            RuntimeError, match=f"'{name}' has CUDA kernels for head sizes up to 128, but key has head_"
+        ):
+            assert_writes_as_reference(key, value, torch.arange(53), cache_format=FORMATS[name])
+        return
     key[2], value[2], key[3], value[3], key[20], value[21] = 0, 0, 1.001, -7.3, torch.nan, torch.inf
     key[22, 0, 5], value[22, 1, 7] = -torch.inf, torch.nan
     key[23], value[23] = 1e-35, -1e-35
+    key[24], value[24] = 0.0, -0.0
+    key[24, :, ::3], value[24, :, 1::2] = -0.0, 0.0
     for slots in (torch.arange(16, 69), torch.arange(5, 58), SLOTS["padded"](53)):
         for block_size in (16, 48):
             options = dict(num_blocks=160 // block_size + 1, block_size=block_size, cache_format=FORMATS[name])

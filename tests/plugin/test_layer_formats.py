@@ -71,17 +71,39 @@ def test_formats_that_do_not_exist_are_refused(given, message, tmp_path):
     assert message in str(caught.value)
 
 
-def test_formats_without_kernels_for_the_platform_are_refused(tmp_path, monkeypatch):
-    config = engines.create_config(
-        tiny_models.llama(tmp_path), additional_config={"int8_kv": {"layer_policy": {1: "k6v4"}}}
-    )
+def test_formats_without_cuda_kernels_are_refused_on_a_gpu(tmp_path, monkeypatch):
+    """Below 8 bits for large heads. What is supported there passes this check, and fails at the next."""
     from vllm.platforms import current_platform
 
     from vllm_int8kv.serving.start_up import checks
 
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(ValueError, match="the cache formats k6v4 on this platform: they have CPU kernels only; use k8"):
-        checks.check_engine(config, None)
+    def check(head_size: int, chosen: str) -> str:
+        model = tiny_models.llama(tmp_path / f"{head_size}_{chosen}", head_size=head_size)
+        config = engines.create_config(model, additional_config={"int8_kv": {"layer_policy": {1: chosen}}})
+        with monkeypatch.context() as patch, pytest.raises(ValueError) as caught:
+            patch.setattr(type(current_platform), "is_cpu", lambda self: False)
+            checks.check_engine(config, None)
+        return str(caught.value)
+
+    refused = (
+        "the cache formats k6v4 with head_size 192 on a GPU, where they have kernels for head sizes up to 128; use k8"
+    )
+    assert refused in check(192, "k6v4")
+    for head_size, chosen in ((128, "k6v4"), (192, "k8v8")):
+        assert "platform" in (message := check(head_size, chosen)) and "cache formats" not in message
+
+
+def test_a_layer_whose_format_has_no_cuda_kernels_is_refused_on_a_gpu(config, monkeypatch):
+    """The head sizes of single layers are known when they are built."""
+    monkeypatch.setattr(type(layers.current_platform), "is_cuda", lambda self: True)
+    with layers.building(config, model_config()):
+        assert built_layer(1, head_size=128).impl.cache_format == K8V4
+        assert built_layer(0, head_size=256).impl.cache_format == K8V8
+        expected = (
+            "model.layers.1.attn has head_size 256, but the CUDA kernels of the cache format k8v4 have head sizes"
+        )
+        with pytest.raises(ValueError, match=expected):
+            built_layer(1, head_size=256)
 
 
 @pytest.fixture
@@ -94,11 +116,11 @@ def model_config(runner: str = "generate") -> SimpleNamespace:
     return SimpleNamespace(runner=runner, get_total_num_hidden_layers=lambda: 4)
 
 
-def built_layer(index: int, owner: int | None = None) -> SimpleNamespace:
+def built_layer(index: int, owner: int | None = None, head_size: int = 64) -> SimpleNamespace:
     """A layer that was just built, which may read the cache of another one."""
     target = None if owner is None else f"model.layers.{owner}.attn"
     layer = SimpleNamespace(layer_name=f"model.layers.{index}.attn", kv_sharing_target_layer_name=target)
-    layer.attn_backend, layer.impl = Int8KVBackend, SimpleNamespace()
+    layer.attn_backend, layer.impl = Int8KVBackend, SimpleNamespace(head_size=head_size)
     layers.assign_format(layer)
     return layer
 

@@ -24,6 +24,8 @@ SLOT_GROUP = 16
 
 SUPPORTED_HEAD_SIZES = (*range(32, 257, 16), 512)
 HEAD_SIZES_TEXT = "32 to 256 in steps of 16, and 512"
+MAX_CUDA_HEAD_SIZE = 128
+"""The largest head size that the CUDA kernels have for formats other than k8v8."""
 SCALE_DTYPE = quantizer.SCALE_DTYPE
 
 
@@ -270,6 +272,10 @@ class CacheFormat:
     def rotates_values(self) -> bool:
         """Whether values are rotated before they are quantized, as keys are, and outputs rotated back."""
         return self.v_bits < 8
+
+    def has_cuda_kernels(self, head_size: int) -> bool:
+        """Whether the CUDA kernels have this format for a head size that the CPU kernels have."""
+        return (self.k_bits, self.v_bits) == (8, 8) or head_size <= MAX_CUDA_HEAD_SIZE
 
     def content_bytes(self, head_size: int) -> int:
         """Bytes per slot and KV head, scales and midpoints included."""

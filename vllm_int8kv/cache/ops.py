@@ -89,6 +89,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     cpu_isa: str | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of this step's queries over the INT8 cache, which already holds this step's K and V.
 
@@ -111,6 +112,7 @@ def paged_attention(
         sinks: [num_heads] fp32, one more score per head that attends to nothing.
         return_lse: also return the log-sum-exp of the scores.
         cpu_isa: as in `reshape_and_cache`.
+        arrivals: from `prepare_paged_attention`, not for two calls that may run at the same time; None: a launch more.
 
     Returns:
         out, or (out, lse) with lse [num_heads, num_tokens] fp32, natural log. A row that sees no key is 0
@@ -140,8 +142,25 @@ def paged_attention(
         0 if sliding_window is None else sliding_window,
         softcap,
         cpu_isa or "",
+        arrivals,
     )
     return out if lse is None else (out, lse)
+
+
+def prepare_paged_attention(
+    query: torch.Tensor, kv_cache: torch.Tensor, *, cache_format: CacheFormat
+) -> torch.Tensor | None:
+    """Load every kernel that `paged_attention` may choose, as no capture of a CUDA graph must be the first to use one.
+
+    Args:
+        query, kv_cache: as in `paged_attention`, of any number of tokens and blocks, none included.
+
+    Returns:
+        What calls of `paged_attention` on one stream count their thread blocks with, zeros that they leave as zeros:
+        [3 * thread blocks] int32 on the device of the cache. None on a CPU.
+    """
+    count = torch.ops.int8kv.prepare_paged_attention(query, kv_cache, cache_format.name)
+    return torch.zeros(count, dtype=torch.int32, device=kv_cache.device) if count else None
 
 
 def _common(cache_format: CacheFormat, key_transform: KeyTransform) -> tuple[str, bool, torch.Tensor | None]:

@@ -52,7 +52,7 @@ def quantize(x: torch.Tensor, bits: int = 8) -> Quantized:
         return Quantized(torch.round(x / scales.float()[..., None]).to(torch.int8), scales)
     levels = num_levels(bits)
     low, high = x.amin(dim=-1), x.amax(dim=-1)
-    midpoints = ((low + high) * 0.5).to(SCALE_DTYPE)
+    midpoints = ((low + high) * 0.5 + 0.0).to(SCALE_DTYPE)  # no -0: which of two zeros is smaller is not defined
     middle = midpoints.float()
     half = torch.maximum(high - middle, middle - low)
     scales = torch.where(half >= MIN_MAGNITUDE, (half + half) / levels, 0.0).to(SCALE_DTYPE)

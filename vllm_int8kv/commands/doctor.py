@@ -144,7 +144,7 @@ def check_cuda() -> Check:
     if (major, minor) < library.MIN_COMPUTE_CAPABILITY:
         oldest = ".".join(map(str, library.MIN_COMPUTE_CAPABILITY))
         return Check("CUDA", gpu, f"use a GPU of compute capability {oldest} or newer")
-    return _self_test(f"CUDA kernels, {gpu}", "cuda", "k8v8")
+    return _self_test(f"CUDA kernels, {gpu}", "cuda", "k8v8", "k6v4")
 
 
 def _self_test(name: str, device: str, *formats: str) -> Check:

@@ -106,6 +106,7 @@ def _store_config(spelled: str) -> Any:
     """
     from vllm.config import KVTransferConfig
 
+    from vllm_int8kv.store import transfer_config
     from vllm_int8kv.store.options import StoreOptions  # with PyTorch, which doctor must not wait for
 
     path, *given = spelled.split(":")
@@ -121,12 +122,7 @@ def _store_config(spelled: str) -> Any:
         StoreOptions.from_mapping(chosen)
     except ValueError as error:
         raise ValueError(f"{STORE_OPTION} {spelled}: {error}") from None
-    return KVTransferConfig(
-        kv_connector="KVStoreConnector",
-        kv_connector_module_path="vllm_int8kv.store",
-        kv_role="kv_both",
-        kv_connector_extra_config=chosen,
-    )
+    return KVTransferConfig(**transfer_config(chosen))
 
 
 def _spelled_dtypes(parser: argparse.ArgumentParser) -> list[str]:

@@ -55,12 +55,12 @@ class Record:
     schema: int = SCHEMA
     what: str
     """the file it belongs to: decode, isa, formats, fp32, verify, prefill, write, read_bandwidth, end_to_end, quantize,
-    quantize_error, throughput, online, soak, fuzz"""
+    quantize_error, remat, throughput, online, soak, fuzz"""
     case: dict
     """all sizes, dtypes and seeds"""
     impl: str
     """a kv_cache_dtype (int8_custom, auto, fp8), with its options in throughput and online (int8_custom:format=k6v4),
-    int8_custom with an instruction set, or the method for read_bandwidth"""
+    int8_custom with an instruction set, the method for read_bandwidth, or what attention reads in remat"""
     resolved_backend: str
     """the code that really ran, with its instruction set"""
     median_us: float

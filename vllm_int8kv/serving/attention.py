@@ -172,6 +172,7 @@ class Int8KVImpl(AttentionImpl[Int8KVMetadata]):
                 attn_metadata.query_start_loc[: num_seqs + 1],
                 out=output[:num_tokens],
                 cpu_isa=self.cpu_isa,
+                arrivals=attn_metadata.arrivals,
                 **options,
             )
         return output

@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
-from vllm_int8kv.cache.formats import FORMATS, CacheFormat
+from vllm_int8kv.cache.formats import FORMATS, MAX_CUDA_HEAD_SIZE, CacheFormat
 from vllm_int8kv.config import DEFAULT_FORMAT, KV_CACHE_DTYPE, Int8KVConfig, read_layer_policy
 
 logger = init_logger("vllm.int8kv")
@@ -138,10 +139,18 @@ def assign_format(layer: Any) -> None:
 
     Args:
         layer: vLLM's `Attention` with an `Int8KVImpl`.
+
+    Raises:
+        ValueError: the layer is on a GPU, and there are no CUDA kernels of that format for its head size.
     """
     owner, cache_format = layer.kv_sharing_target_layer_name or layer.layer_name, _build.uniform_format
     if _build.formats:
         cache_format = _build.formats.get(_index(owner), cache_format)
+    if current_platform.is_cuda() and not cache_format.has_cuda_kernels(layer.impl.head_size):
+        raise ValueError(
+            f"{layer.layer_name} has head_size {layer.impl.head_size}, but the CUDA kernels of the cache format "
+            f"{cache_format.name} have head sizes up to {MAX_CUDA_HEAD_SIZE}; give the layer {DEFAULT_FORMAT}"
+        )
     layer.impl.cache_format = cache_format
     layer.attn_backend = layer.attn_backend.of_format(layer.impl.cache_format)
 

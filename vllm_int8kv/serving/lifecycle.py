@@ -121,6 +121,7 @@ def follow_loaders() -> None:
     model they belong to (the Transformers backend registers them in a tree that is already built). Remove when
     platforms or backends get a hook behind `load_model`.
     """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.model_executor import model_loader
 
     from vllm_int8kv.serving import calibration, layers
@@ -135,6 +136,8 @@ def follow_loaders() -> None:
                 model = load_model(self, vllm_config, model_config, *args, **kwargs)
             if must_follow(vllm_config):
                 calibration.follow(model, vllm_config, model_config)
+            if is_store(vllm_config):
+                KVConnectorFactory.get_connector_class(vllm_config.kv_transfer_config).follow_model(model, vllm_config)
             return model
 
         return wrapper

@@ -14,6 +14,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
+from vllm_int8kv.cache import ops
+from vllm_int8kv.cache.formats import SLOT_GROUP
 from vllm_int8kv.config import KV_CACHE_DTYPE, Int8KVConfig
 from vllm_int8kv.serving import prefill, varlen_attention
 from vllm_int8kv.serving.layers import check_shared_caches
@@ -33,6 +35,8 @@ class Int8KVMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor
     """[num_seqs + 1] int32, prefix sum of the query lengths"""
     causal: bool
+    arrivals: torch.Tensor | None = None
+    """for the kernels of a GPU, see `ops.prepare_paged_attention`"""
     prefill_plan: prefill.PrefillPlan | None = None
     """for the sequences that FlashAttention may attend"""
 
@@ -62,6 +66,13 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
         is_sliding = isinstance(kv_cache_spec, SlidingWindowSpec)
         self.sliding_window: int | None = kv_cache_spec.sliding_window if is_sliding else None
         dtype, head_size = vllm_config.model_config.dtype, kv_cache_spec.head_size
+        # Of this builder alone: vLLM makes one per micro-batch, and those may run at the same time.
+        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self.arrivals = ops.prepare_paged_attention(
+            torch.empty(0, impl.num_heads, head_size, dtype=dtype, device=device),
+            impl.cache_format.allocate(0, impl.num_kv_heads, SLOT_GROUP, head_size, device),
+            cache_format=impl.cache_format,
+        )
         self.plans_prefill = varlen_attention.find(device.type, dtype, head_size) is not None
         if self.plans_prefill:
             self._init_reorder_batch_threshold(prefill.MAX_DECODE_QUERY_LEN, supports_spec_as_decode=True)
@@ -81,21 +92,25 @@ class Int8KVMetadataBuilder(AttentionMetadataBuilder[Int8KVMetadata]):
             seq_lens=common_attn_metadata.seq_lens,
             query_start_loc=common_attn_metadata.query_start_loc,
             causal=causal,
+            arrivals=self.arrivals,
             prefill_plan=self.plan_prefill(common_attn_metadata) if self.plans_prefill else None,
         )
 
     def plan_prefill(self, batch: CommonAttentionMetadata) -> prefill.PrefillPlan | None:
-        """How prompts are attended; None without any, or where they do not come after all decodes."""
+        """How prompts are attended; None without any, where they do not come after all decodes, and where only the
+        device knows the lengths: to wait for it would stall every step, and is an error in the capture of a graph."""
+        seq_lens = batch.seq_lens_cpu_upper_bound  # of prompts it is the length
+        if seq_lens is None:
+            return None
         query_start_loc = batch.query_start_loc_cpu.tolist()
         while len(query_start_loc) > 1 and query_start_loc[-1] == query_start_loc[-2]:
             query_start_loc.pop()  # a padded batch ends with sequences that have no tokens
         is_prompt = [end - begin > self.reorder_batch_threshold for begin, end in pairwise(query_start_loc)]
         if not any(is_prompt) or not all(is_prompt[is_prompt.index(True) :]):
             return None
-        exact = batch.seq_lens_cpu_upper_bound  # for prompts it is
         return prefill.make_plan(
             query_start_loc,
-            (batch.seq_lens if exact is None else exact).tolist(),
+            seq_lens.tolist(),
             num_decodes=is_prompt.index(True),
             sliding_window=self.sliding_window,
             max_rows=max_prefill_rows(self.vllm_config, self.sliding_window),

@@ -1,6 +1,7 @@
 """What a file in `configs/bench` says: one frozen dataclass, flat YAML, unknown keys refused."""
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.record import Device
+from vllm_int8kv.store import transfer_config
 
 OPTIONS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -27,6 +29,10 @@ RESERVED_ENGINE_ARGS = {
 """Arguments of vLLM that another key sets."""
 
 
+STORE = ":kv_store="
+"""Behind the cache and its other options: a KV store between the engines, and the codec of its files."""
+
+
 def _parse_cache(value: object, info: ValidationInfo) -> CacheSpec:
     """An entry of `kv_cache_dtypes`; the path of a layer policy is relative to the folder that the context names."""
     if isinstance(value, CacheSpec):
@@ -34,7 +40,17 @@ def _parse_cache(value: object, info: ValidationInfo) -> CacheSpec:
     if not isinstance(value, str):
         raise ValueError(f"kv_cache_dtypes must be strings like int8_custom:format=k6v4, got {value!r}")
     reserved = {name: f"set it with the key {key!r}" for name, key in RESERVED_ENGINE_ARGS.items()}
-    return CacheSpec.parse(value, "kv_cache_dtypes", reserved=reserved, folder=(info.context or {}).get("folder"))
+    cache, separator, codec = value.partition(STORE)
+    spec = CacheSpec.parse(cache, "kv_cache_dtypes", reserved=reserved, folder=(info.context or {}).get("folder"))
+    return _with_store(spec, codec) if separator else spec
+
+
+def _with_store(spec: CacheSpec, codec: str) -> CacheSpec:
+    from vllm_int8kv.store.registry import check_codec  # with PyTorch, for which other caches need not wait
+
+    check_codec(codec)
+    options = spec.engine_options | {"kv_transfer_config": transfer_config({"codec": codec})}
+    return replace(spec, name=f"{spec.name}{STORE}{codec}", engine_options=options)
 
 
 Cache = Annotated[CacheSpec, BeforeValidator(_parse_cache)]
@@ -82,7 +98,7 @@ class BenchConfig:
     """path or name as vLLM takes it, or smollm2 for the embedded one; every node must be able to load it"""
     kv_cache_dtypes: Annotated[tuple[Cache, ...], Field(min_length=1)]
     """the caches compared, with options as `int8_custom:format=k6v4` or `int8_custom:layer_policy=FILE`, where the file
-    is relative to the configuration"""
+    is relative to the configuration; with `:kv_store=CODEC` at the end the engines share a KV store"""
     cases: Annotated[tuple[Case, ...], Field(min_length=1)]
     """the points of the sweep"""
     dataset: Dataset = Dataset.random
@@ -108,6 +124,9 @@ class BenchConfig:
     kv_cache_seqs: Count | None = None
     """KV memory of an engine, as the number of longest requests that fit with an unquantized cache; None leaves the
     memory to engine_args"""
+    kv_store_path: str | None = None
+    """folder of the KV stores, on every node; None takes one beside the records, which is empty when a sweep begins and
+    goes when it ends"""
     max_num_seqs: Count = 256
     """sequences that an engine may have running; it admits no more than fit into its KV memory"""
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -141,6 +160,10 @@ class BenchConfig:
             raise ValueError("kv_cache_seqs and engine_args.kv_cache_memory_bytes both set the KV memory")
         if self.kv_cache_seqs is not None and self.longest is None:
             raise ValueError("kv_cache_seqs needs engine_args.max_model_len where requests come from a file")
+        if self.kv_store_path is not None and not self.has_store:
+            raise ValueError(f"kv_store_path is for caches with {STORE}CODEC, of which kv_cache_dtypes has none")
+        if "kv_transfer_config" in self.engine_args and self.has_store:
+            raise ValueError(f"engine_args has 'kv_transfer_config', which {STORE}CODEC of a cache sets; leave out one")
         if self.mode == Mode.online and self.replicas != 1:
             raise ValueError(f"replicas must be 1 with mode online, got {self.replicas}")
         if self.mode == Mode.offline and self.goodput_ms:
@@ -158,6 +181,11 @@ class BenchConfig:
             raise ValueError(f"{name}: dataset {self.dataset} needs input_len and output_len")
         if self.dataset == Dataset.prefix_repetition and case.num_requests % self.num_prefixes:
             raise ValueError(f"{name}.num_requests {case.num_requests} is no multiple of num_prefixes")
+
+    @property
+    def has_store(self) -> bool:
+        """Whether engines of some cache share a KV store."""
+        return any(STORE in cache.name for cache in self.kv_cache_dtypes)
 
     @property
     def world_size(self) -> int:

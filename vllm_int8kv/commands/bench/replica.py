@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_int8kv.commands.bench.config import BenchConfig, Device, Mode
+from vllm_int8kv.commands.bench.config import STORE, BenchConfig, Device, Mode
 from vllm_int8kv.commands.bench.workload import Request
 from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.engines import worker_extension
+from vllm_int8kv.store import transfer_config
 
 PERIOD_S = 0.5
 """Longest time between two reports of progress, if the engine's steps are shorter."""
@@ -183,7 +184,11 @@ def engine_args(config: BenchConfig, model: str, cache: CacheSpec) -> dict[str, 
         args["tensor_parallel_size"] = config.tensor_parallel_size
         args["pipeline_parallel_size"] = config.pipeline_parallel_size
     args |= config.engine_args
-    return args | cache.llm_arguments(args.get("additional_config"))
+    args |= cache.llm_arguments(args.get("additional_config"))
+    if STORE in cache.name:
+        options = args["kv_transfer_config"]["kv_connector_extra_config"]
+        args["kv_transfer_config"] = transfer_config(options | {"path": config.kv_store_path})
+    return args
 
 
 def kv_cache_bytes(config: BenchConfig, model: str) -> int:

@@ -9,6 +9,7 @@ included, start of the engines and warm-up excluded. Interrupted, the same comma
 A run in which a request failed or a replica was lost is kept in the side file, but becomes no record.
 """
 
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,6 +218,9 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
         if sweep_.runs:
             console.print(f"continuing {sweep_.path.name}: {len(sweep_.runs)} of {num_runs} runs are there")
         models.resolve(config.model, partial(say, console))
+        own_store = sweep_.path.with_suffix(".kv_store")
+        if config.has_store and config.kv_store_path is None:
+            config = replace(config, kv_store_path=str(own_store.resolve()))
         bars = Bars(console)
         with cluster.connect(address or None), bars.progress:
             cluster.check_nodes(config)
@@ -228,6 +232,8 @@ def run_bench(config_file: Path, out: Path, address: str, fresh: bool) -> int:
         console.print(f"error: {error}", style="red", markup=False)
         return 1
     lines, problems = summary.records(config, sweep_)
+    if not problems:  # else the same command goes on with what the engines have stored
+        shutil.rmtree(own_store, ignore_errors=True)
     for line in lines:
         record.append(line, out)
     terminal.console.print(summary.table(config_file.stem, lines))

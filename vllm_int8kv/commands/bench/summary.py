@@ -110,6 +110,9 @@ def metrics(case: Case, runs: list[Run], sweep: Sweep) -> dict:
         "decode_tok_per_s": decode_rate(runs),
         "requests_per_s": round(median(len(run.rows) / run.duration_s for run in runs), 4),
         **percentiles("ttft_ms", [row.ttft_ms for row in rows]),
+        "ttft_ms_p50_by_round": [
+            percentiles("ttft_ms", [row.ttft_ms for row in run.rows])["ttft_ms_p50"] for run in runs
+        ],
         **percentiles("itl_ms", [value for row in rows for value in row.itl_ms]),
         **percentiles("e2e_ms", [row.e2e_ms for row in rows]),
         "kv_cache_tokens_per_replica": min(replica["kv_cache_tokens"] for replica in runs[0].replicas),

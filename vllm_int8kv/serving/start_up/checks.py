@@ -4,7 +4,7 @@ Options of this plugin, features of vLLM that would not work with this cache, an
 depends on a single layer is refused again where vLLM asks its platform for that layer's backend.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vllm_int8kv.config import DEFAULT_FORMAT, KEY, KV_CACHE_DTYPE, Int8KVConfig, check_placement
@@ -51,12 +51,10 @@ def check_engine(vllm_config: Any, choose_native_backend: Any) -> None:
     _check_backends(vllm_config)
     _check_block_size(vllm_config, choose_native_backend)
     reasons = [*connector_reasons(vllm_config)]
-    formats = {options.format, *policy.values()} - {DEFAULT_FORMAT, UNQUANTIZED}
-    if formats and not current_platform.is_cpu():
-        reasons.append(
-            f"the cache formats {', '.join(sorted(formats))} on this platform: they have CPU kernels only; use "
-            f"{DEFAULT_FORMAT}"
-        )
+    if not current_platform.is_cpu():
+        for checked in _checked_models(vllm_config):
+            formats = {options.format} if is_draft(checked) else {options.format, *policy.values()} - {UNQUANTIZED}
+            reasons += _formats_without_cuda_kernels(formats, checked.get_head_size())
     num_stages = vllm_config.parallel_config.pipeline_parallel_size
     if current_platform.is_cpu() and num_stages > 1:
         reasons.append(
@@ -97,6 +95,18 @@ def _check_options(additional_config: object) -> Int8KVConfig:
             f"got {options.cpu_isa!r}"
         )
     return options
+
+
+def _formats_without_cuda_kernels(formats: Iterable[str], head_size: int) -> Iterator[str]:
+    """A reason to refuse a model on a GPU, if there is one; `layers.assign_format` looks at each layer's head size."""
+    from vllm_int8kv.cache.formats import FORMATS, MAX_CUDA_HEAD_SIZE
+
+    missing = sorted(name for name in formats if not FORMATS[name].has_cuda_kernels(head_size))
+    if missing:
+        yield (
+            f"the cache formats {', '.join(missing)} with head_size {head_size} on a GPU, where they have kernels for "
+            f"head sizes up to {MAX_CUDA_HEAD_SIZE}; use {DEFAULT_FORMAT}"
+        )
 
 
 def _check_skip_layers(cache_config: Any, num_layers: int) -> None:
