@@ -17,13 +17,20 @@ class What(StrEnum):
     """decode, with the kernels for older CPUs too"""
     formats = "formats"
     """decode and prefill with fewer bits"""
+    write_formats = "write_formats"
+    """write with fewer bits"""
     fp32 = "fp32"
     """decode and prefill of a model in fp32"""
+
+    @property
+    def writes(self) -> bool:
+        """Whether the cache update is timed, not attention."""
+        return self in (What.write, What.write_formats)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A measurement: attention over a batch or, for `write`, the cache update of its last `query_len` tokens."""
+    """A measurement: attention over a batch or, for a write, the cache update of its last `query_len` tokens."""
 
     what: What
     shape: Shape
@@ -48,6 +55,10 @@ def every_case() -> Iterator[Case]:
         yield Case(What.formats, replace(model, num_seqs=8))
         yield Case(What.formats, replace(model, seq_len=2048, query_len=2048))
     yield Case(What.formats, replace(GQA_4, num_heads=64, num_seqs=8))
+    for model in (GQA_4, SMOLLM2):
+        for num_seqs in (8, 32):
+            yield Case(What.write_formats, replace(model, num_seqs=num_seqs, seq_len=100))
+        yield Case(What.write_formats, replace(model, seq_len=2048, query_len=2048))
     for model in (GQA_4, SMOLLM2):
         for num_seqs in (1, 8):
             yield Case(What.verify, replace(model, num_seqs=num_seqs, query_len=4))
@@ -110,6 +121,7 @@ def quick_cases() -> Iterator[Case]:
     yield Case(What.decode, replace(SMOLLM2, seq_len=512))
     yield Case(What.verify, replace(SMOLLM2, query_len=4))
     yield Case(What.write, replace(GQA_4, num_seqs=8, seq_len=100))
+    yield Case(What.write_formats, replace(SMOLLM2, num_seqs=8, seq_len=100))
     yield Case(What.prefill, replace(SMOLLM2, seq_len=512, query_len=512))
     yield Case(What.fp32, replace(SMOLLM2, seq_len=512, dtype="float32"))
 
@@ -120,7 +132,7 @@ def bytes_moved(case: Case, peer: Peer) -> int | None:
     slot = shape.num_kv_heads * peer.slot_bytes(shape.head_size)
     if case.what == What.prefill or (case.what in (What.fp32, What.formats) and shape.query_len > 1):
         return None
-    if case.what == What.write:
+    if case.what.writes:
         fresh = 2 * shape.num_kv_heads * shape.head_size * shape.torch_dtype.itemsize
         return shape.num_tokens * (fresh + slot)
     return sum(shape.seq_lens) * slot

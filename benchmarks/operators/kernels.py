@@ -58,9 +58,9 @@ def measure(
         CheckError: one does not match its reference or does not run with that many cores; nothing is recorded.
     """
     errors = check(layers, left_out)
-    is_write = case.what == What.write
-    peers = [peer for peer in layers.peers if peer.name in errors and (peer.has_write_kernel or not is_write)]
-    step = layers.write_call if is_write else layers.attend_call
+    writes = case.what.writes
+    peers = [peer for peer in layers.peers if peer.name in errors and (peer.has_write_kernel or not writes)]
+    step = layers.write_call if writes else layers.attend_call
     calls = {peer.name: step(peer) for peer in peers}
     repeats = 1
     if layers.device == Device.cuda:
@@ -214,7 +214,8 @@ def load_peers(case: Case, device: Device, chosen: tuple[str, ...] = ()) -> list
     else:
         from benchmarks.operators import cpu_peers  # needs vLLM
 
-        every = {"every_isa": case.what == What.isa, "every_format": case.what == What.formats}
+        by_format = case.what in (What.formats, What.write_formats)
+        every = {"every_isa": case.what == What.isa, "every_format": by_format}
         ours, *others = cpu_peers.load(case.shape.torch_dtype, **every)
     return [ours, *(peer for peer in others if not chosen or peer.name.startswith(chosen))]
 

@@ -175,19 +175,31 @@ def formats_table(results: Path) -> str:
     return per_machine("formats", results, _formats_of)
 
 
+def write_formats_table(results: Path) -> str:
+    """Writing with fewer bits, against eight and against vLLM's own cache."""
+    return per_machine("write_formats", results, _formats_of)
+
+
 def _formats_of(found: list[Group]) -> str:
     rows = []
     for group in sorted(found, key=lambda g: (shape_text(g["auto"]), num_tokens(g) > 1, g["auto"].num_threads)):
         ours = group["int8_custom"]
         for impl, line in group.items():
-            decodes = line.case["query_len"] == 1
             name = impl.removeprefix("int8_custom").strip() or "k8v8"
-            row = [f"decode {batch_text(line.case)}" if decodes else f"prefill {line.case['seq_len']:,}"]
+            row = [_step_text(line)]
             row += [shape_text(line), str(line.num_threads), name if impl.startswith("int8_custom") else f"vLLM {impl}"]
             row += [f"{line.median_us:,.0f}", "-" if line.frac_of_peak is None else f"{line.frac_of_peak:.0%}"]
             rows.append([*row, times(ours.median_us / line.median_us), times(group["auto"].median_us / line.median_us)])
-    head = ["sequences x context", "query/KV heads x head size", "threads", "format", "us", "of read", "vs k8v8"]
+    head = ["step", "query/KV heads x head size", "threads", "format", "us", "of read", "vs k8v8"]
     return markdown([*head, "vs bf16"], rows)
+
+
+def _step_text(line: Record) -> str:
+    """What is timed: a batch of sequences by their context, or a prompt by its tokens."""
+    if line.what == "write_formats":
+        return f"write {line.case['num_seqs'] * line.case['query_len']:,}"
+    decodes = line.case["query_len"] == 1
+    return f"decode {batch_text(line.case)}" if decodes else f"prefill {line.case['seq_len']:,}"
 
 
 def latency_table(what: str, unit: Callable[[Record], str], head: str, results: Path) -> str:
@@ -229,12 +241,7 @@ def write_table(results: Path) -> str:
 
 def fp32_table(results: Path) -> str:
     """Decode and prefill of models in fp32."""
-
-    def unit(line: Record) -> str:
-        decodes = line.case["query_len"] == 1
-        return f"decode {batch_text(line.case)}" if decodes else f"prefill {line.case['seq_len']:,}"
-
-    return latency_table("fp32", unit, "sequences x context", results)
+    return latency_table("fp32", _step_text, "step", results)
 
 
 GPU_WHATS = ("decode", "verify", "write", "prefill")
@@ -296,5 +303,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": gpu_table,
     "prefill": prefill_table,
     "write": write_table,
+    "write_formats": write_formats_table,
     "fp32": fp32_table,
 }

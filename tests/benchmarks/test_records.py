@@ -88,6 +88,12 @@ def test_a_record_reads_back_as_written(measured, tmp_path):
     assert record.latest(record.read("decode", tmp_path)) == [later]
 
 
+def test_another_number_of_copies_is_the_same_measurement(measured):
+    """It follows from the last-level cache, which a virtual machine may see more or less of from day to day."""
+    once, later = (replace(measured, case=measured.case | {"num_copies": count}) for count in (8, 16))
+    assert record.latest([once, later]) == [later]
+
+
 @pytest.mark.parametrize("change", [{"impl": "auto"}, {"num_threads": 1}, {"device": "b"}, {"case": {"num_seqs": 1}}])
 def test_other_measurements_do_not_replace_a_record(measured, change):
     other = replace(measured, **change)
@@ -134,6 +140,7 @@ NAMES = (
         "gpu",
         "prefill",
         "write",
+        "write_formats",
         "fp32",
         "end_to_end",
         "quantize",
@@ -270,7 +277,7 @@ def test_readme_equals_the_committed_records():
 
 
 def test_kernels_measure_and_record(tmp_path):
-    only = ["--only", "write", "--only", "fp32"]
+    only = ["--only", "write", "--only", "write_formats", "--only", "fp32"]
     result = run_module("benchmarks.operators", "--quick", *only, "--threads", "1", "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     backends = {line.impl: line.resolved_backend.split()[0] for line in record.read("write", tmp_path)}
@@ -283,6 +290,9 @@ def test_kernels_measure_and_record(tmp_path):
     with_amx = wanted.keys() - ({"fp8"} if torch.cpu._is_amx_tile_supported() else set())
     assert backends == {impl: wanted[impl] for impl in with_amx}
     assert all(line.rel_error < 0.005 for line in record.read("write", tmp_path))
+    packed = {line.impl: line.bytes_moved for line in record.read("write_formats", tmp_path)}
+    assert packed.keys() - wanted.keys() == {f"int8_custom {name}" for name in cpu_peers.MEASURED_FORMATS}
+    assert packed["int8_custom k4v4"] < packed["int8_custom k6v4"] < packed["int8_custom"]
     wide = {line.impl: line for line in record.read("fp32", tmp_path)}
     assert wide.keys() == wanted.keys()
     assert wide["int8_custom"].case["dtype"] == "float32"

@@ -105,8 +105,12 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
-        """What a later record of the same measurement shares with an earlier one."""
-        return (self.what, json.dumps(self.case, sort_keys=True), self.impl, self.num_threads, self.device)
+        """What a later record of the same measurement shares with an earlier one.
+
+        Not how many copies of the operands were there to be found cold: that follows from the size of a shared cache.
+        """
+        case = {name: value for name, value in self.case.items() if name != "num_copies"}
+        return (self.what, json.dumps(case, sort_keys=True), self.impl, self.num_threads, self.device)
 
 
 Group = dict[str, Record]
