@@ -1,4 +1,4 @@
-"""Output tokens per second of a whole engine with each cache format, through `LLM(...)`.
+"""Output tokens per second of a whole engine with each cache, through `LLM(...)`.
 
     python -m benchmarks.engines                  SmolLM2-135M-Instruct on CPU
     python -m benchmarks.engines --threads 1,2 --rounds 5
@@ -11,7 +11,7 @@ decode are timed at the client, from one output to the next. Before anything is 
 3 of 4 sequences must be the one `auto` gives; random weights prefer no token by much, there it is only recorded.
 After every engine there is a record per workload over the rounds so far, so that an interrupted run keeps what it
 measured.
-A format that vLLM does not run on this device is named and left out.
+A cache that vLLM does not run on this device is named and left out.
 """
 
 import json
@@ -38,7 +38,7 @@ from vllm_int8kv.evaluation.machine import has_fast_bf16
 from vllm_int8kv.evaluation.record import Device
 
 IMPLS = {
-    Device.cpu: ("auto", "fp8", "int8_custom"),
+    Device.cpu: ("auto", "fp8", "int8_custom", "int8_custom:format=k6v4"),
     Device.cuda: ("auto", "int8_custom", "fp8", "int8_per_token_head"),
 }
 MIN_AGREEMENT = 0.75
@@ -70,7 +70,8 @@ class EnginePlan:
 
     model: str
     dtype: str
-    kv_cache_dtype: str
+    cache: str
+    """as `CacheSpec` reads it"""
     workloads: list[Workload]
     steps: int
     engine_args: dict
@@ -102,7 +103,7 @@ def run_engine(plan: EnginePlan, num_threads: int | None, log: Path, seconds: fl
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.engines.engine", json.dumps(asdict(plan)), str(answer)]
         with log.open("ab", buffering=0) as file:
-            file.write(f"=== {plan.kv_cache_dtype}\n".encode())
+            file.write(f"=== {plan.cache}\n".encode())
             try:
                 code = run_group(command, file, environment, seconds, cwd=record.ROOT)
                 ended = f"exited with {code}"
@@ -110,7 +111,7 @@ def run_engine(plan: EnginePlan, num_threads: int | None, log: Path, seconds: fl
                 ended = f"was stopped after {seconds:g} s"
         if not answer.exists() or ended != "exited with 0":
             lines = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"engine with {plan.kv_cache_dtype} {ended}, see {log}:\n{lines}")
+            raise RuntimeError(f"engine with {plan.cache} {ended}, see {log}:\n{lines}")
         return json.loads(answer.read_text())
 
 
@@ -123,7 +124,7 @@ def agreement(answer: dict, baseline: dict) -> float:
 def to_record(
     plan: EnginePlan, workload: Workload, rounds: list[dict], backends: list[str], share: float, num_threads: int | None
 ) -> record.Record:
-    """The line of one format and workload; step times of all rounds so far together."""
+    """The line of one cache and workload; step times of all rounds so far together."""
     times_us = [time_us for answer in rounds for time_us in answer["times_us"]]
     taken = asdict(summarize(times_us, cpu_us=0.0)) | {"cpu_per_wall": None}
     prefill_s = median(answer["prefill_s"] for answer in rounds)
@@ -131,7 +132,7 @@ def to_record(
         record.environment(Device.cuda if num_threads is None else Device.cpu),
         what="end_to_end",
         case=asdict(workload) | {"model": Path(plan.model).name, "steps": plan.steps, "dtype": plan.dtype},
-        impl=plan.kv_cache_dtype,
+        impl=plan.cache,
         resolved_backend=", ".join(backends),
         tok_per_s=round(workload.num_seqs / taken["median_us"] * 1e6, 2),
         metrics={
@@ -145,7 +146,7 @@ def to_record(
 
 
 def missing_impls(device: Device) -> dict[str, str]:
-    """Formats that vLLM does not run here, and why."""
+    """Caches that vLLM does not run here, and why."""
     if device == Device.cuda:
         return {}
     from benchmarks.operators import cpu_peers  # vLLM is slow to import, and the engines import this file
@@ -164,15 +165,15 @@ def main(
         str, typer.Option(help="of the model; default: bfloat16, float32 on a CPU that multiplies bfloat16 in software")
     ] = "",
     steps: Annotated[int, typer.Option(help="decode steps timed per engine and workload")] = 50,
-    rounds: Annotated[int, typer.Option(help="engines per format")] = 3,
+    rounds: Annotated[int, typer.Option(help="engines per cache")] = 3,
     threads: Annotated[str, typer.Option(help="CPU thread counts; default: all cores but one, as vLLM does")] = "",
-    impls: Annotated[str, typer.Option(help="formats, comma-separated; default: all, auto is always one")] = "",
+    impls: Annotated[str, typer.Option(help="caches, comma-separated; default: all, auto is always one")] = "",
     engine_args: Annotated[str, typer.Option(help="arguments of every LLM, JSON")] = "{}",
     engine_seconds: Annotated[float | None, typer.Option(help="limit of one engine; default: none")] = None,
     log: Annotated[Path | None, typer.Option(help="file for what the engines say; default: a temporary one")] = None,
     out: Annotated[Path, typer.Option(help="folder of the records")] = record.RESULTS,
 ) -> None:
-    """Measure decoding end to end; one JSON line per format and workload."""
+    """Measure decoding end to end; one JSON line per cache and workload."""
     counts: list[int | None] = [max(1, (os.cpu_count() or 1) - 1)]
     if device == Device.cuda:
         require_gpu()
@@ -220,12 +221,12 @@ def main(
 def keep(
     plan: EnginePlan, answers: list[dict], of_auto: list[dict], num_threads: int | None, out: Path, console: Console
 ) -> bool:
-    """Record each workload of a format whose answers agree with those of `auto`. Returns whether all do."""
+    """Record each workload of a cache whose answers agree with those of `auto`. Returns whether all do."""
     all_agree = True
     for index, workload in enumerate(plan.workloads):
         ours, auto = ([answer["answers"][index] for answer in rounds] for rounds in (answers, of_auto))
         share = min(agreement(*pair) for pair in zip(ours, auto, strict=True))
-        name = f"{plan.kv_cache_dtype}, {workload.num_seqs} x {workload.seq_len}"
+        name = f"{plan.cache}, {workload.num_seqs} x {workload.seq_len}"
         if share < MIN_AGREEMENT and not plan.has_random_weights:
             console.print(f"[red]{name}: {share:.0%} of the first tokens are those of auto; not recorded")
             all_agree = False

@@ -19,6 +19,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.engines.end_to_end import EnginePlan, Workload
+from vllm_int8kv.evaluation.cache_spec import CacheSpec
 from vllm_int8kv.evaluation.engines import worker_extension
 from vllm_int8kv.evaluation.engines.forced_decoding import kv_cache_memory_bytes
 
@@ -85,7 +86,7 @@ def main() -> None:
     llm = LLM(
         plan.model,
         dtype=plan.dtype,
-        kv_cache_dtype=plan.kv_cache_dtype,
+        **CacheSpec.parse(plan.cache, "--impls").llm_arguments(),
         kv_cache_memory_bytes=kv_cache_memory_bytes(config, tokens),
         max_model_len=room,
         max_num_seqs=max(workload.num_seqs for workload in plan.workloads),

@@ -32,7 +32,7 @@ def _end_to_end_of(found: list[Group]) -> str:
         for impl, line in group.items():
             rows.append(
                 [
-                    impl if impl == "int8_custom" else f"vLLM {impl}",
+                    impl if impl.startswith("int8_custom") else f"vLLM {impl}",
                     line.case["dtype"],
                     f"{line.case['num_seqs']} x {line.case['seq_len']}",
                     str(line.num_threads),

@@ -153,6 +153,7 @@ NAMES = (
     *("tuning", "tuning_questions", "tuning_sides", "store", "store_steps", "xquant", "roofline"),
     *("cuda_bounds", "cuda_kernels"),
 )
+PACKED = "int8_custom:format=k6v4"
 MARKERS = "\n".join(f"<!-- begin:{name} --><!-- end:{name} -->" for name in NAMES)
 
 
@@ -307,7 +308,7 @@ def test_end_to_end_makes_a_model_of_random_weights(monkeypatch, tmp_path):
         assert json.loads((Path(plan.model) / "config.json").read_text())["num_hidden_layers"] == 32
         assert plan.engine_args == {"load_format": "dummy", "block_size": 16}
         assert plan.dtype == "float16"
-        tokens = [["auto", "fp8", "int8_custom"].index(plan.kv_cache_dtype)] * 4
+        tokens = [["auto", "fp8", "int8_custom", PACKED].index(plan.cache)] * 4
         answer = {"times_us": [1000.0], "first_tokens": tokens, "prefill_s": 2.0}
         return {"backends": ["SOME"], "answers": [answer] * len(plan.workloads)}
 
@@ -324,11 +325,11 @@ def test_end_to_end_makes_a_model_of_random_weights(monkeypatch, tmp_path):
         )
     assert exit_.value.code == 0
     lines = record.read("end_to_end", tmp_path)
-    assert [(line.case["model"], line.case["dtype"], line.case["seq_len"]) for line in lines] == 3 * [
+    assert [(line.case["model"], line.case["dtype"], line.case["seq_len"]) for line in lines] == 4 * [
         ("llama-3.1-8b", "float16", 16),
         ("llama-3.1-8b", "float16", 32),
     ]
-    assert [line.metrics["first_token_agreement"] for line in lines] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert [line.metrics["first_token_agreement"] for line in lines] == [1.0, 1.0, *[0.0] * 6]
     assert [line.metrics["prefill_tok_per_s"] for line in lines[:2]] == [32.0, 64.0]
 
 
@@ -341,9 +342,9 @@ def test_a_workload_is_two_numbers(text):
 @pytest.mark.parametrize(
     ("agree", "missing", "recorded"),
     [
-        (3, {}, ["auto", "fp8", "int8_custom"]),
-        (2, {}, ["auto", "fp8"]),
-        (3, {"fp8": "no AVX-512"}, ["auto", "int8_custom"]),
+        (3, {}, ["auto", "fp8", "int8_custom", PACKED]),
+        (2, {}, ["auto", "fp8", PACKED]),
+        (3, {"fp8": "no AVX-512"}, ["auto", "int8_custom", PACKED]),
     ],
 )
 def test_end_to_end_records_what_answers_like_auto(monkeypatch, capsys, tmp_path, agree, missing, recorded):
@@ -351,8 +352,8 @@ def test_end_to_end_records_what_answers_like_auto(monkeypatch, capsys, tmp_path
     order = []
 
     def run_engine(plan, num_threads, log, seconds):
-        order.append(plan.kv_cache_dtype)
-        first_tokens = [7] * 4 if plan.kv_cache_dtype != "int8_custom" else [7] * agree + [8] * (4 - agree)
+        order.append(plan.cache)
+        first_tokens = [7] * 4 if plan.cache != "int8_custom" else [7] * agree + [8] * (4 - agree)
         answer = {"times_us": [1000.0, 2000.0, 4000.0], "first_tokens": first_tokens, "prefill_s": 0.5}
         return {"backends": ["SOME"], "answers": [answer] * len(plan.workloads)}
 
@@ -361,7 +362,7 @@ def test_end_to_end_records_what_answers_like_auto(monkeypatch, capsys, tmp_path
         end_to_end.main(model="folder/model", workload=["4x16"], steps=3, rounds=2, threads="1", out=tmp_path)
 
     assert exit_.value.code == (0 if "int8_custom" in recorded else 1)
-    assert order == 2 * [impl for impl in ("auto", "fp8", "int8_custom") if impl not in missing]
+    assert order == 2 * [impl for impl in ("auto", "fp8", "int8_custom", PACKED) if impl not in missing]
     assert ("not here: fp8 (no AVX-512)" in capsys.readouterr().out) == bool(missing)
     lines = record.read("end_to_end", tmp_path)
     assert [(line.impl, line.n) for line in lines] == [(impl, steps) for steps in (3, 6) for impl in recorded]
