@@ -9,7 +9,7 @@ from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.accuracy_record import AccuracyRecord
 from benchmarks.accuracy.xquant.command import BLOCK_SIZES, STORE_BLOCK_SIZE
 from benchmarks.accuracy.xquant.kv import BoundedCodec, SchemeCodec
-from benchmarks.accuracy.xquant.latents import CrossLayerLatentCodec, LatentCodec
+from benchmarks.accuracy.xquant.latents import CrossLayerLatentCodec, LatentCodec, SteppedLatentCodec
 from benchmarks.accuracy.xquant.rows import SECTIONS, Row
 from benchmarks.report.accuracy_tables import find, source, texts
 from benchmarks.report.tables import markdown, times
@@ -80,7 +80,7 @@ def _simulated_row(row: Row, line: AccuracyRecord) -> list[str]:
 
 def _of_multi_head(row: Row, line: AccuracyRecord) -> str:
     """X does not grow with the number of KV heads, K and V do; latents are for models with fewer of them."""
-    if isinstance(row.codec, LatentCodec | CrossLayerLatentCodec):
+    if isinstance(row.codec, LatentCodec | CrossLayerLatentCodec | SteppedLatentCodec):
         return "-"
     grows = isinstance(row.codec, SchemeCodec | BoundedCodec)
     return f"{stored_bytes(line) / k8v8_bytes(line, multi_head=not grows):.2f}"

@@ -21,10 +21,17 @@ from benchmarks.accuracy.xquant.inputs import (
     Transform,
 )
 from benchmarks.accuracy.xquant.kv import BoundedCodec, SchemeCodec
-from benchmarks.accuracy.xquant.latents import CrossLayerLatentCodec, LatentCodec, per_channel_fixed
+from benchmarks.accuracy.xquant.latents import (
+    CrossLayerLatentCodec,
+    LatentCodec,
+    SteppedLatentCodec,
+    per_channel_fixed,
+)
 from benchmarks.accuracy.xquant.remat import Codec, Coded, RematSimulator, Run
 from benchmarks.accuracy.xquant.rows import BEHIND_K8V8, ROWS, SECTIONS
 from benchmarks.report import xquant_tables
+from vllm_int8kv.store.inputs.layers import InputLayer
+from vllm_int8kv.store.registry import make_input_codec
 
 NUM_LAYERS, HIDDEN_SIZE, KV_WIDTH = 3, 192, 128
 FINE = Stepped(1e-4)
@@ -60,7 +67,7 @@ def test_k_and_v_of_the_input_are_those_of_the_model(model):
         for transform in (PLAIN, EQUALIZED, EQUALIZED_ROTATED, Transform(1, 0, powers_of_two=True))
         for prediction in Prediction
     ]
-    + [BoundedCodec(FINE), LatentCodec(15)],
+    + [BoundedCodec(FINE), LatentCodec(15), SteppedLatentCodec(1e-4), SteppedLatentCodec(1e-4, Prediction.none)],
     ids=repr,
 )
 def test_a_codec_with_many_bits_gives_back_what_it_got(codec, model):
@@ -166,6 +173,19 @@ def test_latents_are_as_wide_as_k_and_v(model):
     assert [coded.param_bytes for coded in score.coded[0][:2]] == [KV_WIDTH * 4 / 60, 4]
     across = model.score(CrossLayerLatentCodec(4))
     assert [coded.codes.shape[1] for coded in across.coded[0]] == [HIDDEN_SIZE] * NUM_LAYERS
+
+
+def test_what_is_simulated_is_what_the_store_does(model, monkeypatch, tmp_path):
+    inputs, given, run = inputs_of(model, SteppedLatentCodec(0.1), monkeypatch)
+    squares = [[w.T @ w for w in (layer.w_k, layer.w_v)] for layer in model.layers]
+    metrics = [sum(own / own.trace() for own in layer) for layer in squares]
+    layers = [InputLayer(str(number), HIDDEN_SIZE, len(inputs[0]), torch.float32) for number in range(NUM_LAYERS)]
+    codec = make_input_codec("xsvd:0.1", layers, tmp_path, metrics)
+    payloads = codec.encode([x[None] for x in inputs])
+    for layer, got, want in zip(model.layers, codec.decode(payloads), given, strict=True):
+        for weight in (layer.w_k, layer.w_v):
+            torch.testing.assert_close(got[0] @ weight.T, want @ weight.T, rtol=1e-3, atol=1e-3)
+    assert len(payloads[0]) < 1.2 * len(inputs[0]) * entropy.zstd_bytes([run.coded], len(inputs[0]))
 
 
 def test_latent_keys_share_scales_along_tokens():

@@ -7,6 +7,7 @@ import engines
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from support import refuses, supports
 from test_store_engine import (
     BLOCK_SIZE,
@@ -22,8 +23,10 @@ from test_store_engine import (
     stored,
     wait_for_files,
 )
+from transformers import AutoConfig
 
 import vllm_int8kv
+from vllm_int8kv.store.inputs.latents import Basis
 
 pytestmark = pytest.mark.engine
 
@@ -115,7 +118,7 @@ def test_another_engine_answers_the_same(llama, prompts, tmp_path, options):
     assert {path: path.read_bytes() for path in stored(tmp_path)} == before
 
 
-@pytest.mark.parametrize(("codec", "max_kl"), [("x8", 0.02), ("xcl8+zstd", 0.02), ("x4", 0.5)])
+@pytest.mark.parametrize(("codec", "max_kl"), [("x8", 0.02), ("xcl8+zstd", 0.02), ("x4", 0.5), ("xsvd:0.01", 0.02)])
 def test_codecs_that_lose_something_are_near(llama, prompts, tmp_path, codec, max_kl):
     from vllm import SamplingParams
 
@@ -175,6 +178,22 @@ def test_ranks_share_one_file(llama, prompts, tmp_path, monkeypatch):
     assert len(stored(tmp_path)) == sum(FULL) // BLOCK_SIZE + 1
     with store_engine(llama, tmp_path, **parallel) as llm:
         assert generate(llm, prompts) == (expected, FULL)
+
+
+def test_what_k_and_v_are_made_of_is_known_on_all_ranks(llama, prompts, tmp_path, monkeypatch):
+    """Projections of weights that a CPU has packed, a part on each rank, say what the file of weights says."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    weights = load_file(llama / "model.safetensors")
+    values = []
+    for layer in range(AutoConfig.from_pretrained(llama).num_hidden_layers):
+        both = [weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "kv"]
+        values.append(torch.linalg.svdvals(torch.cat([own / own.norm() for own in both])))
+    for options in ({}, {"own_process": True, "tensor_parallel_size": 2}):
+        root = tmp_path / str(len(options))
+        fill(llama, root, prompts[:1], codec="xsvd:0.02", **options)
+        (path,) = root.glob(f"*/{Basis.name}")
+        for found, own in zip(Basis.read(path.parent).singular_values, values, strict=True):
+            torch.testing.assert_close(found.flip(0), own[: len(found)], rtol=1e-3, atol=1e-3)
 
 
 def test_a_compiled_model_is_seen_as_well(llama, prompts, tmp_path):

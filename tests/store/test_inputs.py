@@ -7,22 +7,38 @@ from vllm_int8kv.store.codecs import Codec
 from vllm_int8kv.store.engine.contents import Block, Written
 from vllm_int8kv.store.engine.staging import Staging
 from vllm_int8kv.store.files import BadFile
-from vllm_int8kv.store.inputs.factors import NAME, Factors
+from vllm_int8kv.store.inputs.factors import Factors
+from vllm_int8kv.store.inputs.latents import Basis
 from vllm_int8kv.store.inputs.layers import InputLayer
 from vllm_int8kv.store.registry import INPUT_CODECS, make_input_codec
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_LAYERS, HIDDEN = 32, 4, 5, 192
-CODECS = (*INPUT_CODECS, "x+zstd", "xcl4+zstd", "xbound:0.02", "xbound:0.2")
+CODECS = (*INPUT_CODECS, "x+zstd", "xcl4+zstd", "xbound:0.02", "xbound:0.2", "xsvd:0.02", "xsvd:0.2")
+RANK = 96
+"""Of the weights of K and V."""
 
 
 @pytest.fixture
 def make(tmp_path):
     """Codecs by name, each of a namespace of its own."""
-    return lambda name, layers=None: make_input_codec(name, layers or make_layers(), tmp_path / name)
+    return lambda name, layers=None: make_input_codec(name, layers or make_layers(), tmp_path / name, metrics())
 
 
 def make_layers(dtype: torch.dtype = torch.bfloat16) -> list[InputLayer]:
     return [InputLayer(f"layer {number}", HIDDEN, BLOCK_SIZE, dtype) for number in range(NUM_LAYERS)]
+
+
+def weights() -> list[torch.Tensor]:
+    """Of K and V of every layer, `[rows, hidden_size]`; some of them count ten times as much as others."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.randn(RANK, HIDDEN, generator=generator) * torch.logspace(-0.5, 0.5, RANK)[:, None]
+        for _ in range(NUM_LAYERS)
+    ]
+
+
+def metrics() -> list[torch.Tensor]:
+    return [own.T @ own for own in weights()]
 
 
 def inputs(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
@@ -83,13 +99,47 @@ def test_the_bound_holds_for_every_element(make, tmp_path, relative_step):
     """Half a step, which is R times the root mean square of the equalized inputs of a token."""
     name, parts = f"xbound:{relative_step}", inputs()
     found = restored(make(name), parts)
-    factors = Factors.read(tmp_path / name / NAME)
+    factors = Factors.read(tmp_path / name)
     for got, want, equalizer in zip(found, parts, factors.equalizers, strict=True):
         scaled = want.float() * equalizer
         bound = relative_step / 2 * scaled.square().mean(dim=-1, keepdim=True).sqrt()
         error = ((got - want.float()) * equalizer).abs()
         assert (error <= bound * (1 + 2**-8) + 1e-5 * scaled.abs()).all()  # the step is bf16
         assert error.max() > 0.9 * bound.min()  # it is used
+
+
+def test_what_k_and_v_do_not_see_is_not_stored(make, tmp_path):
+    """In the coordinates of the singular vectors every element is within half a step of its token."""
+    codec, parts = make("xsvd:0.05"), inputs()
+    found = restored(codec, parts)
+    basis = Basis.read(tmp_path / "xsvd:0.05")
+    assert [len(own) for own in basis.singular_values] == [RANK] * NUM_LAYERS
+    for got, want, weight, values, vectors in zip(
+        found, parts, weights(), basis.singular_values, basis.vectors, strict=True
+    ):
+        latents = want.float() @ vectors.T * values
+        bound = 0.05 / 2 * latents.square().mean(dim=-1, keepdim=True).sqrt()
+        error = ((got - want.float()) @ vectors.T * values).abs()
+        rounded = 1e-3 * latents.abs().amax(dim=-1, keepdim=True)  # vectors of fp16
+        assert (error <= bound * (1 + 2**-8) + rounded).all()
+        assert error.max() > 0.9 * bound.min()
+        torch.testing.assert_close(weight.norm(), values.norm())
+        assert (
+            ((got - want.float()) @ weight.T).norm() / (want.float() @ weight.T).norm()
+        ).item() < 0.05 / 12**0.5 * 1.1
+    assert ((found[0] - parts[0]).norm() / parts[0].norm()).item() > 0.5
+    sizes = {name: len(make(name).encode(parts)[0]) for name in ("xsvd:0.05", "xbound:0.05")}
+    assert sizes["xsvd:0.05"] < 0.75 * sizes["xbound:0.05"]
+
+
+def test_an_odd_rank_and_none(tmp_path):
+    layers = [InputLayer("one", 64, 16, torch.float32), InputLayer("two", 64, 16, torch.float32)]
+    weight = torch.randn(7, 64)
+    codec = make_input_codec("xsvd:0.01", layers, tmp_path, [weight.T @ weight, torch.zeros(64, 64)])
+    x = torch.randn(2, 2, 16, 64)
+    first, second = codec.decode(codec.encode(list(x)))
+    assert (((first - x[0]) @ weight.T).norm() / (x[0] @ weight.T).norm()).item() < 0.01
+    assert torch.isfinite(second).all()
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -118,7 +168,10 @@ def test_inputs_that_are_no_numbers_do_not_spread(make, name):
     parts[1][0, 6, 8] = torch.inf
     found = restored(codec, parts)
     assert all(torch.isfinite(part).all() for part in found)
-    assert ((found[1] - parts[1])[0, 7:].norm() / parts[1][0, 7:].norm()).item() < 0.3
+    if not name.startswith("xsvd"):  # of which only what K and V see comes back
+        assert ((found[1] - parts[1])[0, 7:].norm() / parts[1][0, 7:].norm()).item() < 0.3
+    seen = [part[1][0, 7:] @ weights()[1].T for part in (found, parts)]
+    assert ((seen[0] - seen[1]).norm() / seen[1].norm()).item() < 0.3
 
 
 def test_sizes(make):
@@ -148,24 +201,24 @@ def test_engines_take_over_the_factors_of_the_first(make, tmp_path):
     other = [part[:1] * 7 for part in inputs()]
     assert bytes(make("xcl8").encode(inputs())[0]) == bytes(payload)
     assert torch.equal(make("xcl8").decode([payload])[4], first.decode([payload])[4])
-    (tmp_path / "xcl8" / NAME).unlink()
+    (tmp_path / "xcl8" / Factors.name).unlink()
     with pytest.raises(BadFile, match="is gone, which says how to read it"):
         make("xcl8").decode([payload])
     late = make("xcl8")
     late.encode(other)
-    with pytest.raises(BadFile, match="made with other factors"):
+    with pytest.raises(BadFile, match=r"made with other input_factors\.npz"):
         late.decode([payload])
-    (tmp_path / "xcl8" / NAME).write_bytes(b"no array")
+    (tmp_path / "xcl8" / Factors.name).write_bytes(b"no array")
     with pytest.raises(BadFile, match="cannot be read"):
         make("xcl8").encode(inputs())
 
 
 def test_the_factors_of_a_faster_engine_stay(tmp_path):
     for scale in (1, 9):
-        Factors.measure([scale * part for part in inputs()], across_layers=True).write(tmp_path / NAME)
-    found, want = Factors.read(tmp_path / NAME), Factors.measure(inputs(), across_layers=True)
+        Factors.measure([scale * part for part in inputs()], across_layers=True).write(tmp_path)
+    found, want = Factors.read(tmp_path), Factors.measure(inputs(), across_layers=True)
     assert torch.equal(found.equalizers, want.equalizers) and found.digest == want.digest
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [Factors.name]
 
 
 class Steps:

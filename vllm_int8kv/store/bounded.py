@@ -25,12 +25,12 @@ MIN_STEP = 1e-30
 
 
 def parse_bound(name: str) -> float:
-    """R of `bound:R` or `xbound:R`.
+    """R of `bound:R`, `xbound:R` or `xsvd:R`.
 
     Raises:
         ValueError: it is no number from 0.001 to 1.
     """
-    found = re.fullmatch(r"x?bound:(\d*\.?\d+)", name)
+    found = re.fullmatch(r"(?:x?bound|xsvd):(\d*\.?\d+)", name)
     if not found or not 1e-3 <= float(found[1]) <= 1:
         codec = name.partition(":")[0]
         raise ValueError(

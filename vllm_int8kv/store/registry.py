@@ -1,18 +1,23 @@
 """The codecs by name."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from vllm_int8kv.cache.formats import FORMATS
 from vllm_int8kv.store.bounded import Bounded, parse_bound
 from vllm_int8kv.store.codecs import Codec, Compressed, Exact, Requantized
 from vllm_int8kv.store.inputs.codecs import FIRST_BITS, BoundedInputs, ExactInputs, QuantizedInputs
-from vllm_int8kv.store.inputs.factors import NAME, KeptFactors
+from vllm_int8kv.store.inputs.factors import Factors
+from vllm_int8kv.store.inputs.kept import KeptInFolder
+from vllm_int8kv.store.inputs.latents import Basis, LatentInputs
 from vllm_int8kv.store.inputs.layers import InputLayer
 from vllm_int8kv.store.pages import PagedLayer
 
 EXACT, EXACT_INPUTS = "exact", "x"
-BOUND, INPUT_BOUND = "bound:", "xbound:"
+BOUND, INPUT_BOUND, LATENT_BOUND = "bound:", "xbound:", "xsvd:"
 ZSTD = "+zstd"
 """What a codec's name ends with if its payload is compressed in the end."""
 INPUT_BITS = {"x8": 8, "x6": 6, "x4": 4}
@@ -23,21 +28,28 @@ INPUT_CODECS = (EXACT_INPUTS, *INPUT_BITS, *CROSS_LAYER_BITS)
 
 def stores_inputs(name: object) -> bool:
     """Whether a codec is one of the inputs of layers in place of their K and V."""
-    return isinstance(name, str) and (name.removesuffix(ZSTD) in INPUT_CODECS or name.startswith(INPUT_BOUND))
+    return isinstance(name, str) and (
+        name.removesuffix(ZSTD) in INPUT_CODECS or name.startswith((INPUT_BOUND, LATENT_BOUND))
+    )
+
+
+def needs_metrics(name: str) -> bool:
+    """Whether a codec of inputs must know what their K and V are made of, see `make_input_codec`."""
+    return name.startswith(LATENT_BOUND)
 
 
 def check_codec(name: str) -> None:
     """Raise ValueError unless a codec is called so."""
     base = name.removesuffix(ZSTD)
-    if base.startswith((BOUND, INPUT_BOUND)):
+    if base.startswith((BOUND, INPUT_BOUND, LATENT_BOUND)):
         parse_bound(base)
         if name.endswith(ZSTD):
             raise ValueError(f"codec {name!r}: it compresses already; leave {ZSTD} out")
     elif base not in (EXACT, *FORMATS, *INPUT_CODECS):
         raise ValueError(
             f"codec must be exact, a cache format ({', '.join(FORMATS)}), inputs of layers "
-            f"({', '.join(INPUT_CODECS)}), each with {ZSTD} behind it if wanted, or bound:R or xbound:R with R as 0.1, "
-            f"got {name!r}"
+            f"({', '.join(INPUT_CODECS)}), each with {ZSTD} behind it if wanted, or bound:R, xbound:R or xsvd:R "
+            f"with R as 0.1, got {name!r}"
         )
 
 
@@ -63,22 +75,29 @@ def make_codec(name: str, layers: Sequence[PagedLayer]) -> Codec:
     return Compressed(codec) if name.endswith(ZSTD) else codec
 
 
-def make_input_codec(name: str, layers: Sequence[InputLayer], namespace: Path) -> Codec:
+def make_input_codec(
+    name: str, layers: Sequence[InputLayer], namespace: Path, metrics: Sequence[torch.Tensor] = ()
+) -> Codec:
     """The codec of a name for the inputs of an engine's layers.
 
     Args:
         namespace: the folder of what is saved, which keeps what the codec must know beforehand.
+        metrics: of each layer `[hidden_size, hidden_size]` with x M x the size of the K and V of an input x, where the
+            codec `needs_metrics` and blocks are saved.
     """
     base = name.removesuffix(ZSTD)
+    plain, across = (
+        KeptInFolder(namespace, Factors, partial(Factors.measure, across_layers=across)) for across in (False, True)
+    )
     if base == EXACT_INPUTS:
         codec: Codec = ExactInputs(layers)
     elif base in INPUT_BITS:
-        factors, bits = KeptFactors(namespace / NAME, across_layers=False), INPUT_BITS[base]
-        codec = QuantizedInputs(layers, factors, bits, first_bits=bits)
+        codec = QuantizedInputs(layers, plain, INPUT_BITS[base], first_bits=INPUT_BITS[base])
+    elif base in CROSS_LAYER_BITS:
+        codec = QuantizedInputs(layers, across, CROSS_LAYER_BITS[base], first_bits=FIRST_BITS)
+    elif base.startswith(INPUT_BOUND):
+        codec = BoundedInputs(layers, across, parse_bound(base))
     else:
-        factors = KeptFactors(namespace / NAME, across_layers=True)
-        if base in CROSS_LAYER_BITS:
-            codec = QuantizedInputs(layers, factors, CROSS_LAYER_BITS[base], first_bits=FIRST_BITS)
-        else:
-            codec = BoundedInputs(layers, factors, parse_bound(base))
+        basis = KeptInFolder(namespace, Basis, lambda inputs: Basis.of_metrics(metrics))
+        codec = LatentInputs(layers, basis, parse_bound(base))
     return Compressed(codec) if name.endswith(ZSTD) else codec

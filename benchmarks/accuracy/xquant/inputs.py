@@ -67,14 +67,15 @@ class Stepped(Quantizer):
         for tokens in torch.arange(len(y)).split(self.block or len(y)):
             for channels in columns:
                 part = y[tokens][:, channels]
-                step = self._step(part)
+                step = self.step(part)
                 multiple = torch.round(part / step)
                 restored[tokens[:, None], channels] = multiple * step
                 multiples[tokens[:, None], channels] = multiple.to(torch.int16)
         step_bytes = 4 / self.block if self.block else torch.bfloat16.itemsize
         return restored, Coded(multiples, None, len(columns) * step_bytes)
 
-    def _step(self, part: torch.Tensor) -> torch.Tensor:
+    def step(self, part: torch.Tensor) -> torch.Tensor:
+        """The length of a step of every token, `[num_tokens, 1]`, or of all."""
         squares = part.square()
         if self.block:
             return self.relative_step * squares.mean().sqrt().clamp_min(SMALLEST_SCALE)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.accuracy.xquant.inputs import Fixed
+from benchmarks.accuracy.xquant.inputs import Fixed, Prediction, Stepped
 from benchmarks.accuracy.xquant.remat import Codec, Coded, RematSimulator, Run, Tensors
+from vllm_int8kv.store.inputs.latents import Basis
 
 TOKENS_PER_GROUP = 128
 """The paper's, along the tokens of a channel of the latent keys."""
@@ -62,6 +63,44 @@ class CrossLayerLatentCodec(Codec):
                 given, coded = Fixed(self.bits, group=128).quantize((x - before) @ basis.T)
                 before = before + given @ basis
             run.coded.append(coded)
+            return model.project(index, before)
+
+        run = Run(restore)
+        return run
+
+
+@dataclass(frozen=True)
+class SteppedLatentCodec(Codec):
+    """X in the basis of the singular vectors of [W_k, W_v], each times its singular value, as multiples of a step.
+
+    Of X only what K and V of this layer see is brought up to date; the rest stays what it was for the layer before.
+    """
+
+    relative_step: float
+    prediction: Prediction = Prediction.previous
+    norms: bool = True
+    """whether W_k and W_v count alike, whatever their norms"""
+    queries: bool = False
+    """whether [W_q, W_k, W_v] takes the place of [W_k, W_v], for what a matrix takes whose rank is the width of X"""
+
+    def start(self, model: RematSimulator) -> Run:
+        before: torch.Tensor | None = None
+
+        def restore(index: int, x: torch.Tensor) -> Tensors:
+            nonlocal before
+            layer = model.layers[index]
+            weights = [layer.w_k, layer.w_v, *([layer.attention.q_proj.weight.detach()] if self.queries else [])]
+            squares = [weight.T @ weight for weight in weights]
+            metric = sum(own / own.trace() if self.norms else own for own in squares)
+            basis = Basis.of_metrics([metric])
+            (values,), (vectors,) = basis.singular_values, basis.vectors
+            predicted = torch.zeros_like(x)
+            if before is not None and self.prediction is Prediction.previous:
+                predicted = before
+            step = Stepped(self.relative_step).step(x @ vectors.T * values)
+            multiples = torch.round((x - predicted) @ vectors.T * values / step)
+            run.coded.append(Coded(multiples.to(torch.int16), None, torch.bfloat16.itemsize))
+            before = predicted + (multiples * step / values) @ vectors
             return model.project(index, before)
 
         run = Run(restore)

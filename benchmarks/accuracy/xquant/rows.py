@@ -15,7 +15,7 @@ from benchmarks.accuracy.xquant.inputs import (
     Transform,
 )
 from benchmarks.accuracy.xquant.kv import BoundedCodec, SchemeCodec
-from benchmarks.accuracy.xquant.latents import CrossLayerLatentCodec, LatentCodec
+from benchmarks.accuracy.xquant.latents import CrossLayerLatentCodec, LatentCodec, SteppedLatentCodec
 from benchmarks.accuracy.xquant.remat import Codec
 
 BITS = (8, 6, 5, 4, 3, 2)
@@ -26,6 +26,7 @@ GROUP = 192
 """Of what is rotated in blocks of 64: a third of the channels of SmolLM2."""
 EXPONENTS = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5), (0.75, 0.25), (0.75, 0.75))
 STEPS = (0.025, 0.05, 0.1)
+LATENT_STEPS = (0.01, 0.0125, 0.025, 0.05, 0.1)
 CL_BITS = (8, 4, 3, 2)
 PAPER_FIRST = (Fixed(4, PAPER_GROUP),) * 3
 SAFE_FIRST = (Fixed(8, GROUP),) * 3
@@ -168,6 +169,20 @@ def cross_layer_stepped() -> list[Row]:
     ]
 
 
+def stepped_latents() -> list[Row]:
+    """What K and V see of X, as multiples of a step."""
+    rows = [Row(f"xsvd:{step}", f"step {step} of a token's", SteppedLatentCodec(step)) for step in LATENT_STEPS]
+    step = LATENT_STEPS[1]
+    alone, plain = SteppedLatentCodec(step, Prediction.none), SteppedLatentCodec(step, norms=False)
+    full = SteppedLatentCodec(step, queries=True)
+    return [
+        *rows,
+        Row(f"xsvd:{step} alone", f"step {step}, every layer alone", alone),
+        Row(f"xsvd:{step} plain", f"step {step}, W_k and W_v as they are", plain),
+        Row(f"xsvd:{step} full rank", f"step {step}, of [W_q, W_k, W_v], as wide as X", full),
+    ]
+
+
 SECTIONS: dict[str, list[Row]] = {
     "K and V": references(),
     "X": [row for bits in BITS for row in fixed(bits)],
@@ -175,6 +190,7 @@ SECTIONS: dict[str, list[Row]] = {
     "X, entropy-coded, equalized": stepped(),
     "X across layers, the first three at 8 bits": [row for bits in CL_BITS for row in cross_layer(bits)],
     "X across layers, entropy-coded, equalized, factors": cross_layer_stepped(),
+    "X in singular vectors, across layers, entropy-coded": stepped_latents(),
     "X in singular vectors, for grouped queries": [
         *(Row(f"svd{bits}", f"{bits} bits", LatentCodec(bits)) for bits in (8, 4, 3, 2)),
         *(
@@ -201,5 +217,6 @@ BEHIND_K8V8 = (
     "xcl8 best",
     "xcle:0.05",
     "xcle:0.05 sink",
+    *(f"xsvd:{step}" for step in LATENT_STEPS),
 )
 """Also measured with a K8V8 cache behind them, as the store restores."""

@@ -36,7 +36,7 @@ from vllm_int8kv.store.engine.transfers import Outcome, Transfers
 from vllm_int8kv.store.index import Index
 from vllm_int8kv.store.options import StoreOptions
 from vllm_int8kv.store.pages import paged_layers
-from vllm_int8kv.store.registry import make_codec, make_input_codec, stores_inputs
+from vllm_int8kv.store.registry import make_codec, make_input_codec, needs_metrics, stores_inputs
 
 logger = init_logger("vllm.int8kv")
 
@@ -156,8 +156,9 @@ class KVStoreConnector(KVConnectorBase_V1):
             }
         self._namespace = names.digest(description)
         if stores_inputs(options.codec):
+            metrics = inputs.metrics_of(input_layers, config) if needs_metrics(options.codec) else ()
             contents: Contents = inputs.InputContents(
-                make_input_codec(options.codec, input_layers, options.root / self._namespace),
+                make_input_codec(options.codec, input_layers, options.root / self._namespace, metrics),
                 config,
                 num_blocks=num_blocks,
                 page_bytes=sum(layer.page_bytes for layer in layers),

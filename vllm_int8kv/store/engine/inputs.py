@@ -104,6 +104,12 @@ def input_layers(layer_names: Collection[str], vllm_config: Any) -> list[InputLa
     return found
 
 
+def metrics_of(layers: Sequence[InputLayer], vllm_config: Any) -> list[torch.Tensor]:
+    """What K and V see of the inputs of layers, as `Projection.metric` says; all ranks must ask at the same time."""
+    attention = vllm_config.compilation_config.static_forward_context
+    return [getattr(attention[layer.name], PROJECTION).metric(layer.dtype) for layer in layers]
+
+
 class InputContents(Contents):
     """The inputs of the layers.
 

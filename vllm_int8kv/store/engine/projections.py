@@ -22,6 +22,7 @@ INPUTS = ("hidden_states", "x")
 EMBEDDINGS = "position_embeddings"
 """What modules of the Transformers backend take in place of positions: cosines and sines."""
 PROBE_TOKENS = 16
+MIN_TRACE = 1e-30
 
 
 class _Reached(Exception):
@@ -112,6 +113,27 @@ class Projection:
             shape = (-1, self.attention.num_kv_heads, self.attention.head_size)
             return reached.key.reshape(shape), reached.value.reshape(shape)
         raise RuntimeError(f"{type(self.parent).__name__} does not call its attention")
+
+    def metric(self, dtype: torch.dtype) -> torch.Tensor:
+        """M, [hidden_size, hidden_size] fp32, with x M x = |W_k x|^2 / |W_k|^2 + |W_v x|^2 / |W_v|^2 of every input x.
+
+        W_k and W_v are those of all ranks, which must ask at the same time. The projection itself tells what they are,
+        as its weights may be packed or quantized; its bias does not count.
+
+        Args:
+            dtype: of the model.
+        """
+        linear = self._replica._modules[self.linear_name]
+        probes = torch.cat([torch.eye(self.hidden_size), torch.zeros(1, self.hidden_size)]).to(dtype)
+        with torch.inference_mode():
+            answer = linear(probes)
+            rows = (answer[0] if isinstance(answer, tuple) else answer).float()
+            v_size = linear.num_kv_heads * linear.v_head_size
+            kv_size = linear.num_kv_heads * linear.head_size + v_size
+            weights = rows[:-1, -kv_size:] - rows[-1:, -kv_size:]
+            key, value = weights[:, :-v_size], weights[:, -v_size:]
+            squares = [get_tp_group().all_reduce(own @ own.T) for own in (key, value)]
+            return sum(own / own.trace().clamp_min(MIN_TRACE) for own in squares)
 
     def write(self, x: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """Write keys and values to the layer's cache, as the layer does it itself.

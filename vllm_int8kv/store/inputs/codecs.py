@@ -6,11 +6,12 @@
     xbound:R    as xcl, in steps of R times the root mean square of a token, entropy-coded per channel
 
 Scales follow the token, and errors the channel: what is rounded is equalized, and rotated where all channels have the
-same number of bits (`factors`).
+same number of bits (`factors`). `xsvd:R` is in `latents`.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Generic
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from vllm_int8kv.cache.quantizer import SCALE_DTYPE, Quantized, quantize, saniti
 from vllm_int8kv.store.bounded import join, split, steps_of
 from vllm_int8kv.store.codecs import Codec, LayerCodec, Payload
 from vllm_int8kv.store.files import BadFile
-from vllm_int8kv.store.inputs.factors import DIGEST_BYTES, Factors, KeptFactors
+from vllm_int8kv.store.inputs.factors import Factors
+from vllm_int8kv.store.inputs.kept import DIGEST_BYTES, K, KeptInFolder
 from vllm_int8kv.store.inputs.layers import InputLayer
 
 ROTATION_BLOCK = 64
@@ -46,43 +48,58 @@ class ExactInputs(LayerCodec):
         return rows.contiguous().view(layer.dtype).reshape(-1, layer.block_size, layer.hidden_size)
 
 
-class PredictedInputs(Codec):
-    """The base of codecs that round what is left when something has been predicted, in factors' units.
+class KnowingCodec(Codec, Generic[K]):
+    """The base of codecs that know something beforehand.
 
-    A payload begins with the digest of the factors, so that those of other factors are none of this codec.
+    A payload begins with the digest of that, so that one made with something else is none of this codec.
     """
 
-    def __init__(self, layers: Sequence[InputLayer], factors: KeptFactors) -> None:
+    def __init__(self, layers: Sequence[InputLayer], kept: KeptInFolder[K]) -> None:
         super().__init__(layers)
-        self._kept = factors
+        self._kept = kept
 
     @abstractmethod
-    def encode_rests(self, inputs: Sequence[torch.Tensor], factors: Factors) -> list[Payload]:
+    def encode_with(self, known: K, inputs: Sequence[torch.Tensor]) -> list[Payload]:
         """Payloads of finite inputs, of every layer `[num_blocks, block_size, hidden_size]` fp32."""
 
     @abstractmethod
-    def decode_rests(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
-        """What was left of the inputs, multiplied by the equalizers.
+    def decode_with(self, known: K, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
+        """The inverse of `encode_with`.
 
         Raises:
             BadFile: a payload is none of this codec.
         """
 
     def encode(self, pages: Sequence[torch.Tensor]) -> list[Payload]:
-        factors = self._kept.known_or_measured(pages)
-        payloads = self.encode_rests([sanitize(part) for part in pages], factors)
-        return [factors.digest + bytes(payload) for payload in payloads]
+        known = self._kept.known_or_measured(pages)
+        payloads = self.encode_with(known, [sanitize(part) for part in pages])
+        return [known.digest + bytes(payload) for payload in payloads]
 
     def decode(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
-        factors = self._kept.known()
+        known = self._kept.known()
         payloads = [memoryview(payload) for payload in payloads]
-        if any(payload[:DIGEST_BYTES] != factors.digest for payload in payloads):
-            raise BadFile("its payload was made with other factors")
+        if any(payload[:DIGEST_BYTES] != known.digest for payload in payloads):
+            raise BadFile(f"its payload was made with other {known.name}")
+        return self.decode_with(known, [payload[DIGEST_BYTES:] for payload in payloads])
+
+
+class PredictedInputs(KnowingCodec[Factors]):
+    """The base of codecs that round what is left when something has been predicted, in factors' units."""
+
+    @abstractmethod
+    def decode_rests(self, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
+        """What was left of the inputs, multiplied by the equalizers.
+
+        Raises:
+            BadFile: a payload is none of this codec.
+        """
+
+    def decode_with(self, known: Factors, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
         previous, found = torch.zeros(1), []
-        for layer, rest in enumerate(self.decode_rests([payload[DIGEST_BYTES:] for payload in payloads])):
-            own = rest.mul_(1 / factors.equalizers[layer])
-            if factors.predicts:
-                own.addcmul_(previous, factors.predictors[layer])
+        for layer, rest in enumerate(self.decode_rests(payloads)):
+            own = rest.mul_(1 / known.equalizers[layer])
+            if known.predicts:
+                own.addcmul_(previous, known.predictors[layer])
             found.append(own)
             previous = own
         return found
@@ -96,7 +113,9 @@ class QuantizedInputs(PredictedInputs):
         first_bits: of the first layers.
     """
 
-    def __init__(self, layers: Sequence[InputLayer], factors: KeptFactors, bits: int, first_bits: int) -> None:
+    def __init__(
+        self, layers: Sequence[InputLayer], factors: KeptInFolder[Factors], bits: int, first_bits: int
+    ) -> None:
         super().__init__(layers, factors)
         self._bits = [bits if place >= FIRST_LAYERS else first_bits for place in range(len(layers))]
         layer = layers[0]
@@ -108,19 +127,19 @@ class QuantizedInputs(PredictedInputs):
         self._shape = (layer.block_size, num_blocks // blocks, blocks * self._block)
         """Of a block of one layer: tokens, groups, channels."""
 
-    def encode_rests(self, inputs: Sequence[torch.Tensor], factors: Factors) -> list[Payload]:
+    def encode_with(self, known: Factors, inputs: Sequence[torch.Tensor]) -> list[Payload]:
         restored, encoded = torch.zeros(()), []
         for layer, (x, bits) in enumerate(zip(inputs, self._bits, strict=True)):
-            predicted = factors.predictors[layer] * restored
-            rest = self._rotated((x - predicted) * factors.equalizers[layer])
+            predicted = known.predictors[layer] * restored
+            rest = self._rotated((x - predicted) * known.equalizers[layer])
             quantized = quantize(rest.view(-1, *self._shape), bits)
             encoded.append(self._pack(quantized, bits))
-            if factors.predicts:
+            if known.predicts:
                 rounded = self._rotated(quantized.dequantize(bits).reshape(x.shape))
-                restored = rounded / factors.equalizers[layer] + predicted
+                restored = rounded / known.equalizers[layer] + predicted
         return [memoryview(row.numpy()) for row in torch.cat(encoded, dim=1)]
 
-    def decode_rests(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
+    def decode_rests(self, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
         num_tokens, num_groups, _ = self._shape
         sizes = [self._code_bytes(bits) + num_tokens * num_groups * CODES[bits].param_bytes for bits in self._bits]
         if wrong := [len(payload) for payload in payloads if len(payload) != sum(sizes)]:
@@ -168,15 +187,15 @@ class BoundedInputs(PredictedInputs):
         relative_step: R of `xbound:R`.
     """
 
-    def __init__(self, layers: Sequence[InputLayer], factors: KeptFactors, relative_step: float) -> None:
+    def __init__(self, layers: Sequence[InputLayer], factors: KeptInFolder[Factors], relative_step: float) -> None:
         super().__init__(layers, factors)
         self._relative_step = relative_step
 
-    def encode_rests(self, inputs: Sequence[torch.Tensor], factors: Factors) -> list[Payload]:
+    def encode_with(self, known: Factors, inputs: Sequence[torch.Tensor]) -> list[Payload]:
         previous, multiples, steps = torch.zeros(()), [], []
         for layer, x in enumerate(inputs):
-            equalizer = factors.equalizers[layer]
-            predicted = factors.predictors[layer] * previous
+            equalizer = known.equalizers[layer]
+            predicted = known.predictors[layer] * previous
             step = steps_of(x * equalizer, self._relative_step)
             multiple = torch.round((x - predicted) * equalizer / step.float()[..., None])
             previous = multiple * step.float()[..., None] / equalizer + predicted
@@ -184,7 +203,7 @@ class BoundedInputs(PredictedInputs):
             steps.append(step)
         return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
 
-    def decode_rests(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
+    def decode_rests(self, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
         num_layers, layer = len(self.layers), self.layers[0]
         found = []
         for payload in payloads:

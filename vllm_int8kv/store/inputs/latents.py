@@ -1,0 +1,102 @@
+"""The codec `xsvd:R`: of the input of a layer only what its K and V are made of.
+
+K and V are [W_k, W_v] x, so they see x in the coordinates of that matrix' singular vectors, each times its singular
+value. There, errors of equal size are errors of equal size in K and V, and coordinates differ so much that entropy
+coding needs a third less than with the channels of x as they are. Where fewer KV heads than query heads make the matrix
+wider than high, the rest of x is never looked at. XQuant stores such latents in fixed bits for grouped queries
+(arXiv 2508.10395); here they are multiples of a step, as in `bound:R`, of what is left when the input of the layer
+before has been subtracted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+
+from vllm_int8kv.store.bounded import join, split, steps_of
+from vllm_int8kv.store.codecs import Payload
+from vllm_int8kv.store.files import BadFile
+from vllm_int8kv.store.inputs.codecs import KnowingCodec
+from vllm_int8kv.store.inputs.kept import Kept, KeptInFolder
+from vllm_int8kv.store.inputs.layers import InputLayer
+
+MIN_SINGULAR_VALUE = 1e-3
+"""Against the largest; sums of squares in fp32 do not tell less than 3e-4 from nothing."""
+
+
+@dataclass(frozen=True)
+class Basis(Kept):
+    """Of every layer the singular vectors of [W_k, W_v]; W_k and W_v have norm 1, so that both count alike."""
+
+    name: ClassVar[str] = "input_basis.npz"
+    singular_values: tuple[torch.Tensor, ...]
+    """[rank] fp32"""
+    vectors: tuple[torch.Tensor, ...]
+    """[rank, hidden_size] fp32, rounded to fp16, which costs an error of 3e-4"""
+
+    @classmethod
+    def of_metrics(cls, metrics: Sequence[torch.Tensor]) -> Self:
+        """Of W^T W, `[hidden_size, hidden_size]`, of every layer, which tensor parallel ranks can add up."""
+        values, vectors = [], []
+        for metric in metrics:
+            squares, columns = torch.linalg.eigh(metric.double())
+            own = squares.clamp_min(0).sqrt()
+            rank = int((own > MIN_SINGULAR_VALUE * own[-1]).sum())
+            rank += rank % 2  # entropy coding names the classes of channels in pairs
+            values.append(own[-rank:].float().clamp_min(torch.finfo(torch.float32).tiny))
+            vectors.append(columns[:, -rank:].T.half().float())
+        return cls(tuple(values), tuple(vectors))
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        return {
+            "ranks": np.array([len(own) for own in self.singular_values]),
+            "singular_values": torch.cat(self.singular_values).numpy(),
+            "vectors": torch.cat(self.vectors).half().numpy(),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        ranks = arrays["ranks"].tolist()
+        values, vectors = (torch.from_numpy(arrays[name]).float() for name in ("singular_values", "vectors"))
+        return cls(values.split(ranks), vectors.split(ranks))
+
+
+class LatentInputs(KnowingCodec[Basis]):
+    """Multiples of the step of their token, which is a share of the root mean square of its latents.
+
+    Args:
+        relative_step: R of `xsvd:R`.
+    """
+
+    def __init__(self, layers: Sequence[InputLayer], basis: KeptInFolder[Basis], relative_step: float) -> None:
+        super().__init__(layers, basis)
+        self._relative_step = relative_step
+
+    def encode_with(self, known: Basis, inputs: Sequence[torch.Tensor]) -> list[Payload]:
+        previous, multiples, steps = torch.zeros_like(inputs[0]), [], []
+        for x, values, vectors in zip(inputs, known.singular_values, known.vectors, strict=True):
+            step = steps_of(x @ vectors.T * values, self._relative_step)
+            widths = step.float()[..., None] / values
+            multiple = torch.round((x - previous) @ vectors.T / widths)
+            previous = previous + (multiple * widths) @ vectors
+            multiples.append(multiple.transpose(1, 2).int())
+            steps.append(step)
+        return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
+
+    def decode_with(self, known: Basis, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
+        ranks, block_size = [len(own) for own in known.singular_values], self.layers[0].block_size
+        blocks = [split(payload, len(ranks), sum(ranks), block_size) for payload in payloads]
+        if extra := [len(rest) for _, _, rest in blocks if rest]:
+            raise BadFile(f"its payload has {extra[0]} bytes more than expected")
+        multiples = torch.from_numpy(np.stack([own for own, _, _ in blocks])).split(ranks, dim=1)
+        steps = torch.stack([own for _, own, _ in blocks]).float()
+        previous, found = torch.zeros(()), []
+        for layer, (own, values, vectors) in enumerate(
+            zip(multiples, known.singular_values, known.vectors, strict=True)
+        ):
+            latents = own * steps[:, layer, None] / values[:, None]
+            previous = previous + latents.transpose(1, 2) @ vectors
+            found.append(previous)
+        return found
