@@ -77,9 +77,10 @@ support: setup  ## Run the feature tests and rewrite the support table of tests/
 
 MINUTES ?= 30
 CONNECTIONS ?= 200
+CACHE ?= int8_custom
 .PHONY: soak
-soak: setup  ## Load a server for MINUTES=30 and check every answer; appends a record
-	@$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --connections $(CONNECTIONS) --record benchmarks/results
+soak: setup  ## Load a server for MINUTES=30 (CACHE=int8_custom:format=k6v4) and check every answer; appends a record
+	@$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --connections $(CONNECTIONS) --cache $(CACHE) --record benchmarks/results
 
 .PHONY: sanitize
 sanitize: setup  ## Test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.report.tables import markdown
 from vllm_int8kv.evaluation import record
+from vllm_int8kv.evaluation.record import Record
 
 
 def support_table(results: Path) -> str:
@@ -22,29 +23,31 @@ def support_table(results: Path) -> str:
 
 
 def soak_table(results: Path) -> str:
-    records = record.read("soak", results)
-    if not records:
+    """The newest soak of each cache, a column each."""
+    newest = {line.impl: line for line in record.read("soak", results)}
+    if not newest:
         return "_Not measured yet: `make soak MINUTES=30`._"
-    line = records[-1]
+    columns = [_soak_column(line) for line in newest.values()]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    where = "<br>".join(f"{line.device}; {line.utc[:10]}; commit {line.commit}" for line in newest.values())
+    head = ["SmolLM2 in fp32", *(f"`{impl}`" for impl in newest)]
+    return f"{markdown(head, rows)}\n\n<sub>{where}; `benchmarks/results/soak.jsonl`.</sub>"
+
+
+def _soak_column(line: Record) -> dict[str, str]:
     m, case = line.metrics, line.case
-    rows = [
-        ["length, requests in flight", f"{case['minutes']:g} minutes, {case['connections']}"],
-        ["requests, output tokens", f"{m['requests']:,}, {m['output_tokens']:,}"],
-        ["KV pool in use, median and most", f"{m['median_pool_usage']:.1%}, {m['max_pool_usage']:.1%}"],
-        ["preemptions, prefix cache hit rate", f"{m['preemptions']:,}, {m['prefix_cache_hit_rate']:.0%}"],
-        ["lost, corrupt", f"{m['lost']}, {m['corrupt']}"],
-        [
-            "greedy answers compared; different at a near tie; else",
-            f"{m['greedy_answers_compared']:,}; {m['differences_at_near_ties']}; {m['differences_unexplained']}",
-        ],
-        ["largest difference of a logprob from the idle server's, nats", f"{m['largest_logprob_difference']:.2g}"],
-        [
-            "memory of all processes, third and last quarter",
-            f"{m['rss_third_quarter_bytes'] / 1e6:,.0f} MB, {m['rss_last_quarter_bytes'] / 1e6:,.0f} MB",
-        ],
-    ]
-    where = f"<sub>{line.device}; {line.utc[:10]}; commit {line.commit}; `benchmarks/results/soak.jsonl`.</sub>"
-    return f"{markdown(['SmolLM2 in fp32', 'soak'], rows)}\n\n{where}"
+    third, last = (m[f"rss_{quarter}_quarter_bytes"] / 1e6 for quarter in ("third", "last"))
+    parted = m["greedy_answers_compared"], m["differences_at_near_ties"], m["differences_unexplained"]
+    return {
+        "length, requests in flight": f"{case['minutes']:g} minutes, {case['connections']}",
+        "requests, output tokens": f"{m['requests']:,}, {m['output_tokens']:,}",
+        "KV pool in use, median and most": f"{m['median_pool_usage']:.1%}, {m['max_pool_usage']:.1%}",
+        "preemptions, prefix cache hit rate": f"{m['preemptions']:,}, {m['prefix_cache_hit_rate']:.0%}",
+        "lost, corrupt": f"{m['lost']}, {m['corrupt']}",
+        "greedy answers compared; different at a near tie; else": "; ".join(f"{count:,}" for count in parted),
+        "largest difference of a logprob from the idle server's, nats": f"{m['largest_logprob_difference']:.2g}",
+        "memory of all processes, third and last quarter": f"{third:,.0f} MB, {last:,.0f} MB",
+    }
 
 
 def fuzz_table(results: Path) -> str:

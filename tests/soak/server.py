@@ -15,7 +15,8 @@ MAX_MODEL_LEN = 384
 class SoakServer(Server):
     """A server whose pool is always full."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, cache: str = "int8_custom") -> None:
+        self.cache = cache
         options = (
             f"--enforce-eager --max-model-len {MAX_MODEL_LEN} --max-num-seqs {MAX_NUM_SEQS} "
             f"--max-num-batched-tokens 256 --block-size {BLOCK_SIZE} --num-gpu-blocks-override {NUM_BLOCKS} "
@@ -23,7 +24,7 @@ class SoakServer(Server):
         )
         # Otherwise a small model may fill an object with white space until its tokens are spent.
         grammar = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
-        super().__init__([*options.split(), *grammar], log)
+        super().__init__(["--kv-cache-dtype", cache, *options.split(), *grammar], log)
 
     def metric_sums(self) -> dict[str, float]:
         """By name, over all labels."""

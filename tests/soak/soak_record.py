@@ -52,7 +52,7 @@ def write(result: Result, minutes: float, connections: int, results: Path) -> No
                 "block_size": BLOCK_SIZE,
                 "num_blocks": NUM_BLOCKS,
             },
-            impl="int8_custom",
+            impl=result.cache,
             resolved_backend=f"INT8_KV {library.cpu_isa()}",
             median_us=1e6 * statistics.median(result.latencies),
             p10_us=1e6 * deciles[0],

@@ -26,6 +26,14 @@ def test_the_load_was_one(result):
     assert result.compared > 20
 
 
+@pytest.mark.parametrize(("seconds", "passes"), [(60, True), (1800, False)])
+def test_memory_grows_while_a_server_warms_up_only(seconds, passes):
+    metrics = {"vllm:num_preemptions_total": 1, "vllm:kv_cache_usage_perc": 0, "vllm:num_requests_running": 0}
+    rss = [100] * 30 + [108] * 10
+    result = soak.Result(requests=soak.Counter(soak.KINDS), rss=rss, seconds=seconds, metrics=metrics)
+    assert result.problems() == ([] if passes else ["memory grew by 8.0% from the third to the last quarter"])
+
+
 def test_a_difference_is_explained_by_a_near_tie_only():
     idle = soak.Idle(["a", " b", " c"], [-0.1, -0.7, -0.2], [1.0, 1e-5, 2.0])
     assert idle.gap_where_it_parts("a x") == 1e-5
