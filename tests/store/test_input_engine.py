@@ -186,11 +186,11 @@ def test_what_k_and_v_are_made_of_is_known_on_all_ranks(llama, prompts, tmp_path
     weights = load_file(llama / "model.safetensors")
     values = []
     for layer in range(AutoConfig.from_pretrained(llama).num_hidden_layers):
-        both = [weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "kv"]
+        both = [weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"].float() for name in "kv"]
         values.append(torch.linalg.svdvals(torch.cat([own / own.norm() for own in both])))
     for options in ({}, {"own_process": True, "tensor_parallel_size": 2}):
         root = tmp_path / str(len(options))
-        fill(llama, root, prompts[:1], codec="xsvd:0.02", **options)
+        fill(llama, root, prompts, codec="xsvd:0.02", **options)
         (path,) = root.glob(f"*/{Basis.name}")
         for found, own in zip(Basis.read(path.parent).singular_values, values, strict=True):
             torch.testing.assert_close(found.flip(0), own[: len(found)], rtol=1e-3, atol=1e-3)
