@@ -61,6 +61,10 @@ struct Kernels {
   // Quantizes and stores tokens [token_begin, token_end) of KV heads [head_begin, head_end).
   void (*quantize_tokens)(const ReshapeAndCacheParams&, int64_t token_begin, int64_t token_end,
                           int32_t head_begin, int32_t head_end);
+  // Writes rows [row, row + count) of keys and values, which are as many slots of one slot group
+  // from `slot` on, of all KV heads.
+  void (*gather_slots)(const GatherCacheParams&, int64_t row, int32_t count, int64_t block,
+                       int32_t slot);
   // Leaves the queries of a unit in `scratch` as `attend` wants them.
   void (*load_queries)(const PagedAttentionParams&, const AttentionUnit&, char* scratch);
   // Attends a unit, whose queries are in `scratch`, over splits [split_begin, split_end). With

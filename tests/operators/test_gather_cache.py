@@ -21,7 +21,7 @@ def stretches(batch, *stretch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("head_size, block_size", [(32, 16), (64, 144), (80, 16), (128, 32), (256, 16), (512, 48)])
-def test_bits_of_the_reference(device, head_size, block_size, dtype):
+def test_bits_of_the_reference(kernel, head_size, block_size, dtype):
     equalizer = 2.0 ** torch.randint(-3, 4, (3, head_size)).float() * 1.1
     for options in (
         {},
@@ -34,34 +34,34 @@ def test_bits_of_the_reference(device, head_size, block_size, dtype):
         place = stretches(batch, (33, 200), (5, 0), (0, 150))
         # A gap after each row of V and an odd first element; ten rows are nobody's.
         want = torch.full((360, 3, head_size), 7.0, dtype=dtype), torch.full((360, 3, head_size + 1), 7.0, dtype=dtype)
-        got = tuple(x.to(device, copy=True) for x in want)
+        got = tuple(x.to(kernel, copy=True) for x in want)
         reference.gather_cache(want[0], want[1][..., 1:], batch.kv_cache, *place, **options, cache_format=K8V8)
-        there = make_batch([(1, 300), (1, 17), (1, 150)], **sizes, **options, outliers=True, device=device)
+        there = make_batch([(1, 300), (1, 17), (1, 150)], **sizes, **options, outliers=True, device=kernel)
         if options.get("key_transform", KeyTransform()).equalizer is not None:
-            options = {"key_transform": KeyTransform(equalizer=equalizer.to(device))}
+            options = {"key_transform": KeyTransform(equalizer=equalizer.to(kernel))}
         ops.gather_cache(
-            got[0], got[1][..., 1:], there.kv_cache, *(x.to(device) for x in place), **options, cache_format=K8V8
+            got[0], got[1][..., 1:], there.kv_cache, *(x.to(kernel) for x in place), **options, cache_format=K8V8
         )
         assert same_bits(got[0].cpu(), want[0]) and same_bits(got[1].cpu(), want[1])
         assert (want[0][350:] == 7.0).all() and (want[0][:350] != 7.0).any()
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "k8v8"])
-def test_bits_of_the_reference_of_formats(device, name):
+def test_bits_of_the_reference_of_formats(kernel, name):
     for head_size, block_size in ((64, 16), (80, 48), (128, 32)):
         sizes = {"num_heads": 2, "num_kv_heads": 2, "head_size": head_size, "block_size": block_size}
         batch = make_batch([(1, 90), (1, 33)], **sizes, outliers=True, cache_format=FORMATS[name])
         place = stretches(batch, (7, 80), (0, 33))
         for dtype in (torch.float32, torch.bfloat16):
             want = torch.zeros(2, 113, 2, head_size, dtype=dtype)
-            got = torch.zeros_like(want, device=device)
+            got = torch.zeros_like(want, device=kernel)
             reference.gather_cache(*want, batch.kv_cache, *place, cache_format=FORMATS[name])
-            there = [x.to(device) for x in (batch.kv_cache, *place)]
+            there = [x.to(kernel) for x in (batch.kv_cache, *place)]
             ops.gather_cache(*got, *there, cache_format=FORMATS[name])
             assert same_bits(got.cpu(), want)
 
 
-def test_fp16_from_zero_to_infinity(device):
+def test_fp16_from_zero_to_infinity(kernel):
     """Every scale from what rounds to 0, over the subnormal numbers, to what overflows."""
     kv = torch.randn(2, 320, 2, 64) * torch.logspace(-10, 7, 320)[:, None, None]
     kv_cache = K8V8.allocate(20, 2, 16, 64)
@@ -69,8 +69,8 @@ def test_fp16_from_zero_to_infinity(device):
     place = [torch.tensor(x, dtype=torch.int32) for x in ([range(20)], [0, 320], [0])]
     want = torch.empty(2, 320, 2, 64, dtype=torch.float16)
     reference.gather_cache(*want, kv_cache, *place, cache_format=K8V8)
-    got = torch.empty_like(want, device=device)
-    ops.gather_cache(*got, kv_cache.to(device), *(x.to(device) for x in place), cache_format=K8V8)
+    got = torch.empty_like(want, device=kernel)
+    ops.gather_cache(*got, kv_cache.to(kernel), *(x.to(kernel) for x in place), cache_format=K8V8)
     assert same_bits(got.cpu(), want)
     magnitude = want.float().abs()
     assert (magnitude == 0).any() and ((magnitude > 0) & (magnitude < 2.0**-14)).any() and magnitude.isinf().any()

@@ -510,8 +510,8 @@ size_t scratch_bytes() { return sizeof(Scratch); }
 
 const Kernels& kernels_for(CacheFormat format) {
   return with_format(format, []<typename F>() -> const Kernels& {
-    static constexpr Kernels kernels{quantize_tokens<F>, load_queries, attend<F>, combine<F>,
-                                     scratch_bytes};
+    static constexpr Kernels kernels{quantize_tokens<F>, gather_slots<F>, load_queries,
+                                     attend<F>,          combine<F>,      scratch_bytes};
     return kernels;
   });
 }

@@ -1,0 +1,181 @@
+// The way back from the cache to floats. Compiled once per instruction set.
+//
+// The slots of a slot group are handled at a time, whichever of them are asked for: a line of K
+// holds two dims of all of them, a line of V sixteen dims of two.
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/vectors.h"
+
+namespace int8kv::cpu::INT8KV_ISA {
+
+namespace {
+
+// A slot group of one KV head, and where its rows go.
+struct Group {
+  const GatherCacheParams& p;
+  const int8_t* chunk;
+  int32_t slot;        // the first of the group
+  int32_t begin, end;  // of the slots that are asked for, within the group
+  int64_t row;         // of slot `begin`
+  int32_t kv_head;
+
+  int32_t head_size() const { return p.cache.head_size; }
+};
+
+// Scales and midpoints of the group.
+struct Steps {
+  f32x16 scale, middle;
+
+  template <typename C>
+  Steps(const Group& g, int32_t scale_byte, std::type_identity<C>)
+      : scale(bf16_to_floats(load<u16x16>(g.chunk + scale_byte))), middle{} {
+    if constexpr (C::kHasMidpoint) {
+      middle = bf16_to_floats(load<u16x16>(g.chunk + scale_byte + g.p.cache.midpoint_offset()));
+    }
+  }
+};
+
+// As dequantize() of quantizer.h.
+template <typename C>
+INT8KV_INLINE f32x16 values_of(i32x16 codes, f32x16 scale, [[maybe_unused]] f32x16 middle) {
+  if constexpr (!C::kHasMidpoint) {
+    return to_floats(codes) * scale;
+  } else {
+    return (to_floats(codes) - C::kLevels * 0.5f) * scale + middle;
+  }
+}
+
+// The first (0) or second (1) codes of the 16 pairs of bytes of a line, given each line of the
+// planes and the lowest bit of the code in a byte of it.
+template <typename C>
+INT8KV_INLINE i32x16 codes_of(const int8_t* low, int low_shift, [[maybe_unused]] const int8_t* high,
+                              [[maybe_unused]] int high_shift, int which) {
+  const i32x16 pairs = as<i32x16>(widen(load<u16x16>(low)));
+  if constexpr (C::kBits == 8) {
+    return pairs << (24 - 8 * which) >> 24;  // signed
+  } else {
+    i32x16 codes = pairs >> (8 * which + low_shift) & C::Low::kMask;
+    if constexpr (C::kBits > C::kLowBits) {
+      const i32x16 upper = as<i32x16>(widen(load<u16x16>(high)));
+      codes |= (upper >> (8 * which + high_shift) & C::High::kMask) << C::kLowBits;
+    }
+    return codes;
+  }
+}
+
+template <typename C>
+INT8KV_INLINE i32x16 key_codes(const Group& g, int32_t dim) {
+  const KVCache& cache = g.p.cache;
+  const int8_t* low = g.chunk + C::k_byte(cache.head_size, g.slot, dim - dim % 2);
+  if constexpr (C::kBits == 8) {
+    return codes_of<C>(low, 0, nullptr, 0, dim % 2);
+  } else {
+    const int low_shift = C::Low::k_shift(dim);
+    if constexpr (C::kBits == C::kLowBits) {
+      return codes_of<C>(low, low_shift, nullptr, 0, dim % 2);
+    } else {
+      const int8_t* high = g.chunk + C::Low::k_bytes(cache.block_size, cache.head_size) +
+                           C::High::k_byte(cache.head_size, g.slot, dim - dim % 2);
+      return codes_of<C>(low, low_shift, high, C::High::k_shift(dim), dim % 2);
+    }
+  }
+}
+
+// Of 16 dims of a slot; `planes` is the first byte of the planes of V.
+template <typename C>
+INT8KV_INLINE i32x16 value_codes(const Group& g, const int8_t* planes, int32_t slot, int32_t dim) {
+  const KVCache& cache = g.p.cache;
+  const int8_t* low = planes + C::v_byte(cache.block_size, slot - slot % 2, dim);
+  if constexpr (C::kBits == 8) {
+    return codes_of<C>(low, 0, nullptr, 0, slot % 2);
+  } else {
+    const int low_shift = C::Low::v_shift(dim);
+    if constexpr (C::kBits == C::kLowBits) {
+      return codes_of<C>(low, low_shift, nullptr, 0, slot % 2);
+    } else {
+      const int8_t* high = planes + C::Low::v_bytes(cache.block_size, cache.head_size) +
+                           C::High::v_byte(cache.block_size, slot - slot % 2, dim);
+      return codes_of<C>(low, low_shift, high, C::High::v_shift(dim), slot % 2);
+    }
+  }
+}
+
+// Stores the lanes that are asked for as rows, each times `factors` if there are any.
+INT8KV_INLINE void store_rows(const Group& g, const LaneBlock& block, void* to,
+                              int64_t token_stride, int64_t head_stride, const float* factors) {
+  for (int32_t dim = 0; dim < g.head_size(); dim += kLanes) {
+    f32x16 rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = load<f32x16>(block.x + (dim + i) * kLanes);
+    transpose(rows);
+    const f32x16 factor = factors == nullptr ? splat(1.0f) : load<f32x16>(factors + dim);
+    for (int32_t i = g.begin; i < g.end; ++i) {
+      const int64_t offset = (g.row + i - g.begin) * token_stride + g.kv_head * head_stride;
+      store_floats(to, g.p.dtype, offset + dim, rows[i] * factor);
+    }
+  }
+}
+
+template <typename F>
+void gather_keys(const Group& g, LaneBlock& block) {
+  using C = typename F::K;
+  const GatherCacheParams& p = g.p;
+  const Steps steps(g, p.cache.k_scale<F>(g.slot), std::type_identity<C>{});
+  for (int32_t dim = 0; dim < g.head_size(); ++dim) {
+    store(block.x + dim * kLanes, values_of<C>(key_codes<C>(g, dim), steps.scale, steps.middle));
+  }
+  if (p.key_transform.rotate) hadamard_rotate(block, g.head_size());
+  store_rows(g, block, p.key, p.key_token_stride, p.key_head_stride,
+             p.key_transform.factors(g.kv_head, g.head_size()));
+}
+
+template <typename F>
+void gather_values(const Group& g, [[maybe_unused]] LaneBlock& block) {
+  using C = typename F::V;
+  const GatherCacheParams& p = g.p;
+  const int8_t* planes = g.chunk + p.cache.v_codes<F>();
+  const Steps steps(g, p.cache.v_scale<F>(g.slot), std::type_identity<C>{});
+  const auto values = [&](int32_t i, int32_t dim) {
+    return values_of<C>(value_codes<C>(g, planes, g.slot + i, dim), splat(steps.scale[i]),
+                        splat(steps.middle[i]));
+  };
+  if constexpr (!F::kRotatesValues) {
+    for (int32_t i = g.begin; i < g.end; ++i) {
+      const int64_t offset =
+          (g.row + i - g.begin) * p.value_token_stride + g.kv_head * p.value_head_stride;
+      for (int32_t dim = 0; dim < g.head_size(); dim += kLanes) {
+        store_floats(p.value, p.dtype, offset + dim, values(i, dim));
+      }
+    }
+  } else {
+    for (int32_t dim = 0; dim < g.head_size(); dim += kLanes) {
+      f32x16 rows[kLanes];
+      for (int32_t i = 0; i < kLanes; ++i) rows[i] = values(i, dim);
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) store(block.x + (dim + i) * kLanes, rows[i]);
+    }
+    hadamard_rotate(block, g.head_size());
+    store_rows(g, block, p.value, p.value_token_stride, p.value_head_stride, nullptr);
+  }
+}
+
+}  // namespace
+
+template <typename F>
+void gather_slots(const GatherCacheParams& p, int64_t row, int32_t count, int64_t block_id,
+                  int32_t slot) {
+  LaneBlock block;
+  const int32_t begin = slot % kSlotGroup;
+  for (int32_t kv_head = 0; kv_head < p.cache.num_kv_heads; ++kv_head) {
+    const Group group{
+        p, p.cache.chunk(block_id, kv_head), slot - begin, begin, begin + count, row, kv_head};
+    gather_keys<F>(group, block);
+    gather_values<F>(group, block);
+  }
+}
+
+#define INT8KV_INSTANTIATE(k, v)                                                                  \
+  template void gather_slots<FormatOf<k, v>>(const GatherCacheParams&, int64_t, int32_t, int64_t, \
+                                             int32_t);
+INT8KV_FOR_EACH_FORMAT(INT8KV_INSTANTIATE)
+#undef INT8KV_INSTANTIATE
+
+}  // namespace int8kv::cpu::INT8KV_ISA
