@@ -76,7 +76,7 @@ def test_the_bound_holds_for_every_element(relative_step):
     assert isinstance(codec, Bounded)
     equalized = KeyTransform()
     kv = [read_pages(layer.pages, layer.cache_format, equalized, layer.head_size) for layer in codec.layers[:2]]
-    found = codec.dequantize(*codec.quantize(kv))
+    found = list(codec.dequantize(*codec.quantize(kv)))
     for pair, got in zip(kv, found, strict=True):
         for x, y in zip(pair, got, strict=True):
             rms = x.flatten(1).square().mean(dim=1).sqrt()

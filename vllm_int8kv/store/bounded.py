@@ -9,7 +9,7 @@ have.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,6 +76,27 @@ def split(
     return multiples, scales, payload[steps.nbytes + taken :]
 
 
+def split_all(
+    payloads: Sequence[memoryview], widths: Sequence[int], block_size: int
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """The inverse of `join` for blocks with nothing behind them.
+
+    Args:
+        widths: how many channels share a step.
+
+    Returns:
+        For each width multiples `[num_blocks, width, block_size]` and steps `[num_blocks, block_size]` fp32.
+
+    Raises:
+        BadFile: a payload is none of `join`.
+    """
+    blocks = [split(payload, len(widths), sum(widths), block_size) for payload in payloads]
+    if extra := [len(rest) for _, _, rest in blocks if rest]:
+        raise BadFile(f"its payload has {extra[0]} bytes more than expected")
+    multiples = torch.from_numpy(np.stack([own for own, _, _ in blocks])).split(list(widths), dim=1)
+    return multiples, torch.stack([own for _, own, _ in blocks]).float().unbind(dim=1)
+
+
 class Bounded(Codec):
     """Payloads: the steps of all tokens, multiples of them, exact pages of other caches."""
 
@@ -117,24 +138,28 @@ class Bounded(Codec):
         Args:
             kv: by layer, keys equalized.
         """
-        multiples, steps = [], []
-        for x in (x for pair in kv for x in pair):
-            blocks = x.view(-1, self._block_size, x.shape[1] * x.shape[2])
+        num_blocks = len(kv[0][0]) // self._block_size
+        multiples = torch.empty(num_blocks, sum(self._widths), self._block_size, dtype=torch.int32)
+        steps = []
+        sides = (x for pair in kv for x in pair)
+        for x, own in zip(sides, multiples.split(self._widths, dim=1), strict=True):
+            blocks = x.view(num_blocks, self._block_size, -1)
             step = steps_of(blocks, self._relative_step)
-            multiples.append(torch.round(blocks / step.float()[..., None]).transpose(1, 2).int())
+            own.copy_(torch.round(blocks / step.float()[..., None]).transpose(1, 2))
             steps.append(step)
-        return torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1)
+        return multiples.numpy(), torch.stack(steps, dim=1)
 
-    def dequantize(self, multiples: np.ndarray, steps: torch.Tensor) -> list[KV]:
-        """Keys, equalized, and values of multiples and steps."""
+    def dequantize(self, multiples: np.ndarray, steps: torch.Tensor) -> Iterator[KV]:
+        """Keys, equalized, and values of multiples and steps, layer by layer: allocators then use the same memory."""
         sides = torch.from_numpy(multiples).split(self._widths, dim=1)
-        found = [
-            (own.float() * steps[:, side, None].float()).transpose(1, 2).contiguous() for side, own in enumerate(sides)
-        ]
-        return [
-            tuple(x.reshape(-1, layer.num_kv_heads, layer.head_size) for x in found[2 * place : 2 * place + 2])
-            for place, layer in enumerate(self._ours)
-        ]
+        lengths = steps.float().unbind(dim=1)
+        for place, layer in enumerate(self._ours):
+            pair = []
+            for side in (2 * place, 2 * place + 1):
+                own = sides[side].transpose(1, 2)
+                x = torch.mul(own, lengths[side][..., None], out=torch.empty(own.shape))
+                pair.append(x.view(-1, layer.num_kv_heads, layer.head_size))
+            yield tuple(pair)
 
 
 def _equalized(layer: PagedLayer) -> KeyTransform:

@@ -10,7 +10,7 @@ same number of bits (`factors`). `xsvd:R` is in `latents`.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from vllm_int8kv.cache.formats import CODES
 from vllm_int8kv.cache.key_transform import hadamard_rotate
 from vllm_int8kv.cache.quantizer import SCALE_DTYPE, Quantized, quantize, sanitize
-from vllm_int8kv.store.bounded import join, split, steps_of
+from vllm_int8kv.store.bounded import join, split_all, steps_of
 from vllm_int8kv.store.codecs import Codec, LayerCodec, Payload
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.inputs.factors import Factors
@@ -87,7 +87,7 @@ class PredictedInputs(KnowingCodec[Factors]):
     """The base of codecs that round what is left when something has been predicted, in factors' units."""
 
     @abstractmethod
-    def decode_rests(self, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
+    def decode_rests(self, payloads: Sequence[memoryview]) -> Iterable[torch.Tensor]:
         """What was left of the inputs, multiplied by the equalizers.
 
         Raises:
@@ -139,7 +139,7 @@ class QuantizedInputs(PredictedInputs):
                 restored = rounded / known.equalizers[layer] + predicted
         return [memoryview(row.numpy()) for row in torch.cat(encoded, dim=1)]
 
-    def decode_rests(self, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
+    def decode_rests(self, payloads: Sequence[memoryview]) -> Iterable[torch.Tensor]:
         num_tokens, num_groups, _ = self._shape
         sizes = [self._code_bytes(bits) + num_tokens * num_groups * CODES[bits].param_bytes for bits in self._bits]
         if wrong := [len(payload) for payload in payloads if len(payload) != sum(sizes)]:
@@ -203,13 +203,9 @@ class BoundedInputs(PredictedInputs):
             steps.append(step)
         return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
 
-    def decode_rests(self, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
-        num_layers, layer = len(self.layers), self.layers[0]
-        found = []
-        for payload in payloads:
-            multiples, steps, rest = split(payload, num_layers, num_layers * layer.hidden_size, layer.block_size)
-            if rest:
-                raise BadFile(f"its payload has {len(rest)} bytes more than expected")
-            own = torch.from_numpy(multiples).view(num_layers, layer.hidden_size, -1)
-            found.append((own * steps[:, None].float()).transpose(1, 2))
-        return list(torch.stack(found, dim=1))
+    def decode_rests(self, payloads: Sequence[memoryview]) -> Iterator[torch.Tensor]:
+        hidden_size = self.layers[0].hidden_size
+        multiples, steps = split_all(payloads, [hidden_size] * len(self.layers), self.layers[0].block_size)
+        for own, step in zip(multiples, steps, strict=True):
+            own = own.transpose(1, 2)
+            yield torch.mul(own, step[..., None], out=torch.empty(own.shape))

@@ -15,9 +15,8 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
-from vllm_int8kv.store.bounded import join, split, steps_of
+from vllm_int8kv.store.bounded import join, split_all, steps_of
 from vllm_int8kv.store.codecs import Payload
-from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.inputs.codecs import KnowingCodec
 from vllm_int8kv.store.inputs.kept import Kept, KeptInFolder
 from vllm_int8kv.store.inputs.layers import InputLayer
@@ -86,17 +85,11 @@ class LatentInputs(KnowingCodec[Basis]):
         return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
 
     def decode_with(self, known: Basis, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
-        ranks, block_size = [len(own) for own in known.singular_values], self.layers[0].block_size
-        blocks = [split(payload, len(ranks), sum(ranks), block_size) for payload in payloads]
-        if extra := [len(rest) for _, _, rest in blocks if rest]:
-            raise BadFile(f"its payload has {extra[0]} bytes more than expected")
-        multiples = torch.from_numpy(np.stack([own for own, _, _ in blocks])).split(ranks, dim=1)
-        steps = torch.stack([own for _, own, _ in blocks]).float()
+        ranks = [len(own) for own in known.singular_values]
+        multiples, steps = split_all(payloads, ranks, self.layers[0].block_size)
         previous, found = torch.zeros(()), []
-        for layer, (own, values, vectors) in enumerate(
-            zip(multiples, known.singular_values, known.vectors, strict=True)
-        ):
-            latents = own * steps[:, layer, None] / values[:, None]
-            previous = previous + latents.transpose(1, 2) @ vectors
+        for own, step, values, vectors in zip(multiples, steps, known.singular_values, known.vectors, strict=True):
+            latents = own.transpose(1, 2) * step[..., None]
+            previous = previous + (latents / values) @ vectors
             found.append(previous)
         return found

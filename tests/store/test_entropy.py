@@ -1,0 +1,52 @@
+"""Entropy coding of integers: nothing is lost, whatever they are, and what is short stays short."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from vllm_int8kv.store import entropy
+
+MIN, MAX = -(2**31), 2**31 - 1
+INTEGERS = st.one_of(
+    st.integers(-2, 2),
+    st.integers(-200, 200),
+    st.integers(-40000, 40000),
+    st.sampled_from([127, -127, 128, -128, 32767, -32767, 32768, -32768, MIN, MAX]),
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(1, 12), st.integers(1, 40)).flatmap(
+        lambda shape: arrays.arrays(np.int32, (2 * shape[0], shape[1]), elements=INTEGERS, fill=st.nothing())
+    )
+)
+def test_integers_come_back(integers):
+    data = entropy.encode(integers)
+    found, taken = entropy.decode(data + b"what follows")
+    assert taken == len(data) and (found == integers).all()
+    assert found.dtype == (np.int16 if np.abs(integers.astype(np.int64)).max() <= 32767 else np.int32)
+
+
+@pytest.mark.parametrize("scale", [2, 30, 1000])
+def test_channels_of_other_spread_take_other_bytes(scale):
+    """Within 15 % of the entropy of normal variates of each channel's spread, headers included."""
+    rng = np.random.default_rng(0)
+    spread = scale * 2 ** rng.uniform(-1, 1, size=(2000, 1))
+    integers = np.round(rng.standard_normal((2000, 64)) * spread).astype(np.int32)
+    ideal = (np.log2(spread) + np.log2(2 * np.pi * np.e) / 2).sum() * 64 / 8
+    assert len(entropy.encode(integers)) < 1.15 * ideal
+
+
+@pytest.mark.parametrize("change", [0, 9, 60, 200, -1])
+def test_other_bytes_are_none(change):
+    """They are refused or other integers, never more than there are; a file has a checksum beside."""
+    data = bytearray(entropy.encode(np.arange(-300, 300, dtype=np.int32).reshape(20, 30)))
+    data[change] ^= 0x55
+    try:
+        found, _ = entropy.decode(bytes(data))
+    except entropy.ERRORS:
+        return
+    assert found.size <= 20 * 30
