@@ -7,6 +7,7 @@
     python -m benchmarks.accuracy schemes                    # quantization schemes, simulated in PyTorch
     python -m benchmarks.accuracy tune                       # bits by layer (vllm-int8kv tune), and KVTuner's claims
     python -m benchmarks.accuracy xquant                     # the input of attention in place of K and V, simulated
+    python -m benchmarks.accuracy stored                     # prefixes from the KV store, simulated
 
 Four texts (`texts.py`) are scored; three have more tokens than are used, the prose has about 1,800.
 """
@@ -29,6 +30,7 @@ from benchmarks.accuracy.stress_model import make_stress_model
 from benchmarks.accuracy.texts import texts
 from benchmarks.accuracy.tuning import tune_model
 from benchmarks.accuracy.xquant.command import score_codecs
+from benchmarks.accuracy.xquant.stored import simulate_store
 from benchmarks.operators.peers import name_missing
 from vllm_int8kv.commands.models import resolve
 from vllm_int8kv.config import KV_CACHE_DTYPE
@@ -200,6 +202,7 @@ def schemes(
 
 app.command("tune")(tune_model)
 app.command("xquant")(score_codecs)
+app.command("stored")(simulate_store)
 
 if __name__ == "__main__":
     app()

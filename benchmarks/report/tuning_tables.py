@@ -135,10 +135,12 @@ def stores(results: Path) -> list[dict[str, AccuracyRecord]]:
 
 def store_table(results: Path) -> str:
     """Every codec, model by model: time to the first token, bytes, speed, divergence."""
-    return "\n\n".join(map(_store_table, stores(results))) or NOT_STORED
+    simulated = accuracy_record.latest(accuracy_record.read("store_simulated", results / "accuracy"))
+    by_codec = {(line.case["model"], line.impl): line for line in simulated}
+    return "\n\n".join(_store_table(found, by_codec) for found in stores(results)) or NOT_STORED
 
 
-def _store_table(found: Mapping[str, AccuracyRecord]) -> str:
+def _store_table(found: Mapping[str, AccuracyRecord], simulated: Mapping[tuple[str, str], AccuracyRecord]) -> str:
     without, exact = found[NO_STORE], found.get("exact")
     lengths = without.case["lengths"]
     head = [without.case["model"], *(f"TTFT, {length:,} tokens" for length in lengths)]
@@ -148,10 +150,11 @@ def _store_table(found: Mapping[str, AccuracyRecord]) -> str:
         "vs `exact`",
         "encode, decode, fill GB/s",
         "KL behind a prefix",
+        "simulated",
         "KL, served so",
     ]
     prefill = [f"{seconds:.2f} s" for seconds in without.metrics["ttft_s"]]
-    rows = [["no store: prefill", *prefill, *["-"] * 6]]
+    rows = [["no store: prefill", *prefill, *["-"] * 7]]
     for codec, line in found.items():
         if codec == NO_STORE or codec.startswith("served "):
             continue
@@ -159,6 +162,7 @@ def _store_table(found: Mapping[str, AccuracyRecord]) -> str:
         shares = [a / b for a, b in zip(metrics["ttft_s"], without.metrics["ttft_s"], strict=True)]
         times = [f"{a:.2f} s, {b:.1%}" for a, b in zip(metrics["ttft_s"], shares, strict=True)]
         base, size = codec.partition("+")[0], metrics["file_bytes_per_token"]
+        alike = simulated.get((without.case["model"], codec))
         served = found.get("served int8_custom" if base == "exact" else f"served int8_custom:format={base}")
         rows.append(
             [
@@ -169,6 +173,7 @@ def _store_table(found: Mapping[str, AccuracyRecord]) -> str:
                 "-" if exact is None else f"{size / exact.metrics['file_bytes_per_token']:.2f}",
                 ", ".join(f"{metrics[f'{what}_gb_per_s']:.2f}" for what in ("encode", "decode", "put")),
                 kl_of(metrics["scores"]["kl_per_token"]),
+                "-" if alike is None else f"{alike.metrics['kl_per_token']:.1e}",
                 "-" if served is None else kl_of(served.metrics["scores"]["kl_per_token"]),
             ]
         )

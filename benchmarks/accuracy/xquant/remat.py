@@ -115,21 +115,35 @@ class RematSimulator(Simulator):
         key, _ = apply_rotary_pos_emb(key, key, *self._inputs[layer][1])
         return key[0].transpose(0, 1), value[0].transpose(0, 1)
 
-    def score(self, codec: Codec, behind_k8v8: bool = False) -> Score:
-        """Run all texts; with `behind_k8v8` what is restored is written to a K8V8 cache and read from there."""
+    def through_k8v8(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Tensors:
+        """What a K8V8 cache gives back of keys and values."""
+        return through_cache(K8V8, key, value, KeyTransform(equalizer=self.calibrations[layer].equalizer))
+
+    def score(self, codec: Codec, behind_k8v8: bool = False, prefix_tokens: int | None = None) -> Score:
+        """Run all texts.
+
+        Args:
+            behind_k8v8: what is restored is written to a K8V8 cache and read from there.
+            prefix_tokens: how many tokens of a text the codec gives back; only those behind them are scored. The first
+                one behind is computed with the prefix, so its scores are the model's own.
+        """
         divergences, changes, coded = [], [], []
+        scored = slice(None) if prefix_tokens is None else slice(prefix_tokens + 1, None)
         for ids, base in zip(self.token_ids, self.reference, strict=True):
             run = codec.start(self)
 
             def restored(layer, q, k, v, scale, run=run):
                 key, value = run.restore(layer, self._inputs[layer][0])
+                if prefix_tokens is not None:
+                    key, value = (
+                        torch.cat([old[:prefix_tokens], new[prefix_tokens:]]) for old, new in ((key, k), (value, v))
+                    )
                 if behind_k8v8:
-                    transform = KeyTransform(equalizer=self.calibrations[layer].equalizer)
-                    key, value = through_cache(K8V8, key, value, transform)
+                    key, value = self.through_k8v8(layer, key, value)
                 return attend(q, key, value, scale)
 
             log_probs = self._run(ids, restored)
-            divergences.append((base.exp() * (base - log_probs)).sum(dim=-1))
-            changes.append((base - log_probs)[:-1].gather(1, ids[0, 1:, None]).flatten())
+            divergences.append((base.exp() * (base - log_probs)).sum(dim=-1)[scored])
+            changes.append((base - log_probs)[:-1].gather(1, ids[0, 1:, None]).flatten()[scored])
             coded.append(run.coded)
         return Score(divergences, math.expm1(torch.cat(changes).double().mean().item()), coded)
