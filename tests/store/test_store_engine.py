@@ -65,7 +65,7 @@ def stored(root: Path) -> list[Path]:
 
 def wait_for_files(root: Path, count: int) -> None:
     """Until the thread that saves has written so many."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(stored(root)) < count:
         assert time.monotonic() < deadline, f"{len(stored(root))} of {count} files"
         time.sleep(0.01)

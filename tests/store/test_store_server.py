@@ -37,7 +37,7 @@ def test_a_restarted_server_finds_its_prompts(tmp_path: Path):
     options = [*OPTIONS.split(), "--kv-store", f"{tmp_path / 'store'}:max_bytes=100_000_000"]
     with Server(options, tmp_path / "first.txt") as server:
         answer = ask(server, prompt)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while counted(server, "saved_blocks") < NUM_BLOCKS:
             assert time.monotonic() < deadline, server.metrics()
             ask(server, prompt[:3])  # counts come with steps

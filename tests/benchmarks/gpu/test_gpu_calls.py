@@ -55,7 +55,7 @@ def child_of(log: Path) -> int | None:
 
 
 def assert_ends(pid: int) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end, f"{pid} goes on"
         time.sleep(0.05)
@@ -88,7 +88,7 @@ def test_a_call_ends_at_its_limit_and_names_what_is_left_out(tmp_path):
     steps = [Step(name, python("import time; time.sleep(60)"), 60) for name in ("long", "late")]
     started = time.monotonic()
     outcomes = run_steps(steps, tmp_path, seconds=2)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
     assert [outcome.status for outcome in outcomes] == [Status.stopped, Status.skipped]
     assert outcomes[1].detail == "no time left"
 
@@ -97,7 +97,7 @@ def test_a_call_ends_at_its_limit_and_names_what_is_left_out(tmp_path):
 def test_nothing_is_left_of_a_program_at_its_limit(tmp_path, own_session):
     code = CHILD.format(own_session=own_session, then="time.sleep(600)")
     with (tmp_path / "log").open("wb") as log, pytest.raises(subprocess.TimeoutExpired):
-        run_group(python(code), log, {}, 3)
+        run_group(python(code), log, {}, 6)
     assert_ends(child_of(tmp_path / "log"))
 
 
@@ -114,12 +114,12 @@ def test_a_call_that_is_told_to_end_takes_its_step_along(tmp_path):
         f"run_call('call', [Step('step', {python(code)!r}, 600)], Path({str(tmp_path)!r}), 600, {{}}, lambda: None)"
     )
     process = subprocess.Popen(python(program), cwd=ROOT)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not child_of(tmp_path / "call.log"):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
     assert_ends(child_of(tmp_path / "call.log"))
 
 
