@@ -21,18 +21,21 @@ struct Group {
   int32_t head_size() const { return p.cache.head_size; }
 };
 
-// Scales and midpoints of the group.
+// Scales and midpoints of the slots.
 struct Steps {
   f32x16 scale, middle;
-
-  template <typename C>
-  Steps(const Group& g, int32_t scale_byte, std::type_identity<C>)
-      : scale(bf16_to_floats(load<u16x16>(g.chunk + scale_byte))), middle{} {
-    if constexpr (C::kHasMidpoint) {
-      middle = bf16_to_floats(load<u16x16>(g.chunk + scale_byte + g.p.cache.midpoint_offset()));
-    }
-  }
 };
+
+// Those of codes with trait C; `scale_byte` is that of the first slot.
+template <typename C>
+INT8KV_INLINE Steps steps_of(const Group& g, int32_t scale_byte) {
+  const auto at = [&](int32_t byte) { return bf16_to_floats(load<u16x16>(g.chunk + byte)); };
+  if constexpr (C::kHasMidpoint) {
+    return {at(scale_byte), at(scale_byte + g.p.cache.midpoint_offset())};
+  } else {
+    return {at(scale_byte), f32x16{}};
+  }
+}
 
 // As dequantize() of quantizer.h.
 template <typename C>
@@ -44,58 +47,54 @@ INT8KV_INLINE f32x16 values_of(i32x16 codes, f32x16 scale, [[maybe_unused]] f32x
   }
 }
 
-// The first (0) or second (1) codes of the 16 pairs of bytes of a line, given each line of the
-// planes and the lowest bit of the code in a byte of it.
+// The first (0) or second (1) bytes of the 16 pairs of a line, signed.
+INT8KV_INLINE i32x16 bytes_of(const int8_t* line, int which) {
+  return as<i32x16>(widen(load<u16x16>(line))) << (24 - 8 * which) >> 24;
+}
+
+// Fields of a plane in those bytes; `shift` is their lowest bit in a byte.
+template <typename Plane>
+INT8KV_INLINE i32x16 fields_of(const int8_t* line, int which, int shift) {
+  return as<i32x16>(widen(load<u16x16>(line))) >> (8 * which + shift) & Plane::kMask;
+}
+
+// Of a dim, slot by slot.
 template <typename C>
-INT8KV_INLINE i32x16 codes_of(const int8_t* low, int low_shift, [[maybe_unused]] const int8_t* high,
-                              [[maybe_unused]] int high_shift, int which) {
-  const i32x16 pairs = as<i32x16>(widen(load<u16x16>(low)));
+INT8KV_INLINE i32x16 key_codes(const Group& g, int32_t dim) {
+  const KVCache& cache = g.p.cache;
+  const int which = dim % 2;
+  const int8_t* line = g.chunk + C::k_byte(cache.head_size, g.slot, dim - which);
   if constexpr (C::kBits == 8) {
-    return pairs << (24 - 8 * which) >> 24;  // signed
+    return bytes_of(line, which);
   } else {
-    i32x16 codes = pairs >> (8 * which + low_shift) & C::Low::kMask;
+    i32x16 codes = fields_of<typename C::Low>(line, which, C::Low::k_shift(dim));
     if constexpr (C::kBits > C::kLowBits) {
-      const i32x16 upper = as<i32x16>(widen(load<u16x16>(high)));
-      codes |= (upper >> (8 * which + high_shift) & C::High::kMask) << C::kLowBits;
+      using High = typename C::High;
+      const int8_t* plane = g.chunk + C::Low::k_bytes(cache.block_size, cache.head_size);
+      line = plane + High::k_byte(cache.head_size, g.slot, dim - which);
+      codes |= fields_of<High>(line, which, High::k_shift(dim)) << C::kLowBits;
     }
     return codes;
   }
 }
 
-template <typename C>
-INT8KV_INLINE i32x16 key_codes(const Group& g, int32_t dim) {
-  const KVCache& cache = g.p.cache;
-  const int8_t* low = g.chunk + C::k_byte(cache.head_size, g.slot, dim - dim % 2);
-  if constexpr (C::kBits == 8) {
-    return codes_of<C>(low, 0, nullptr, 0, dim % 2);
-  } else {
-    const int low_shift = C::Low::k_shift(dim);
-    if constexpr (C::kBits == C::kLowBits) {
-      return codes_of<C>(low, low_shift, nullptr, 0, dim % 2);
-    } else {
-      const int8_t* high = g.chunk + C::Low::k_bytes(cache.block_size, cache.head_size) +
-                           C::High::k_byte(cache.head_size, g.slot, dim - dim % 2);
-      return codes_of<C>(low, low_shift, high, C::High::k_shift(dim), dim % 2);
-    }
-  }
-}
-
-// Of 16 dims of a slot; `planes` is the first byte of the planes of V.
+// Of a slot, 16 dims from `dim` on; `planes` is the first byte of the planes of V.
 template <typename C>
 INT8KV_INLINE i32x16 value_codes(const Group& g, const int8_t* planes, int32_t slot, int32_t dim) {
   const KVCache& cache = g.p.cache;
-  const int8_t* low = planes + C::v_byte(cache.block_size, slot - slot % 2, dim);
+  const int which = slot % 2;
+  const int8_t* line = planes + C::v_byte(cache.block_size, slot - which, dim);
   if constexpr (C::kBits == 8) {
-    return codes_of<C>(low, 0, nullptr, 0, slot % 2);
+    return bytes_of(line, which);
   } else {
-    const int low_shift = C::Low::v_shift(dim);
-    if constexpr (C::kBits == C::kLowBits) {
-      return codes_of<C>(low, low_shift, nullptr, 0, slot % 2);
-    } else {
-      const int8_t* high = planes + C::Low::v_bytes(cache.block_size, cache.head_size) +
-                           C::High::v_byte(cache.block_size, slot - slot % 2, dim);
-      return codes_of<C>(low, low_shift, high, C::High::v_shift(dim), slot % 2);
+    i32x16 codes = fields_of<typename C::Low>(line, which, C::Low::v_shift(dim));
+    if constexpr (C::kBits > C::kLowBits) {
+      using High = typename C::High;
+      const int8_t* plane = planes + C::Low::v_bytes(cache.block_size, cache.head_size);
+      line = plane + High::v_byte(cache.block_size, slot - which, dim);
+      codes |= fields_of<High>(line, which, High::v_shift(dim)) << C::kLowBits;
     }
+    return codes;
   }
 }
 
@@ -118,7 +117,7 @@ template <typename F>
 void gather_keys(const Group& g, LaneBlock& block) {
   using C = typename F::K;
   const GatherCacheParams& p = g.p;
-  const Steps steps(g, p.cache.k_scale<F>(g.slot), std::type_identity<C>{});
+  const Steps steps = steps_of<C>(g, p.cache.k_scale<F>(g.slot));
   for (int32_t dim = 0; dim < g.head_size(); ++dim) {
     store(block.x + dim * kLanes, values_of<C>(key_codes<C>(g, dim), steps.scale, steps.middle));
   }
@@ -132,7 +131,7 @@ void gather_values(const Group& g, [[maybe_unused]] LaneBlock& block) {
   using C = typename F::V;
   const GatherCacheParams& p = g.p;
   const int8_t* planes = g.chunk + p.cache.v_codes<F>();
-  const Steps steps(g, p.cache.v_scale<F>(g.slot), std::type_identity<C>{});
+  const Steps steps = steps_of<C>(g, p.cache.v_scale<F>(g.slot));
   const auto values = [&](int32_t i, int32_t dim) {
     return values_of<C>(value_codes<C>(g, planes, g.slot + i, dim), splat(steps.scale[i]),
                         splat(steps.middle[i]));

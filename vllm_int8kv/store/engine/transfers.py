@@ -13,6 +13,7 @@ import torch
 
 from vllm_int8kv.store import files
 from vllm_int8kv.store.engine.contents import Block, Contents
+from vllm_int8kv.store.engine.threads import run_alone
 from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, touch
 
@@ -104,7 +105,8 @@ class Transfers:
         if not contents.is_filled_in_step:
             runs["fill"] = self._run_fills
         self._threads = [
-            threading.Thread(target=run, name=f"kv-store-{name}", daemon=True) for name, run in runs.items()
+            threading.Thread(target=run_alone, args=(run,), name=f"kv-store-{name}", daemon=True)
+            for name, run in runs.items()
         ]
         for thread in self._threads:
             thread.start()
