@@ -29,7 +29,7 @@ from vllm_int8kv.evaluation.scoring import summarize
 from vllm_int8kv.store import index
 
 BLOCK_SIZE = 32
-CODECS = "exact,k6v4,k4v4,k4v4+zstd,bound:0.1,bound:0.2,bound:0.4,x,x8,x6,xcl8,xcl4,xbound:0.02,xbound:0.1"
+CODECS = "exact,k6v4,k4v4,k4v4+zstd,bound:0.1,bound:0.2,bound:0.4,x,x8,x6,xcl8,xcl4,xbound:0.02,xbound:0.1,xsvd:0.0125"
 MHA = ", a KV head for each query head"
 PREFIX_TOKENS = 1024
 SCORED_TOKENS = 256
