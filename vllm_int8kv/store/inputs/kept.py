@@ -91,7 +91,8 @@ class KeptInFolder(Generic[K]):
     """
 
     def __init__(self, folder: Path, kind: type[K], measure: Callable[[Sequence[torch.Tensor]], K]) -> None:
-        self._folder, self._kind, self._measure = folder, kind, measure
+        self._folder, self._kind = folder, kind
+        self._measure: Callable[[Sequence[torch.Tensor]], K] | None = measure
         self._found: K | None = None
 
     def known(self) -> K:
@@ -105,6 +106,7 @@ class KeptInFolder(Generic[K]):
                 self._found = self._kind.read(self._folder)
             except FileNotFoundError:
                 raise BadFile(f"{self._folder / self._kind.name} is gone, which says how to read it") from None
+            self._measure = None  # it may hold as much memory as what it makes
         return self._found
 
     def known_or_measured(self, inputs: Sequence[torch.Tensor]) -> K:
