@@ -124,23 +124,26 @@ class RematSimulator(Simulator):
 
         Args:
             behind_k8v8: what is restored is written to a K8V8 cache and read from there.
-            prefix_tokens: how many tokens of a text the codec gives back; only those behind them are scored. The first
-                one behind is computed with the prefix, so its scores are the model's own.
+            prefix_tokens: how many tokens of a text the codec gives back, to those behind them only: they themselves
+                were computed before. The first one behind is not scored, as it was computed with them.
         """
+
+        def cached(layer: int, key: torch.Tensor, value: torch.Tensor) -> Tensors:
+            return self.through_k8v8(layer, key, value) if behind_k8v8 else (key, value)
+
         divergences, changes, coded = [], [], []
         scored = slice(None) if prefix_tokens is None else slice(prefix_tokens + 1, None)
         for ids, base in zip(self.token_ids, self.reference, strict=True):
             run = codec.start(self)
 
             def restored(layer, q, k, v, scale, run=run):
-                key, value = run.restore(layer, self._inputs[layer][0])
-                if prefix_tokens is not None:
-                    key, value = (
-                        torch.cat([old[:prefix_tokens], new[prefix_tokens:]]) for old, new in ((key, k), (value, v))
-                    )
-                if behind_k8v8:
-                    key, value = self.through_k8v8(layer, key, value)
-                return attend(q, key, value, scale)
+                given = run.restore(layer, self._inputs[layer][0])
+                if prefix_tokens is None:
+                    return attend(q, *cached(layer, *given), scale)
+                prefix, behind = slice(prefix_tokens), slice(prefix_tokens, None)
+                mixed = [torch.cat([old[prefix], new[behind]]) for old, new in zip(given, (k, v), strict=True)]
+                outs = [attend(q, *cached(layer, *pair), scale) for pair in ((k, v), mixed)]
+                return torch.cat([outs[0][prefix], outs[1][behind]])
 
             log_probs = self._run(ids, restored)
             divergences.append((base.exp() * (base - log_probs)).sum(dim=-1)[scored])
