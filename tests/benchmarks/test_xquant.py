@@ -29,9 +29,10 @@ from benchmarks.accuracy.xquant.latents import (
 )
 from benchmarks.accuracy.xquant.remat import Codec, Coded, RematSimulator, Run
 from benchmarks.accuracy.xquant.rows import BEHIND_K8V8, ROWS, SECTIONS
+from benchmarks.accuracy.xquant.stored import AsItIs, codec_of
 from benchmarks.report import xquant_tables
 from vllm_int8kv.store.inputs.layers import InputLayer
-from vllm_int8kv.store.registry import make_input_codec
+from vllm_int8kv.store.registry import INPUT_CODECS, make_input_codec
 
 NUM_LAYERS, HIDDEN_SIZE, KV_WIDTH = 3, 192, 128
 FINE = Stepped(1e-4)
@@ -48,13 +49,8 @@ def mean_kl(model: RematSimulator, codec: Codec) -> float:
     return torch.cat(model.score(codec).divergences).mean().item()
 
 
-class Unquantized(Codec):
-    def start(self, model):
-        return Run(model.project)
-
-
 def test_k_and_v_of_the_input_are_those_of_the_model(model):
-    score = model.score(Unquantized())
+    score = model.score(AsItIs())
     assert [len(kl) for kl in score.divergences] == [60, 40]
     assert torch.cat(score.divergences).abs().max() < 1e-6
     assert score.perplexity_change == pytest.approx(0, abs=1e-6)
@@ -186,6 +182,31 @@ def test_what_is_simulated_is_what_the_store_does(model, monkeypatch, tmp_path):
         for weight in (layer.w_k, layer.w_v):
             torch.testing.assert_close(got[0] @ weight.T, want @ weight.T, rtol=1e-3, atol=1e-3)
     assert len(payloads[0]) < 1.2 * len(inputs[0]) * entropy.zstd_bytes([run.coded], len(inputs[0]))
+
+
+def test_a_prefix_comes_back_to_those_behind_it_only(model):
+    prefix_tokens = 30
+    for codec, allowed in ((AsItIs(), 1e-6), (InputCodec(Fixed(3)), math.inf)):
+        score = model.score(codec, prefix_tokens=prefix_tokens)
+        assert [len(kl) for kl in score.divergences] == [60 - prefix_tokens - 1, 40 - prefix_tokens - 1]
+        assert torch.cat(score.divergences).max() < allowed
+    whole = torch.cat([kl[prefix_tokens + 1 :] for kl in model.score(InputCodec(Fixed(3))).divergences])
+    assert 0 < torch.cat(score.divergences).mean() < whole.mean()
+    pages = model.score(AsItIs(), behind_k8v8=True, prefix_tokens=prefix_tokens)
+    same = model.score(AsItIs(), behind_k8v8=True)
+    for got, want in zip(pages.divergences, same.divergences, strict=True):
+        torch.testing.assert_close(got, want[prefix_tokens + 1 :])
+
+
+@pytest.mark.parametrize("name", [*INPUT_CODECS, "exact", "k6v4", "k4v4+zstd", "bound:0.1", "xbound:0.1", "xsvd:0.1"])
+def test_every_codec_of_the_store_is_simulated(model, name):
+    lossless = name in ("exact", "x")
+    assert (mean_kl(model, codec_of(name)) < 1e-6) == lossless
+
+
+def test_other_codecs_are_refused():
+    with pytest.raises(ValueError, match="there is no codec 'k9v9'"):
+        codec_of("k9v9")
 
 
 def test_latent_keys_share_scales_along_tokens():

@@ -125,7 +125,7 @@ class RematSimulator(Simulator):
         Args:
             behind_k8v8: what is restored is written to a K8V8 cache and read from there.
             prefix_tokens: how many tokens of a text the codec gives back, to those behind them only: they themselves
-                were computed before. The first one behind is not scored, as it was computed with them.
+                were computed before. The first one behind belongs to the prompt and is not scored.
         """
 
         def cached(layer: int, key: torch.Tensor, value: torch.Tensor) -> Tensors:
