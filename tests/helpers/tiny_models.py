@@ -4,8 +4,11 @@ Random weights make near-ties, so tests compare their log-probabilities, not the
 drawn wider than transformers does: otherwise attention is nearly uniform and a broken cache would go unnoticed.
 """
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import (
@@ -297,7 +300,8 @@ def _write(
     seed: int = 0,
 ) -> Path:
     torch.manual_seed(seed)
-    model = model_class(config)
+    with _served_classes(config):
+        model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -307,3 +311,14 @@ def _write(
                 parameter.normal_(std=k_bias)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def _served_classes(config: PreTrainedConfig) -> AbstractContextManager[None]:
+    """For classes of transformers that vLLM has served in this process: since then they ask for its configuration."""
+    if "vllm" not in sys.modules:
+        return nullcontext()
+    from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+
+    vllm_config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    object.__setattr__(vllm_config, "model_config", SimpleNamespace(hf_config=config))
+    return set_current_vllm_config(vllm_config)
