@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +19,13 @@ from benchmarks.accuracy.xquant.inputs import Fixed, InputCodec, Prediction, Ste
 from benchmarks.accuracy.xquant.kv import BoundedCodec, SchemeCodec
 from benchmarks.accuracy.xquant.latents import SteppedLatentCodec
 from benchmarks.accuracy.xquant.remat import Codec, RematSimulator, Run, Tensors
+from benchmarks.accuracy.xquant.rows import GROUP
 from benchmarks.engines.store import CODECS, MHA, PREFIX_TOKENS, SCORED_TOKENS
 from vllm_int8kv.commands.models import resolve
 from vllm_int8kv.evaluation import record
 
 SCALED = Transform(norm_exponent=0, rms_exponent=0.5)
 """What the store's factors do, which know no weights."""
-GROUP = 192
-"""Of scales, as the store has it at this hidden size."""
 FIRST = (Fixed(8, GROUP, midpoint=False),) * 3
 
 
@@ -78,7 +77,7 @@ def codec_of(name: str) -> Codec:
     if found := re.fullmatch(r"x(cl)?(\d)", base):
         bits = int(found[2])
         codes = Fixed(bits, GROUP, midpoint=bits < 8)
-        rotated = Transform(norm_exponent=0, rms_exponent=0.5, rotate=True)
+        rotated = replace(SCALED, rotate=True)
         return InputCodec(codes, rotated, Prediction.factors, FIRST) if found[1] else InputCodec(codes, rotated)
     if scheme := next((scheme for scheme in SCHEMES if scheme.name == base), None):
         return OfPages(SchemeCodec(scheme))
