@@ -97,6 +97,12 @@ def split_all(
     return multiples, torch.stack([own for _, own, _ in blocks]).float().unbind(dim=1)
 
 
+def dequantize(multiples: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Vectors `[num_blocks, block_size, width]` fp32, one pass over what `split_all` returns of a width."""
+    vectors = multiples.transpose(1, 2)
+    return torch.mul(vectors, steps[..., None], out=torch.empty(vectors.shape))
+
+
 class Bounded(Codec):
     """Payloads: the steps of all tokens, multiples of them, exact pages of other caches."""
 
@@ -156,8 +162,7 @@ class Bounded(Codec):
         for place, layer in enumerate(self._ours):
             pair = []
             for side in (2 * place, 2 * place + 1):
-                own = sides[side].transpose(1, 2)
-                x = torch.mul(own, lengths[side][..., None], out=torch.empty(own.shape))
+                x = dequantize(sides[side], lengths[side])
                 pair.append(x.view(-1, layer.num_kv_heads, layer.head_size))
             yield tuple(pair)
 

@@ -19,7 +19,7 @@ import torch
 from vllm_int8kv.cache.formats import CODES
 from vllm_int8kv.cache.key_transform import hadamard_rotate
 from vllm_int8kv.cache.quantizer import SCALE_DTYPE, Quantized, quantize, sanitize
-from vllm_int8kv.store.bounded import join, split_all, steps_of
+from vllm_int8kv.store.bounded import dequantize, join, split_all, steps_of
 from vllm_int8kv.store.codecs import Codec, LayerCodec, Payload
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.inputs.factors import Factors
@@ -206,6 +206,4 @@ class BoundedInputs(PredictedInputs):
     def decode_rests(self, payloads: Sequence[memoryview]) -> Iterator[torch.Tensor]:
         hidden_size = self.layers[0].hidden_size
         multiples, steps = split_all(payloads, [hidden_size] * len(self.layers), self.layers[0].block_size)
-        for own, step in zip(multiples, steps, strict=True):
-            own = own.transpose(1, 2)
-            yield torch.mul(own, step[..., None], out=torch.empty(own.shape))
+        yield from map(dequantize, multiples, steps)

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
-from vllm_int8kv.store.bounded import join, split_all, steps_of
+from vllm_int8kv.store.bounded import dequantize, join, split_all, steps_of
 from vllm_int8kv.store.codecs import Payload
 from vllm_int8kv.store.inputs.codecs import KnowingCodec
 from vllm_int8kv.store.inputs.kept import Kept, KeptInFolder
@@ -89,7 +89,6 @@ class LatentInputs(KnowingCodec[Basis]):
         multiples, steps = split_all(payloads, ranks, self.layers[0].block_size)
         previous, found = torch.zeros(()), []
         for own, step, values, vectors in zip(multiples, steps, known.singular_values, known.vectors, strict=True):
-            latents = own.transpose(1, 2) * step[..., None]
-            previous = previous + (latents / values) @ vectors
+            previous = previous + (dequantize(own, step) / values) @ vectors
             found.append(previous)
         return found
