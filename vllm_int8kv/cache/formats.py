@@ -12,6 +12,7 @@ inferred from sizes.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -61,6 +62,10 @@ class Planes:
     k_midpoints: torch.Tensor | None = None
     """same shape as `k_scales`; None with 8 bits"""
     v_midpoints: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, keys: Quantized, values: Quantized) -> Self:
+        return cls(keys.codes, values.codes, keys.scales, values.scales, keys.midpoints, values.midpoints)
 
     @property
     def keys(self) -> Quantized:

@@ -9,7 +9,7 @@ have.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.cache.quantizer import SCALE_DTYPE
 from vllm_int8kv.store import entropy
-from vllm_int8kv.store.codecs import Codec, Exact, Payload
+from vllm_int8kv.store.codecs import Exact, SplitCodec, read_integers, without_format
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.pages import KV, PagedLayer, read_pages, write_pages
 
@@ -65,15 +65,13 @@ def split(
     Raises:
         BadFile: the payload is none of `join`.
     """
-    try:
-        steps = np.frombuffer(payload, np.int16, num_vectors * block_size)
-        multiples, taken = entropy.decode(payload[steps.nbytes :])
-    except entropy.ERRORS as error:
-        raise BadFile(f"its payload cannot be decoded ({error})") from None
-    if multiples.shape != (num_channels, block_size):
-        raise BadFile(f"its payload cannot be decoded (it holds {multiples.shape} multiples)")
+    num_steps = num_vectors * block_size
+    if len(payload) < num_steps * SCALE_DTYPE.itemsize:
+        raise BadFile(f"its payload has {len(payload)} bytes, expected more")
+    steps = np.frombuffer(payload, np.int16, num_steps)
+    multiples, rest = read_integers(payload[steps.nbytes :], num_channels, block_size)
     scales = torch.from_numpy(steps.reshape(num_vectors, block_size).copy()).view(SCALE_DTYPE)
-    return multiples, scales, payload[steps.nbytes + taken :]
+    return multiples, scales, rest
 
 
 def split_all(
@@ -103,40 +101,30 @@ def dequantize(multiples: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return torch.mul(vectors, steps[..., None], out=torch.empty(vectors.shape))
 
 
-class Bounded(Codec):
+class Bounded(SplitCodec):
     """Payloads: the steps of all tokens, multiples of them, exact pages of other caches."""
 
     def __init__(self, layers: Sequence[PagedLayer], relative_step: float) -> None:
-        super().__init__(layers)
+        super().__init__(layers, Exact(without_format(layers)))
         self._relative_step = relative_step
-        self._ours = [layer for layer in layers if layer.cache_format is not None]
-        self._others = [layer for layer in layers if layer.cache_format is None]
         self._widths = [layer.num_kv_heads * layer.head_size for layer in self._ours for _ in "KV"]
-        (self._block_size,) = {layer.block_size for layer in self._ours}
 
-    def encode(self, pages: Sequence[torch.Tensor]) -> list[Payload]:
-        by_layer = dict(zip((layer.name for layer in self.layers), pages, strict=True))
+    def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
         kv = [
-            read_pages(by_layer[layer.name], layer.cache_format, _equalized(layer), layer.head_size)
-            for layer in self._ours
+            read_pages(own, layer.cache_format, _equalized(layer), layer.head_size)
+            for layer, own in zip(self._ours, pages, strict=True)
         ]
-        multiples, steps = self.quantize(kv)
-        others = [by_layer[layer.name] for layer in self._others]
-        rest = Exact(self._others).encode(others) if others else [b""] * len(multiples)
-        return [own + bytes(other) for own, other in zip(join(multiples, steps), rest, strict=True)]
+        return join(*self.quantize(kv))
 
-    def decode(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
+    def decode_ours(self, payloads: Sequence[memoryview]) -> tuple[Iterable[torch.Tensor], Sequence[memoryview]]:
         shape = (len(self._widths), sum(self._widths), self._block_size)
-        blocks = [split(memoryview(payload), *shape) for payload in payloads]
-        multiples, steps, rest = zip(*blocks, strict=True)
+        multiples, steps, rests = zip(*(split(payload, *shape) for payload in payloads), strict=True)
         kv = self.dequantize(np.stack(multiples), torch.stack(steps))
-        ours = {
-            layer.name: write_pages(pair, len(blocks), layer.block_size, layer.cache_format, _equalized(layer))
+        pages = (
+            write_pages(pair, len(payloads), layer.block_size, layer.cache_format, _equalized(layer))
             for layer, pair in zip(self._ours, kv, strict=True)
-        }
-        if self._others:
-            ours |= dict(zip((layer.name for layer in self._others), Exact(self._others).decode(rest), strict=True))
-        return [ours[layer.name] for layer in self.layers]
+        )
+        return pages, rests
 
     def quantize(self, kv: Sequence[KV]) -> tuple[np.ndarray, torch.Tensor]:
         """Multiples `[num_blocks, num_channels, block_size]` int32, steps `[num_blocks, 2 * num_layers, block_size]`.

@@ -5,12 +5,11 @@ of their time on being called.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-import zstandard
 
 from vllm_int8kv.cache.formats import CacheFormat
 from vllm_int8kv.cache.key_transform import KeyTransform
@@ -92,8 +91,19 @@ class LayerCodec(Codec):
         return [self.decode_layer(layer, part) for layer, part in zip(self.layers, parts, strict=True)]
 
 
-class Exact(LayerCodec):
+class PageCodec(LayerCodec):
+    """The base of codecs whose bytes are pages, if not those of the cache."""
+
+    @abstractmethod
+    def stored_format(self, layer: PagedLayer) -> CacheFormat | None:
+        """Of those pages; None where only vLLM understands them."""
+
+
+class Exact(PageCodec):
     """Pages as they are."""
+
+    def stored_format(self, layer: PagedLayer) -> CacheFormat | None:
+        return layer.cache_format
 
     def layer_bytes(self, layer: PagedLayer) -> int:
         return layer.page_bytes
@@ -105,7 +115,7 @@ class Exact(LayerCodec):
         return rows.contiguous().view(layer.pages.dtype)
 
 
-class Requantized(LayerCodec):
+class Requantized(PageCodec):
     """Pages in a cache format of fewer bits, through the operators; those of layers with another cache as they are.
 
     Args:
@@ -117,22 +127,22 @@ class Requantized(LayerCodec):
         self._format = cache_format
         self._exact = Exact(layers)
 
-    def _is_exact(self, layer: PagedLayer) -> bool:
-        return layer.cache_format is None or layer.cache_format == self._format
+    def stored_format(self, layer: PagedLayer) -> CacheFormat | None:
+        return None if layer.cache_format is None else self._format
 
     def layer_bytes(self, layer: PagedLayer) -> int:
-        if self._is_exact(layer):
+        if self.stored_format(layer) == layer.cache_format:
             return layer.page_bytes
         return layer.num_kv_heads * layer.block_size * self._format.content_bytes(layer.head_size)
 
     def encode_layer(self, layer: PagedLayer, pages: torch.Tensor) -> torch.Tensor:
-        if self._is_exact(layer):
+        if self.stored_format(layer) == layer.cache_format:
             return self._exact.encode_layer(layer, pages)
         kv = read_pages(pages, layer.cache_format, AS_THEY_LIE, layer.head_size)
         return write_pages(kv, len(pages), layer.block_size, self._format, AS_THEY_LIE)
 
     def decode_layer(self, layer: PagedLayer, rows: torch.Tensor) -> torch.Tensor:
-        if self._is_exact(layer):
+        if self.stored_format(layer) == layer.cache_format:
             return self._exact.decode_layer(layer, rows)
         shape = (len(rows), layer.num_kv_heads, layer.block_size, -1)
         stored = rows.contiguous().view(torch.int8).reshape(shape)
@@ -140,22 +150,65 @@ class Requantized(LayerCodec):
         return write_pages(kv, len(rows), layer.block_size, layer.cache_format, AS_THEY_LIE)
 
 
-class Compressed(Codec):
-    """Another codec's payloads through zstandard."""
+class SplitCodec(Codec):
+    """The base of codecs of caches of this project; what another codec makes of those of vLLM's own lies behind.
 
-    def __init__(self, inner: Codec) -> None:
-        super().__init__(inner.layers)
-        self._inner = inner
+    Args:
+        others: of the layers without a cache format.
+    """
+
+    def __init__(self, layers: Sequence[PagedLayer], others: Codec) -> None:
+        super().__init__(layers)
+        self._ours = [layer for layer in layers if layer.cache_format is not None]
+        self._others = others
+        (self._block_size,) = {layer.block_size for layer in self._ours}
+
+    @abstractmethod
+    def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
+        """As `encode`, of the layers with a cache format."""
+
+    @abstractmethod
+    def decode_ours(self, payloads: Sequence[memoryview]) -> tuple[Iterable[torch.Tensor], Sequence[memoryview]]:
+        """As `decode`, and of every payload what lies behind.
+
+        Raises:
+            BadFile: a payload does not begin as one of this codec.
+        """
 
     def encode(self, pages: Sequence[torch.Tensor]) -> list[Payload]:
-        compressor = zstandard.ZstdCompressor(level=entropy.ZSTD_LEVEL)
-        return [compressor.compress(payload) for payload in self._inner.encode(pages)]
+        by_layer = dict(zip((layer.name for layer in self.layers), pages, strict=True))
+        ours = self.encode_ours([by_layer[layer.name] for layer in self._ours])
+        if not self._others.layers:
+            return ours
+        others = self._others.encode([by_layer[layer.name] for layer in self._others.layers])
+        return [own + bytes(other) for own, other in zip(ours, others, strict=True)]
 
     def decode(self, payloads: Sequence[Payload]) -> list[torch.Tensor]:
-        decompressor = zstandard.ZstdDecompressor()
-        try:
-            return self._inner.decode(
-                [decompressor.decompress(payload, allow_extra_data=False) for payload in payloads]
-            )
-        except zstandard.ZstdError as error:
-            raise BadFile(f"its payload cannot be decompressed ({error})") from None
+        pages, rests = self.decode_ours([memoryview(payload) for payload in payloads])
+        by_layer = dict(zip((layer.name for layer in self._ours), pages, strict=True))
+        if self._others.layers:
+            names = (layer.name for layer in self._others.layers)
+            by_layer |= dict(zip(names, self._others.decode(rests), strict=True))
+        elif extra := [len(rest) for rest in rests if rest]:
+            raise BadFile(f"its payload has {extra[0]} bytes more than expected")
+        return [by_layer[layer.name] for layer in self.layers]
+
+
+def without_format(layers: Sequence[PagedLayer]) -> list[PagedLayer]:
+    """The layers with a cache of vLLM's own."""
+    return [layer for layer in layers if layer.cache_format is None]
+
+
+def read_integers(payload: memoryview, num_channels: int, block_size: int) -> tuple[np.ndarray, memoryview]:
+    """Entropy-coded integers `[num_channels, block_size]` at the beginning of a payload, and what lies behind.
+
+    Raises:
+        BadFile: there are none, or others.
+    """
+    try:
+        integers, taken = entropy.decode(payload)
+    except entropy.ERRORS as error:
+        raise BadFile(f"its payload cannot be decoded ({error})") from None
+    if integers.shape != (num_channels, block_size):
+        raise BadFile(f"its payload cannot be decoded (it holds {integers.shape} integers)")
+    return integers, payload[taken:]

@@ -1,5 +1,6 @@
 """The codecs by name."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,8 @@ import torch
 
 from vllm_int8kv.cache.formats import FORMATS
 from vllm_int8kv.store.bounded import Bounded, parse_bound
-from vllm_int8kv.store.codecs import Codec, Compressed, Exact, Requantized
+from vllm_int8kv.store.codecs import Codec, Exact, PageCodec, Requantized, without_format
+from vllm_int8kv.store.compressed import Compressed, CompressedPages
 from vllm_int8kv.store.inputs.codecs import FIRST_BITS, BoundedInputs, ExactInputs, QuantizedInputs
 from vllm_int8kv.store.inputs.factors import Factors
 from vllm_int8kv.store.inputs.kept import KeptInFolder
@@ -60,19 +62,20 @@ def make_codec(name: str, layers: Sequence[PagedLayer]) -> Codec:
         ValueError: there is none, or no layer has the cache that it is for.
     """
     check_codec(name)
-    base = name.removesuffix(ZSTD)
-    if base == EXACT:
-        codec: Codec = Exact(layers)
-    elif all(layer.cache_format is None for layer in layers):
+    base, compresses = name.removesuffix(ZSTD), name.endswith(ZSTD)
+    foreign = without_format(layers)
+    if len(foreign) == len(layers) and base != EXACT:
         raise ValueError(
             f"codec {name!r} needs kv_cache_dtype='int8_custom'; other caches can be stored with exact, or as inputs "
             f"of layers ({', '.join(INPUT_CODECS)})"
         )
-    elif base.startswith(BOUND):
-        codec = Bounded(layers, parse_bound(base))
-    else:
-        codec = Requantized(layers, FORMATS[base])
-    return Compressed(codec) if name.endswith(ZSTD) else codec
+    if base.startswith(BOUND):
+        return Bounded(layers, parse_bound(base))
+    codec: PageCodec = Exact(layers) if base == EXACT else Requantized(layers, FORMATS[base])
+    if not compresses:
+        return codec
+    itemsize = math.gcd(*(layer.pages.itemsize for layer in foreign))
+    return Compressed(codec, itemsize) if len(foreign) == len(layers) else CompressedPages(codec, itemsize)
 
 
 def make_input_codec(
@@ -100,4 +103,6 @@ def make_input_codec(
     else:
         basis = KeptInFolder(namespace, Basis, lambda inputs: Basis.of_metrics(metrics))
         codec = LatentInputs(layers, basis, parse_bound(base))
-    return Compressed(codec) if name.endswith(ZSTD) else codec
+    if not name.endswith(ZSTD):
+        return codec
+    return Compressed(codec, layers[0].dtype.itemsize if base == EXACT_INPUTS else 1)

@@ -42,8 +42,7 @@ class Basis(Kept):
         for metric in metrics:
             squares, columns = torch.linalg.eigh(metric.double())
             own = squares.clamp_min(0).sqrt()
-            rank = int((own > MIN_SINGULAR_VALUE * own[-1]).sum())
-            rank = max(2, rank + rank % 2)  # entropy coding names the classes of channels in pairs
+            rank = max(1, int((own > MIN_SINGULAR_VALUE * own[-1]).sum()))
             values.append(own[-rank:].float().clamp_min(torch.finfo(torch.float32).tiny))
             vectors.append(columns[:, -rank:].T.half().float())
         return cls(tuple(values), tuple(vectors))
