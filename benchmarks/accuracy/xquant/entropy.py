@@ -30,9 +30,9 @@ def zstd_bytes(texts: Texts, block_size: int) -> float:
     """Bytes per token, scales included, of blocks of tokens in a layout that shows what a codec is worth.
 
     The store takes the means of channels off besides, which saves it 3 to 10 % (`vllm_int8kv.store.entropy`). A block
-    holds all layers. Codes lie channel by channel; channels are sorted by spread, and every sixteenth of them is a frame
-    with a Huffman table of its own. Channels with a code beyond 8 bits lie in two more frames, low and high bytes apart.
-    Tokens behind the last full block do not count.
+    holds all layers. Codes lie channel by channel; channels are sorted by spread, and every sixteenth of them is a
+    frame with a Huffman table of its own. Channels with a code beyond 8 bits lie in two more frames, low and high bytes
+    apart. Tokens behind the last full block do not count.
     """
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
     num_bytes = num_tokens = 0
