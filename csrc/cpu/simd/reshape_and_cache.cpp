@@ -134,41 +134,62 @@ class Quotient {
 
   f32x16 operator()(f32x16 x) const {
     if constexpr (kHasFma) {
-      x *= power_of_two_;
-      const f32x16 quotient = x * reciprocal_;
-      return fma(fma(-quotient, scale_, x), reciprocal_, quotient);
+      return corrected(x * power_of_two_);
     } else {
       return x / scale_;
     }
   }
 
+  // Of x - y, where both differ by a few scales at most: multiplied by the power of two first, they
+  // are subtracted while x is multiplied.
+  f32x16 of_difference(f32x16 x, f32x16 y) const {
+    if constexpr (kHasFma) {
+      return corrected(fma(x, power_of_two_, y * -power_of_two_));
+    } else {
+      return (x - y) / scale_;
+    }
+  }
+
  private:
+  f32x16 corrected(f32x16 x) const {
+    const f32x16 quotient = x * reciprocal_;
+    return fma(fma(-quotient, scale_, x), reciprocal_, quotient);
+  }
+
   f32x16 scale_, power_of_two_, reciprocal_;
 };
 
-// Codes of 8 bits, as quantize_value does.
+// Codes of 8 bits, as quantize_value does: the low bytes of the results, which are rounding sums.
 class Quantizer {
  public:
   explicit Quantizer(f32x16 scale) : quotient_(scale) {}
-  i32x16 codes(f32x16 x) const { return to_ints(round_even(quotient_(x))); }
+  i32x16 codes(f32x16 x) const { return as<i32x16>(quotient_(x) + kRoundingSum); }
 
  private:
   Quotient quotient_;
 };
 
-// Codes below 8 bits of one vector per lane (quantizer.h).
+// Codes below 8 bits of one vector per lane (quantizer.h). Clamped before they are rounded, as the
+// limits are whole.
 template <typename C>
 class LowBitQuantizer {
  public:
   // Stores scales and midpoints; `scale_byte(slot)` is where in the chunk a slot's scale belongs.
   template <typename ScaleByte>
   LowBitQuantizer(const Write& w, const LaneBlock& block, const ScaleByte& scale_byte) {
-    f32x16 low = load<f32x16>(block.x), high = low;
-    for (int32_t dim = 1; dim < w.cache.head_size; ++dim) {
-      const f32x16 x = load<f32x16>(block.x + dim * kLanes);
-      low = min(low, x);
-      high = max(high, x);
+    // Four at a time, as the next one of a chain waits four cycles for the one before.
+    constexpr int32_t kChains = 4;
+    f32x16 lows[kChains], highs[kChains];
+    for (int32_t d = 0; d < kChains; ++d) lows[d] = highs[d] = load<f32x16>(block.x + d * kLanes);
+    for (int32_t dim = kChains; dim < w.cache.head_size; dim += kChains) {
+      for (int32_t d = 0; d < kChains; ++d) {
+        const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes);
+        lows[d] = min(lows[d], x);
+        highs[d] = max(highs[d], x);
+      }
     }
+    const f32x16 low = min(min(lows[0], lows[1]), min(lows[2], lows[3]));
+    const f32x16 high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
     const u16x16 middle_bits = float_to_bf16((low + high) * 0.5f + f32x16{});
     middle_ = bf16_to_floats(middle_bits);
     const f32x16 half = max(high - middle_, middle_ - low);
@@ -177,28 +198,31 @@ class LowBitQuantizer {
         float_to_bf16(select(less(half, splat(kMinMagnitude)), f32x16{}, steps));
     const f32x16 scale = bf16_to_floats(scale_bits);
     const auto has_steps = less(f32x16{}, scale);
-    has_steps_ = select(has_steps, splat(1.0f), f32x16{});
+    levels_ = select(has_steps, splat(C::kLevels), f32x16{});
     quotient_ = Quotient(select(has_steps, scale, splat(1.0f)));
     w.store_params(scale_bits, scale_byte);
     w.store_params(middle_bits,
                    [&](int32_t slot) { return scale_byte(slot) + w.cache.midpoint_offset(); });
   }
 
+  // The low bytes of the results, which are rounding sums.
   i32x16 codes(f32x16 x) const {
-    constexpr float kLevels = C::kLevels;
-    const f32x16 steps = round_even(quotient_(x - middle_) + kLevels * 0.5f);
-    return to_ints(max(f32x16{}, min(splat(kLevels), steps)) * has_steps_);
+    const f32x16 steps = quotient_.of_difference(x, middle_) + C::kLevels * 0.5f;
+    return as<i32x16>(max(f32x16{}, min(levels_, steps)) + kRoundingSum);
   }
 
  private:
-  f32x16 middle_, has_steps_;
+  f32x16 middle_, levels_;  // 0 levels where the ends of a vector are too close
   Quotient quotient_;
 };
 
-// The bytes of two int32 vectors of codes, alternating: 16 pairs.
+// The low bytes of two int32 vectors, alternating: 16 pairs.
 INT8KV_INLINE i16x16 interleave(i32x16 even, i32x16 odd) {
-  return narrow_to_16((even & 0xff) | (odd << 8));
+  return narrow_to_16((even & 0xff) | ((odd << 24) >> 16));
 }
+
+// The low bytes of a vector.
+INT8KV_INLINE i8x16 low_bytes(i32x16 x) { return narrow_to_8((x << 24) >> 24); }
 
 INT8KV_INLINE f32x16 max_of(f32x16 (&x)[kLanes]) {
   for (int n = kLanes / 2; n > 0; n /= 2) {
@@ -265,7 +289,7 @@ void write_int8_keys(const Write& w, const LaneBlock& block) {
     transpose(codes);  // of one lane each, dim by dim
     for (int i = 0; i < w.set.count; ++i) {
       int8_t bytes[kDimGroup];
-      store(bytes, narrow_to_8(codes[i]));
+      store(bytes, low_bytes(codes[i]));
       int8_t* to = w.targets[i].chunk + w.cache.k_code<F>(w.targets[i].slot, dim);
       for (int32_t d = 0; d < kDimGroup; d += 2) {
         std::memcpy(to + d / 2 * F::K::kLineBytes, bytes + d, 2);
@@ -307,7 +331,7 @@ void write_int8_values(const Write& w, LaneBlock& block) {
     const Quantizer quantizer(splat(scales[i]));
     for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
       int8_t bytes[kDimGroup];
-      store(bytes, narrow_to_8(quantizer.codes(load<f32x16>(block.x + i * head_size + dim))));
+      store(bytes, low_bytes(quantizer.codes(load<f32x16>(block.x + i * head_size + dim))));
       int8_t* to = w.targets[i].chunk + w.cache.v_code<F>(w.targets[i].slot, dim);
       for (int32_t d = 0; d < kDimGroup; ++d) to[2 * d] = bytes[d];
     }
@@ -350,7 +374,7 @@ void write_low_bits(const Write& w, const LaneBlock& block, CodeBytes& bytes, in
       continue;
     }
     for (int i = 0; i < w.set.count; ++i) {
-      store(bytes.x + i * kMaxPaddedHeadSize + dim, narrow_to_8(codes[i]));
+      store(bytes.x + i * kMaxPaddedHeadSize + dim, low_bytes(codes[i]));
     }
   }
   if (is_slot_group) {

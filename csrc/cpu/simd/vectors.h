@@ -161,41 +161,38 @@ INT8KV_INLINE void butterfly(f32x16& a, f32x16& b) {
   b = difference;
 }
 
-// The rotation of rotation.h on all lanes; two of its steps at a time, so that the block passes
-// through memory half as often.
+// The steps of rotation.h from `half` on, kSteps at once, so that the block passes through memory
+// once for all of them; the last ones also multiply by the norm.
+template <int kSteps>
+INT8KV_INLINE void hadamard_steps(LaneBlock& block, int32_t head_size, int32_t half, bool is_last,
+                                  float norm) {
+  constexpr int kParts = 1 << kSteps;
+  for (int32_t i = 0; i < head_size; i += kParts * half) {
+    for (int32_t j = i; j < i + half; ++j) {
+      float* x = block.x + j * kLanes;
+      f32x16 v[kParts];
+      for (int k = 0; k < kParts; ++k) v[k] = load<f32x16>(x + k * half * kLanes);
+      for (int distance = 1; distance < kParts; distance *= 2) {
+        for (int k = 0; k < kParts; ++k) {
+          if (!(k & distance)) butterfly(v[k], v[k + distance]);
+        }
+      }
+      for (int k = 0; k < kParts; ++k) {
+        store(x + k * half * kLanes, is_last ? v[k] * norm : v[k]);
+      }
+    }
+  }
+}
+
+// The rotation of rotation.h on all lanes.
 INT8KV_INLINE void hadamard_rotate(LaneBlock& block, int32_t head_size) {
   const int32_t width = rotation_block(head_size);
+  const float norm = rotation_norm(width);
   int32_t half = 1;
   for (; 4 * half <= width; half *= 4) {
-    for (int32_t i = 0; i < head_size; i += 4 * half) {
-      for (int32_t j = i; j < i + half; ++j) {
-        float* x = block.x + j * kLanes;
-        f32x16 v[4];
-        for (int k = 0; k < 4; ++k) v[k] = load<f32x16>(x + k * half * kLanes);
-        butterfly(v[0], v[1]);
-        butterfly(v[2], v[3]);
-        butterfly(v[0], v[2]);
-        butterfly(v[1], v[3]);
-        for (int k = 0; k < 4; ++k) store(x + k * half * kLanes, v[k]);
-      }
-    }
+    hadamard_steps<2>(block, head_size, half, 4 * half == width, norm);
   }
-  if (half < width) {
-    for (int32_t i = 0; i < head_size; i += 2 * half) {
-      for (int32_t j = i; j < i + half; ++j) {
-        float* x = block.x + j * kLanes;
-        f32x16 low = load<f32x16>(x), high = load<f32x16>(x + half * kLanes);
-        butterfly(low, high);
-        store(x, low);
-        store(x + half * kLanes, high);
-      }
-    }
-  }
-  const float norm = rotation_norm(width);
-  for (int32_t dim = 0; dim < head_size; ++dim) {
-    float* x = block.x + dim * kLanes;
-    store(x, load<f32x16>(x) * norm);
-  }
+  if (half < width) hadamard_steps<1>(block, head_size, half, true, norm);
 }
 
 }  // namespace int8kv::cpu::INT8KV_ISA
