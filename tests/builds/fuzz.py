@@ -38,6 +38,9 @@ def main(
     record: Annotated[Path | None, typer.Option(help="folder to append the record fuzz.jsonl to")] = None,
 ) -> None:
     """Fuzz; exit with 1 if something was found."""
+    from vllm_int8kv.evaluation.record import environment
+
+    environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder, "counts.json")
         variables = {"FUZZ_EXAMPLES": str(examples), COUNTS: str(counts)}

@@ -277,6 +277,9 @@ def main(
     """Run the soak; exit with 1 and say why if something went wrong."""
     from soak_record import summary, write
 
+    from vllm_int8kv.evaluation.record import environment
+
+    environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     if cache not in NOISE:
         raise typer.BadParameter(f"expected one of {', '.join(NOISE)}, got {cache!r}", param_hint="--cache")
     with tempfile.TemporaryDirectory() as folder:

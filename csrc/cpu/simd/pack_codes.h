@@ -8,7 +8,7 @@ namespace int8kv::cpu::INT8KV_ISA {
 
 namespace {
 
-typedef uint8_t u8x32 __attribute__((vector_size(kLineBytes)));
+typedef uint32_t LineWords __attribute__((vector_size(kLineBytes)));
 
 // Head sizes are padded to lines of the plane with most fields, one bit of V.
 constexpr int kMaxPaddedHeadSize = 512;
@@ -21,22 +21,25 @@ struct CodeBytes {
   alignas(64) uint8_t x[kLanes * kMaxPaddedHeadSize];
 };
 
-// Calls f(plane, lowest bit of a code in it) for the planes of a trait.
+// Calls f(plane, its first byte, lowest bit of a code in it) for the planes of a trait; types stand
+// for the first and the last.
 template <typename C, typename F>
 INT8KV_INLINE void for_each_plane(int8_t* codes, int32_t low_bytes, const F& f) {
-  f(typename C::Low{}, codes, 0);
-  if constexpr (C::kBits > C::kLowBits) f(typename C::High{}, codes + low_bytes, C::kLowBits);
+  f(typename C::Low{}, codes, std::integral_constant<int, 0>{});
+  if constexpr (C::kBits > C::kLowBits) {
+    f(typename C::High{}, codes + low_bytes, std::integral_constant<int, C::kLowBits>{});
+  }
 }
 
-// kFields lines of Codes<8>, `stride` bytes apart, as one.
-template <typename Plane>
-INT8KV_INLINE void pack_line(const uint8_t* lines, int64_t stride, int bit, int8_t* to) {
-  u8x32 packed = {};
+// kFields lines of Codes<8>, `stride` bytes apart, as one. There are no shifts of bytes, and none
+// are needed: the mask takes away what words bring in from the next one.
+template <typename Plane, int kBit>
+INT8KV_INLINE void pack_line(const uint8_t* lines, int64_t stride, int8_t* to) {
+  LineWords packed = {};
   for (int field = 0; field < Plane::kFields; ++field) {
-    u8x32 line;
+    LineWords line;
     std::memcpy(&line, lines + field * stride, sizeof(line));
-    packed |= (line >> static_cast<uint8_t>(bit) & static_cast<uint8_t>(Plane::kMask))
-              << static_cast<uint8_t>(field * 8 / Plane::kFields);
+    packed |= (line >> kBit & Plane::kMask * 0x01010101u) << field * 8 / Plane::kFields;
   }
   std::memcpy(to, &packed, sizeof(packed));
 }
@@ -45,30 +48,32 @@ INT8KV_INLINE void pack_line(const uint8_t* lines, int64_t stride, int bit, int8
 template <typename C>
 void pack_k_group(const CodeBytes& bytes, int8_t* codes, const KVCache& cache, int32_t slot) {
   const int32_t head_size = cache.head_size;
-  for_each_plane<C>(codes, C::Low::k_bytes(cache.block_size, head_size),
-                    [&]<typename Plane>(Plane, int8_t* plane, int bit) {
-                      for (int32_t dim = 0; dim < head_size; dim += Plane::kKDims) {
-                        for (int32_t d = 0; d < 8; d += 2) {
-                          pack_line<Plane>(bytes.x + (dim + d) / 2 * kLineBytes, 4 * kLineBytes,
-                                           bit, plane + Plane::k_byte(head_size, slot, dim + d));
-                        }
-                      }
-                    });
+  for_each_plane<C>(
+      codes, C::Low::k_bytes(cache.block_size, head_size),
+      [&]<typename Plane, int kBit>(Plane, int8_t* plane, std::integral_constant<int, kBit>) {
+        for (int32_t dim = 0; dim < head_size; dim += Plane::kKDims) {
+          for (int32_t d = 0; d < 8; d += 2) {
+            pack_line<Plane, kBit>(bytes.x + (dim + d) / 2 * kLineBytes, 4 * kLineBytes,
+                                   plane + Plane::k_byte(head_size, slot, dim + d));
+          }
+        }
+      });
 }
 
 template <typename C>
 void pack_v_group(const CodeBytes& bytes, int8_t* codes, const KVCache& cache, int32_t slot) {
   constexpr int64_t kGroupBytes = kSlotGroup / 2 * kLineBytes;
-  for_each_plane<C>(codes, C::Low::v_bytes(cache.block_size, cache.head_size),
-                    [&]<typename Plane>(Plane, int8_t* plane, int bit) {
-                      for (int32_t dim = 0; dim < cache.head_size; dim += Plane::kVDims) {
-                        const uint8_t* lines = bytes.x + dim / kDimGroup * kGroupBytes;
-                        for (int32_t s = 0; s < kSlotGroup; s += 2) {
-                          pack_line<Plane>(lines + s / 2 * kLineBytes, kGroupBytes, bit,
-                                           plane + Plane::v_byte(cache.block_size, slot + s, dim));
-                        }
-                      }
-                    });
+  for_each_plane<C>(
+      codes, C::Low::v_bytes(cache.block_size, cache.head_size),
+      [&]<typename Plane, int kBit>(Plane, int8_t* plane, std::integral_constant<int, kBit>) {
+        for (int32_t dim = 0; dim < cache.head_size; dim += Plane::kVDims) {
+          const uint8_t* lines = bytes.x + dim / kDimGroup * kGroupBytes;
+          for (int32_t s = 0; s < kSlotGroup; s += 2) {
+            pack_line<Plane, kBit>(lines + s / 2 * kLineBytes, kGroupBytes,
+                                   plane + Plane::v_byte(cache.block_size, slot + s, dim));
+          }
+        }
+      });
 }
 
 // The same of one vector, whose codes lie side by side.
@@ -77,12 +82,12 @@ void pack_k_vector(const uint8_t* vector, int8_t* codes, const KVCache& cache, i
   const int32_t head_size = cache.head_size;
   for_each_plane<C>(
       codes, C::Low::k_bytes(cache.block_size, head_size),
-      [&]<typename Plane>(Plane, int8_t* plane, int bit) {
+      [&]<typename Plane, int kBit>(Plane, int8_t* plane, std::integral_constant<int, kBit>) {
         for (int32_t dim = 0; dim < head_size; dim += Plane::kKDims) {
           for (int32_t d = 0; d < 8; ++d) {
             int packed = 0;
             for (int f = 0; f < Plane::kFields; ++f) {
-              packed |= (vector[dim + d + 8 * f] >> bit & Plane::kMask) << f * 8 / Plane::kFields;
+              packed |= (vector[dim + d + 8 * f] >> kBit & Plane::kMask) << f * 8 / Plane::kFields;
             }
             plane[Plane::k_byte(head_size, slot, dim + d)] = static_cast<int8_t>(packed);
           }
@@ -92,20 +97,20 @@ void pack_k_vector(const uint8_t* vector, int8_t* codes, const KVCache& cache, i
 
 template <typename C>
 void pack_v_vector(const uint8_t* vector, int8_t* codes, const KVCache& cache, int32_t slot) {
-  for_each_plane<C>(codes, C::Low::v_bytes(cache.block_size, cache.head_size),
-                    [&]<typename Plane>(Plane, int8_t* plane, int bit) {
-                      for (int32_t dim = 0; dim < cache.head_size; dim += Plane::kVDims) {
-                        for (int32_t d = 0; d < kDimGroup; ++d) {
-                          int packed = 0;
-                          for (int f = 0; f < Plane::kFields; ++f) {
-                            packed |= (vector[dim + d + kDimGroup * f] >> bit & Plane::kMask)
-                                      << f * 8 / Plane::kFields;
-                          }
-                          plane[Plane::v_byte(cache.block_size, slot, dim + d)] =
-                              static_cast<int8_t>(packed);
-                        }
-                      }
-                    });
+  for_each_plane<C>(
+      codes, C::Low::v_bytes(cache.block_size, cache.head_size),
+      [&]<typename Plane, int kBit>(Plane, int8_t* plane, std::integral_constant<int, kBit>) {
+        for (int32_t dim = 0; dim < cache.head_size; dim += Plane::kVDims) {
+          for (int32_t d = 0; d < kDimGroup; ++d) {
+            int packed = 0;
+            for (int f = 0; f < Plane::kFields; ++f) {
+              packed |= (vector[dim + d + kDimGroup * f] >> kBit & Plane::kMask)
+                        << f * 8 / Plane::kFields;
+            }
+            plane[Plane::v_byte(cache.block_size, slot, dim + d)] = static_cast<int8_t>(packed);
+          }
+        }
+      });
 }
 
 }  // namespace

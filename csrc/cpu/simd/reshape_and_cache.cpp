@@ -123,7 +123,7 @@ struct Write {
 class Quotient {
  public:
   Quotient() = default;
-  explicit Quotient(f32x16 scale) : scale_(scale) {
+  INT8KV_MEMBER explicit Quotient(f32x16 scale) : scale_(scale) {
     if constexpr (kHasFma) {
       const u32x16 exponent = as<u32x16>(scale) & 0x7f800000u;
       power_of_two_ = as<f32x16>((254u << 23) - exponent);
@@ -132,7 +132,13 @@ class Quotient {
     }
   }
 
-  f32x16 operator()(f32x16 x) const {
+  // That of one lane, for all lanes.
+  INT8KV_MEMBER Quotient(const Quotient& all, int lane)
+      : scale_(splat(all.scale_[lane])),
+        power_of_two_(splat(all.power_of_two_[lane])),
+        reciprocal_(splat(all.reciprocal_[lane])) {}
+
+  INT8KV_MEMBER f32x16 operator()(f32x16 x) const {
     if constexpr (kHasFma) {
       return corrected(x * power_of_two_);
     } else {
@@ -142,7 +148,7 @@ class Quotient {
 
   // Of x - y, where both differ by a few scales at most: multiplied by the power of two first, they
   // are subtracted while x is multiplied.
-  f32x16 of_difference(f32x16 x, f32x16 y) const {
+  INT8KV_MEMBER f32x16 of_difference(f32x16 x, f32x16 y) const {
     if constexpr (kHasFma) {
       return corrected(fma(x, power_of_two_, y * -power_of_two_));
     } else {
@@ -151,7 +157,7 @@ class Quotient {
   }
 
  private:
-  f32x16 corrected(f32x16 x) const {
+  INT8KV_MEMBER f32x16 corrected(f32x16 x) const {
     const f32x16 quotient = x * reciprocal_;
     return fma(fma(-quotient, scale_, x), reciprocal_, quotient);
   }
@@ -162,11 +168,16 @@ class Quotient {
 // Codes of 8 bits, as quantize_value does: the low bytes of the results, which are rounding sums.
 class Quantizer {
  public:
-  explicit Quantizer(f32x16 scale) : quotient_(scale) {}
-  i32x16 codes(f32x16 x) const { return as<i32x16>(quotient_(x) + kRoundingSum); }
+  INT8KV_MEMBER explicit Quantizer(f32x16 scale) : quotient_(scale) {}
+  INT8KV_MEMBER i32x16 codes(f32x16 x) const { return as<i32x16>(quotient_(x) + kRoundingSum); }
 
  private:
   Quotient quotient_;
+};
+
+// The least and the largest element of the vector of each lane.
+struct Ends {
+  f32x16 low, high;
 };
 
 // Codes below 8 bits of one vector per lane (quantizer.h). Clamped before they are rounded, as the
@@ -174,22 +185,11 @@ class Quantizer {
 template <typename C>
 class LowBitQuantizer {
  public:
-  // Stores scales and midpoints; `scale_byte(slot)` is where in the chunk a slot's scale belongs.
+  // Of vectors with these ends, whose scales and midpoints it stores; `scale_byte(slot)` is where
+  // in the chunk a slot's scale belongs.
   template <typename ScaleByte>
-  LowBitQuantizer(const Write& w, const LaneBlock& block, const ScaleByte& scale_byte) {
-    // Four at a time, as the next one of a chain waits four cycles for the one before.
-    constexpr int32_t kChains = 4;
-    f32x16 lows[kChains], highs[kChains];
-    for (int32_t d = 0; d < kChains; ++d) lows[d] = highs[d] = load<f32x16>(block.x + d * kLanes);
-    for (int32_t dim = kChains; dim < w.cache.head_size; dim += kChains) {
-      for (int32_t d = 0; d < kChains; ++d) {
-        const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes);
-        lows[d] = min(lows[d], x);
-        highs[d] = max(highs[d], x);
-      }
-    }
-    const f32x16 low = min(min(lows[0], lows[1]), min(lows[2], lows[3]));
-    const f32x16 high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
+  LowBitQuantizer(const Write& w, const Ends& ends, const ScaleByte& scale_byte) {
+    const f32x16 low = ends.low, high = ends.high;
     const u16x16 middle_bits = float_to_bf16((low + high) * 0.5f + f32x16{});
     middle_ = bf16_to_floats(middle_bits);
     const f32x16 half = max(high - middle_, middle_ - low);
@@ -205,8 +205,14 @@ class LowBitQuantizer {
                    [&](int32_t slot) { return scale_byte(slot) + w.cache.midpoint_offset(); });
   }
 
+  // That of the vector of one lane, for all lanes.
+  INT8KV_MEMBER LowBitQuantizer(const LowBitQuantizer& all, int lane)
+      : middle_(splat(all.middle_[lane])),
+        levels_(splat(all.levels_[lane])),
+        quotient_(all.quotient_, lane) {}
+
   // The low bytes of the results, which are rounding sums.
-  i32x16 codes(f32x16 x) const {
+  INT8KV_MEMBER i32x16 codes(f32x16 x) const {
     const f32x16 steps = quotient_.of_difference(x, middle_) + C::kLevels * 0.5f;
     return as<i32x16>(max(f32x16{}, min(levels_, steps)) + kRoundingSum);
   }
@@ -223,6 +229,13 @@ INT8KV_INLINE i16x16 interleave(i32x16 even, i32x16 odd) {
 
 // The low bytes of a vector.
 INT8KV_INLINE i8x16 low_bytes(i32x16 x) { return narrow_to_8((x << 24) >> 24); }
+
+INT8KV_INLINE f32x16 min_of(f32x16 (&x)[kLanes]) {
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) x[i] = min(x[i], x[i + n]);
+  }
+  return x[0];
+}
 
 INT8KV_INLINE f32x16 max_of(f32x16 (&x)[kLanes]) {
   for (int n = kLanes / 2; n > 0; n /= 2) {
@@ -251,15 +264,75 @@ __attribute__((noinline)) void load_keys(const Write& w, LaneBlock& block) {
   if (p.key_transform.rotate) hadamard_rotate(block, head_size);
 }
 
-// The same of values that are rotated.
-__attribute__((noinline)) void load_values(const Write& w, LaneBlock& block) {
-  const void* vectors[kLanes];
-  for (int i = 0; i < w.set.count; ++i) {
-    vectors[i] = value_of(w.p, w.set.lanes[i].token, w.set.lanes[i].kv_head);
+// Of one vector per lane.
+Ends ends_of(const LaneBlock& block, int32_t head_size) {
+  // Four chains, as the next one of a chain waits four cycles for the one before.
+  constexpr int32_t kChains = 4;
+  f32x16 low[kChains], high[kChains];
+  for (int32_t d = 0; d < kChains; ++d) low[d] = high[d] = load<f32x16>(block.x + d * kLanes);
+  for (int32_t dim = kChains; dim < head_size; dim += kChains) {
+    for (int32_t d = 0; d < kChains; ++d) {
+      const f32x16 x = load<f32x16>(block.x + (dim + d) * kLanes);
+      low[d] = min(low[d], x);
+      high[d] = max(high[d], x);
+    }
   }
-  load_lanes(block, vectors, w.set.count, w.p.dtype, w.cache.head_size,
-             [](f32x16 x, int, int32_t) { return sanitize(x); });
-  hadamard_rotate(block, w.cache.head_size);
+  return {min(min(low[0], low[1]), min(low[2], low[3])),
+          max(max(high[0], high[1]), max(high[2], high[3]))};
+}
+
+// Rotated values, vector after vector, and their ends: the 16 dims that lie side by side in the
+// cache do so in a value, too.
+template <int kWidth>
+Ends load_rotated_values(const Write& w, LaneBlock& block) {
+  const ReshapeAndCacheParams& p = w.p;
+  const int32_t head_size = w.cache.head_size;
+  const float norm = rotation_norm(kWidth);
+  f32x16 low[kLanes] = {}, high[kLanes] = {};  // of one lane each
+  for (int i = 0; i < w.set.count; ++i) {
+    const void* vector = value_of(p, w.set.lanes[i].token, w.set.lanes[i].kv_head);
+    for (int32_t begin = 0; begin < head_size; begin += kWidth) {
+      constexpr int kParts = kWidth / kLanes;
+      f32x16 x[kParts];
+      for (int k = 0; k < kParts; ++k) {
+        x[k] = sanitize(load_floats(vector, p.dtype, begin + k * kLanes));
+        x[k] = hadamard_lanes<1>(x[k]);
+        x[k] = hadamard_lanes<2>(x[k]);
+        x[k] = hadamard_lanes<4>(x[k]);
+        x[k] = hadamard_lanes<8>(x[k]);
+      }
+      for (int distance = 1; distance < kParts; distance *= 2) {
+        for (int k = 0; k < kParts; ++k) {
+          if (!(k & distance)) butterfly(x[k], x[k + distance]);
+        }
+      }
+      for (int k = 0; k < kParts; ++k) {
+        x[k] = x[k] * norm;
+        store(block.x + i * head_size + begin + k * kLanes, x[k]);
+        const bool is_first = begin + k == 0;
+        low[i] = is_first ? x[k] : min(low[i], x[k]);
+        high[i] = is_first ? x[k] : max(high[i], x[k]);
+      }
+    }
+  }
+  transpose(low);
+  transpose(high);
+  return {min_of(low), max_of(high)};
+}
+
+__attribute__((noinline)) Ends load_values(const Write& w, LaneBlock& block) {
+  switch (rotation_block(w.cache.head_size)) {
+    case 16:
+      return load_rotated_values<16>(w, block);
+    case 32:
+      return load_rotated_values<32>(w, block);
+    case 64:
+      return load_rotated_values<64>(w, block);
+    case 128:
+      return load_rotated_values<128>(w, block);
+    default:
+      return load_rotated_values<256>(w, block);
+  }
 }
 
 // Pairs of dims of a slot group are lines of the cache as they come.
@@ -338,62 +411,81 @@ void write_int8_values(const Write& w, LaneBlock& block) {
   }
 }
 
-// Keys or values below 8 bits, one vector per lane.
-template <typename C, bool kIsKey, typename ScaleByte>
-void write_low_bits(const Write& w, const LaneBlock& block, CodeBytes& bytes, int32_t plane,
-                    const ScaleByte& scale_byte) {
-  const int32_t head_size = w.cache.head_size;
-  const LowBitQuantizer<C> quantizer(w, block, scale_byte);
-  const bool is_slot_group = w.is_slot_group;
-  // Past the head size the planes hold codes of 0.
-  const int32_t unit = kIsKey ? BitPlane<1>::kKDims : BitPlane<1>::kVDims;
-  const int32_t padded = round_up(head_size, unit);
-  if (is_slot_group) {
-    std::memset(bytes.x + head_size * kLanes, 0, (padded - head_size) * kLanes);
-  } else {
-    for (int i = 0; i < w.set.count; ++i) {
-      std::memset(bytes.x + i * kMaxPaddedHeadSize + head_size, 0, padded - head_size);
-    }
+// Clears what the planes hold past the head size, codes of 0, up to a multiple of `unit`.
+void clear_padding(const Write& w, CodeBytes& bytes, int32_t unit) {
+  const int32_t head_size = w.cache.head_size, count = round_up(head_size, unit) - head_size;
+  if (w.is_slot_group) {
+    std::memset(bytes.x + head_size * kLanes, 0, count * kLanes);
+    return;
   }
+  for (int i = 0; i < w.set.count; ++i) {
+    std::memset(bytes.x + i * kMaxPaddedHeadSize + head_size, 0, count);
+  }
+}
+
+// Keys below 8 bits, one vector per lane.
+template <typename F>
+void write_low_bit_keys(const Write& w, const LaneBlock& block, CodeBytes& bytes) {
+  using C = typename F::K;
+  const int32_t head_size = w.cache.head_size;
+  const LowBitQuantizer<C> quantizer(w, ends_of(block, head_size),
+                                     [&](int32_t slot) { return w.cache.k_scale<F>(slot); });
+  clear_padding(w, bytes, BitPlane<1>::kKDims);
   for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
     i32x16 codes[kDimGroup];  // of one dim each, lane by lane
     for (int32_t d = 0; d < kDimGroup; ++d) {
       codes[d] = quantizer.codes(load<f32x16>(block.x + (dim + d) * kLanes));
     }
-    if (kIsKey && is_slot_group) {
+    if (w.is_slot_group) {
       for (int32_t d = 0; d < kDimGroup; d += 2) {
         store(bytes.x + (dim + d) / 2 * kLineBytes, interleave(codes[d], codes[d + 1]));
       }
       continue;
     }
     transpose(codes);  // of one lane each, dim by dim
-    if (is_slot_group) {
-      for (int i = 0; i < kSlotGroup; i += 2) {
-        store(bytes.x + (dim + i) / 2 * kLineBytes, interleave(codes[i], codes[i + 1]));
-      }
-      continue;
-    }
     for (int i = 0; i < w.set.count; ++i) {
       store(bytes.x + i * kMaxPaddedHeadSize + dim, low_bytes(codes[i]));
     }
   }
-  if (is_slot_group) {
-    int8_t* to = w.targets[0].chunk + plane;
-    if constexpr (kIsKey) {
-      pack_k_group<C>(bytes, to, w.cache, w.targets[0].slot);
-    } else {
-      pack_v_group<C>(bytes, to, w.cache, w.targets[0].slot);
-    }
+  if (w.is_slot_group) {
+    pack_k_group<C>(bytes, w.targets[0].chunk, w.cache, w.targets[0].slot);
     return;
   }
   for (int i = 0; i < w.set.count; ++i) {
-    const uint8_t* vector = bytes.x + i * kMaxPaddedHeadSize;
-    int8_t* to = w.targets[i].chunk + plane;
-    if constexpr (kIsKey) {
-      pack_k_vector<C>(vector, to, w.cache, w.targets[i].slot);
-    } else {
-      pack_v_vector<C>(vector, to, w.cache, w.targets[i].slot);
+    pack_k_vector<C>(bytes.x + i * kMaxPaddedHeadSize, w.targets[i].chunk, w.cache,
+                     w.targets[i].slot);
+  }
+}
+
+// Values below 8 bits, vector after vector.
+template <typename F>
+void write_low_bit_values(const Write& w, const LaneBlock& block, const Ends& ends,
+                          CodeBytes& bytes) {
+  using C = typename F::V;
+  const int32_t head_size = w.cache.head_size, plane = w.cache.v_codes<F>();
+  const LowBitQuantizer<C> quantizer(w, ends,
+                                     [&](int32_t slot) { return w.cache.v_scale<F>(slot); });
+  clear_padding(w, bytes, BitPlane<1>::kVDims);
+  if (w.is_slot_group) {
+    for (int32_t i = 0; i < kLanes; i += 2) {
+      const LowBitQuantizer<C> even(quantizer, i), odd(quantizer, i + 1);
+      const float* x = block.x + i * head_size;
+      for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
+        store(bytes.x + (dim + i) / 2 * kLineBytes,
+              interleave(even.codes(load<f32x16>(x + dim)),
+                         odd.codes(load<f32x16>(x + head_size + dim))));
+      }
     }
+    pack_v_group<C>(bytes, w.targets[0].chunk + plane, w.cache, w.targets[0].slot);
+    return;
+  }
+  for (int i = 0; i < w.set.count; ++i) {
+    const LowBitQuantizer<C> own(quantizer, i);
+    uint8_t* vector = bytes.x + i * kMaxPaddedHeadSize;
+    for (int32_t dim = 0; dim < head_size; dim += kDimGroup) {
+      store(vector + dim, low_bytes(own.codes(load<f32x16>(block.x + i * head_size + dim))));
+    }
+    pack_v_vector<C>(vector, w.targets[i].chunk + plane, w.cache, w.targets[i].slot);
   }
 }
 
@@ -403,8 +495,7 @@ void write_keys(const Write& w, LaneBlock& block, CodeBytes& bytes) {
   if constexpr (!F::K::kHasMidpoint) {
     write_int8_keys<F>(w, block);
   } else {
-    write_low_bits<typename F::K, true>(w, block, bytes, 0,
-                                        [&](int32_t slot) { return w.cache.k_scale<F>(slot); });
+    write_low_bit_keys<F>(w, block, bytes);
   }
 }
 
@@ -413,9 +504,7 @@ void write_values(const Write& w, LaneBlock& block, CodeBytes& bytes) {
   if constexpr (!F::kRotatesValues) {
     write_int8_values<F>(w, block);
   } else {
-    load_values(w, block);
-    write_low_bits<typename F::V, false>(w, block, bytes, w.cache.v_codes<F>(),
-                                         [&](int32_t slot) { return w.cache.v_scale<F>(slot); });
+    write_low_bit_values<F>(w, block, load_values(w, block), bytes);
   }
 }
 

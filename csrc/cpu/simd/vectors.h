@@ -161,6 +161,21 @@ INT8KV_INLINE void butterfly(f32x16& a, f32x16& b) {
   b = difference;
 }
 
+// The step of rotation.h that adds and subtracts lanes kDistance apart.
+template <int kDistance>
+INT8KV_INLINE f32x16 hadamard_lanes(f32x16 v) {
+  constexpr auto sign = [](int lane) { return lane & kDistance ? -1.0f : 1.0f; };
+  constexpr float kSigns[kLanes] = {sign(0),  sign(1),  sign(2),  sign(3), sign(4),  sign(5),
+                                    sign(6),  sign(7),  sign(8),  sign(9), sign(10), sign(11),
+                                    sign(12), sign(13), sign(14), sign(15)};
+  const f32x16 signs = load<f32x16>(kSigns), others = exchange<kDistance>(v);
+  if constexpr (kHasFma) {
+    return fma(v, signs, others);
+  } else {
+    return others + v * signs;
+  }
+}
+
 // The steps of rotation.h from `half` on, kSteps at once, so that the block passes through memory
 // once for all of them; the last ones also multiply by the norm.
 template <int kSteps>
