@@ -43,24 +43,29 @@ ERRORS = (zstandard.ZstdError, struct.error, ValueError, IndexError)
 def encode(integers: np.ndarray) -> bytes:
     """Bytes of integers `[num_channels, num_tokens]` int32."""
     num_channels, num_tokens = integers.shape
-    means = integers.mean(axis=1, dtype=np.float32)
-    classes = _classes(integers - means[:, None])
+    centered = integers.astype(np.float32)
+    means = centered.mean(axis=1)
+    centered -= means[:, None]
+    classes = _classes(centered)
+    del centered  # With one more array alive, malloc returns memory and asks for it again, for half of all time.
     steps = np.int32(1) << MEAN_SHIFTS[classes]
     multiples = np.rint(means.clip(-MAX_WIDE, MAX_WIDE) / steps).astype(np.int32)
     rests = integers - (multiples * steps)[:, None]
     is_beyond = _is_beyond(rests, 127)
-    is_wide = np.count_nonzero(is_beyond, axis=1) > MAX_ESCAPES * num_tokens
+    num_escapes = np.count_nonzero(is_beyond, axis=1)
+    is_wide = num_escapes > MAX_ESCAPES * num_tokens
     is_beyond[is_wide] = _is_beyond(rests[is_wide], MAX_WIDE)
-    beyond = np.flatnonzero(is_beyond)
+    beyond = np.flatnonzero(is_beyond) if num_escapes.any() else np.empty(0, np.intp)
     classes[is_wide] = WIDE
     order, counts = _order(classes)
     codes = rests.astype(np.int8)
     codes.flat[beyond] = ESCAPE
     wide = rests[is_wide]
     wide[is_beyond[is_wide]] = ESCAPE
-    parts = [classes, *_bytes_of(multiples), *np.split(codes[order], np.cumsum(counts)[:-1]), *_bytes_of(wide)]
+    of_classes = np.split(codes.take(order, axis=0), np.cumsum(counts)[:-1])
     compressor = zstandard.ZstdCompressor(compression_params=COMPRESSION)
-    frames = [compressor.compress(part.tobytes()) for part in parts]
+    parts = [classes, *_bytes_of(multiples), *of_classes, *_bytes_of(wide)]
+    frames = [compressor.compress(part) for part in parts]
     escaped = beyond.astype("<u4").tobytes() + integers.flat[beyond].astype("<i4").tobytes()
     return b"".join([HEAD.pack(len(beyond), num_channels, num_tokens, *map(len, frames)), escaped, *frames])
 
