@@ -76,8 +76,30 @@ class Planes:
         return Quantized(self.v_codes, self.v_scales, self.v_midpoints)
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """The planes of the chunks of a cache as they lie, each `[num_blocks, num_kv_heads, ...]`."""
+
+    k_codes: torch.Tensor
+    """[..., k_bytes] int8"""
+    v_codes: torch.Tensor
+    """[..., v_bytes] int8"""
+    k_params: tuple[torch.Tensor, ...]
+    """[..., block_size] bf16: scales, and below 8 bits midpoints"""
+    v_params: tuple[torch.Tensor, ...]
+
+
 class Codes(ABC):
-    """The trait of the codes of K or V: how many bits a code has, and where it lies."""
+    """The trait of the codes of K or V: how many bits a code has, and where it lies.
+
+    Whatever their bits, codes are first put into lines of 32 bytes, one byte each, which hold two steps of a dot
+    product for 16 outputs:
+
+        K lines  [block_size / 16, head_size / 2, 16 slots, 2 dims]
+        V lines  [head_size / 16, block_size / 2, 16 dims, 2 slots]
+
+    With 8 bits these are the plane.
+    """
 
     bits: int
 
@@ -90,33 +112,53 @@ class Codes(ABC):
         """Bytes of the V codes of a block."""
 
     @abstractmethod
-    def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
-        """Bytes `[..., k_bytes]` int8 of K codes `[..., block_size, head_size]`."""
+    def join_k(self, lines: torch.Tensor) -> torch.Tensor:
+        """Bytes `[..., k_bytes]` int8 of K lines `[..., block_size / 16, head_size / 2, 16, 2]` int8."""
 
     @abstractmethod
+    def split_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        """The inverse of `join_k`."""
+
+    @abstractmethod
+    def join_v(self, lines: torch.Tensor) -> torch.Tensor:
+        """Bytes `[..., v_bytes]` int8 of V lines `[..., head_size / 16, block_size / 2, 16, 2]` int8."""
+
+    @abstractmethod
+    def split_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        """The inverse of `join_v`."""
+
+    def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
+        """Bytes `[..., k_bytes]` int8 of K codes `[..., block_size, head_size]` int8."""
+        lines = codes.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 16))
+        return self.join_k(lines.transpose(-3, -2).contiguous())
+
     def unpack_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
         """The inverse of `pack_k`."""
+        return self.split_k(plane, block_size, head_size).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
-    @abstractmethod
     def pack_v(self, codes: torch.Tensor) -> torch.Tensor:
         """Bytes of V codes, as `pack_k`."""
+        lines = codes.unflatten(-1, (-1, 16)).unflatten(-3, (-1, 2))
+        return self.join_v(lines.movedim(-2, -4).transpose(-2, -1).contiguous())
 
-    @abstractmethod
     def unpack_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
         """The inverse of `pack_v`."""
+        lines = self.split_v(plane, block_size, head_size)
+        return lines.transpose(-2, -1).movedim(-4, -2).flatten(-2).flatten(-3, -2)
+
+    @property
+    def num_params(self) -> int:
+        """Scale, and below 8 bits midpoint, of a vector."""
+        return 1 if self.bits == 8 else 2
 
     @property
     def param_bytes(self) -> int:
-        """Bytes per slot of scales, and of midpoints below 8 bits."""
-        return SCALE_DTYPE.itemsize * (1 if self.bits == 8 else 2)
+        """Bytes per slot of those."""
+        return self.num_params * SCALE_DTYPE.itemsize
 
 
 class Int8Codes(Codes):
-    """One signed byte per code, interleaved in lines of 32 bytes: two steps of a dot product for 16 outputs.
-
-    K codes  [block_size / 16][head_size / 2][16 slots][2 dims]
-    V codes  [head_size / 16][block_size / 2][16 dims][2 slots]
-    """
+    """One signed byte per code."""
 
     bits = 8
 
@@ -125,31 +167,25 @@ class Int8Codes(Codes):
 
     v_bytes = k_bytes
 
-    def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
-        *lead, block_size, head_size = codes.shape
-        lines = codes.reshape(*lead, block_size // 16, 16, head_size // 2, 2).transpose(-3, -2)
-        return lines.reshape(*lead, block_size * head_size)
+    def join_k(self, lines: torch.Tensor) -> torch.Tensor:
+        return lines.flatten(-4)
 
-    def unpack_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
-        lead = plane.shape[:-1]
-        lines = plane.reshape(*lead, block_size // 16, head_size // 2, 16, 2).transpose(-3, -2)
-        return lines.reshape(*lead, block_size, head_size)
+    def split_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        return plane.unflatten(-1, (block_size // 16, head_size // 2, 16, 2))
 
-    def pack_v(self, codes: torch.Tensor) -> torch.Tensor:
-        *lead, block_size, head_size = codes.shape
-        lines = codes.reshape(*lead, block_size // 2, 2, head_size // 16, 16)
-        # [slots / 2][2 slots][dims / 16][16 dims] becomes [dims / 16][slots / 2][16 dims][2 slots].
-        return lines.movedim(-3, -1).transpose(-4, -3).reshape(*lead, block_size * head_size)
+    join_v = join_k
 
-    def unpack_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
-        lead = plane.shape[:-1]
-        lines = plane.reshape(*lead, head_size // 16, block_size // 2, 16, 2)
-        return lines.transpose(-4, -3).movedim(-1, -3).reshape(*lead, block_size, head_size)
+    def split_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        return plane.unflatten(-1, (head_size // 16, block_size // 2, 16, 2))
+
+
+K_RUN = 128
+"""Bytes of lines of 16 slots and 8 dims, which lie on top of those of the next 8 dims."""
 
 
 @dataclass(frozen=True)
 class BitPlane:
-    """4, 2 or 1 bits of every code: lines of `Int8Codes` on top of each other, as many as fit into a byte.
+    """4, 2 or 1 bits of every code: lines on top of each other, as many as fit into a byte.
 
     K  [block_size / 16][head_size / (8 fields)][8 dims / 2][16 slots][2 dims], field f: 8 dims on
     V  [head_size / (16 fields)][block_size / 2][16 dims][2 slots], field f: 16 dims on
@@ -169,57 +205,24 @@ class BitPlane:
     def v_bytes(self, block_size: int, head_size: int) -> int:
         return block_size * _round_up(head_size, 16 * self.num_fields) // self.num_fields
 
-    def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
-        """Bytes `[..., k_bytes]` uint8 of unsigned codes `[..., block_size, head_size]`."""
-        codes = _pad_dims(codes, 8 * self.num_fields)
-        *lead, block_size, head_size = codes.shape
-        shape = (block_size // 16, 16, head_size // (8 * self.num_fields), self.num_fields, 4, 2)
-        # [slots / 16][16 slots][groups][fields][4][2 dims] becomes [slots / 16][groups][4][16 slots][2 dims][fields].
-        lines = codes.reshape(*lead, *shape).movedim(-5, -2).movedim(-4, -1)
-        return self._join(lines).reshape(*lead, self.k_bytes(block_size, head_size))
+    def join(self, codes: torch.Tensor, run: int) -> torch.Tensor:
+        """Bytes of codes in the last dimension, uint8, of which every so many lie on top of the next so many."""
+        padding = -codes.shape[-1] % (run * self.num_fields)
+        fields = torch.nn.functional.pad(codes, (0, padding)).unflatten(-1, (-1, self.num_fields, run))
+        joined = torch.zeros_like(fields[..., 0, :])
+        for number, field in enumerate(fields.unbind(dim=-2)):
+            joined |= (field & (2**self.bits - 1)) << number * self.bits
+        return joined.flatten(-2)
 
-    def unpack_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
-        """The inverse of `pack_k`."""
-        lead, padded = plane.shape[:-1], _round_up(head_size, 8 * self.num_fields)
-        shape = (block_size // 16, padded // (8 * self.num_fields), 4, 16, 2)
-        lines = self._split(plane.reshape(*lead, *shape))
-        return lines.movedim(-1, -4).movedim(-2, -5).reshape(*lead, block_size, padded)[..., :head_size]
-
-    def pack_v(self, codes: torch.Tensor) -> torch.Tensor:
-        """Bytes of V codes, as `pack_k`."""
-        codes = _pad_dims(codes, 16 * self.num_fields)
-        *lead, block_size, head_size = codes.shape
-        shape = (block_size // 2, 2, head_size // (16 * self.num_fields), self.num_fields, 16)
-        # [slots / 2][2 slots][groups][fields][16 dims] becomes [groups][slots / 2][16 dims][2 slots][fields].
-        lines = codes.reshape(*lead, *shape).movedim(-4, -1).movedim(-3, -1).transpose(-5, -4)
-        return self._join(lines).reshape(*lead, self.v_bytes(block_size, head_size))
-
-    def unpack_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
-        """The inverse of `pack_v`."""
-        lead, padded = plane.shape[:-1], _round_up(head_size, 16 * self.num_fields)
-        shape = (padded // (16 * self.num_fields), block_size // 2, 16, 2)
-        lines = self._split(plane.reshape(*lead, *shape)).transpose(-5, -4).movedim(-1, -3).movedim(-1, -4)
-        return lines.reshape(*lead, block_size, padded)[..., :head_size]
-
-    def _shifts(self) -> torch.Tensor:
-        return self.bits * torch.arange(self.num_fields, dtype=torch.uint8)
-
-    def _join(self, fields: torch.Tensor) -> torch.Tensor:
-        """Bytes of fields in the last dimension."""
-        return (fields.to(torch.uint8) << self._shifts().to(fields.device)).sum(dim=-1).to(torch.uint8)
-
-    def _split(self, plane: torch.Tensor) -> torch.Tensor:
-        """The fields of bytes in a new last dimension."""
-        return plane.view(torch.uint8)[..., None] >> self._shifts().to(plane.device) & (2**self.bits - 1)
+    def split(self, plane: torch.Tensor, run: int) -> torch.Tensor:
+        """The inverse of `join`, with what was padded."""
+        fields = plane.view(torch.uint8).unflatten(-1, (-1, run))
+        parts = [fields >> number * self.bits & (2**self.bits - 1) for number in range(self.num_fields)]
+        return torch.stack(parts, dim=-2).flatten(-3)
 
 
 def _round_up(x: int, unit: int) -> int:
     return -(-x // unit) * unit
-
-
-def _pad_dims(codes: torch.Tensor, unit: int) -> torch.Tensor:
-    """Codes with dims of 0 up to the next multiple of `unit`."""
-    return torch.nn.functional.pad(codes, (0, _round_up(codes.shape[-1], unit) - codes.shape[-1]))
 
 
 class LowBitCodes(Codes):
@@ -235,29 +238,34 @@ class LowBitCodes(Codes):
     def v_bytes(self, block_size: int, head_size: int) -> int:
         return sum(plane.v_bytes(block_size, head_size) for plane in self.planes)
 
-    def pack_k(self, codes: torch.Tensor) -> torch.Tensor:
-        parts = [plane.pack_k(part) for plane, part in zip(self.planes, self._parts(codes), strict=True)]
+    def join_k(self, lines: torch.Tensor) -> torch.Tensor:
+        groups = lines.flatten(-3).view(torch.uint8)  # of 16 slots
+        parts = [plane.join(groups >> 4 * number, K_RUN).flatten(-2) for number, plane in enumerate(self.planes)]
         return torch.cat(parts, dim=-1).view(torch.int8)
 
-    def unpack_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
-        parts = plane.split([p.k_bytes(block_size, head_size) for p in self.planes], dim=-1)
-        return self._whole([p.unpack_k(x, block_size, head_size) for p, x in zip(self.planes, parts, strict=True)])
+    def split_k(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        sizes = [part.k_bytes(block_size, head_size) for part in self.planes]
+        groups = (own.unflatten(-1, (block_size // 16, -1)) for own in plane.split(sizes, dim=-1))
+        parts = [part.split(own, K_RUN)[..., : 16 * head_size] for part, own in zip(self.planes, groups, strict=True)]
+        return _whole(parts).unflatten(-1, (head_size // 2, 16, 2))
 
-    def pack_v(self, codes: torch.Tensor) -> torch.Tensor:
-        parts = [plane.pack_v(part) for plane, part in zip(self.planes, self._parts(codes), strict=True)]
+    def join_v(self, lines: torch.Tensor) -> torch.Tensor:
+        codes, run = lines.flatten(-4).view(torch.uint8), 32 * lines.shape[-3]
+        parts = [plane.join(codes >> 4 * number, run) for number, plane in enumerate(self.planes)]
         return torch.cat(parts, dim=-1).view(torch.int8)
 
-    def unpack_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
-        parts = plane.split([p.v_bytes(block_size, head_size) for p in self.planes], dim=-1)
-        return self._whole([p.unpack_v(x, block_size, head_size) for p, x in zip(self.planes, parts, strict=True)])
+    def split_v(self, plane: torch.Tensor, block_size: int, head_size: int) -> torch.Tensor:
+        split = plane.split([part.v_bytes(block_size, head_size) for part in self.planes], dim=-1)
+        parts = [
+            part.split(own, 16 * block_size)[..., : block_size * head_size]
+            for part, own in zip(self.planes, split, strict=True)
+        ]
+        return _whole(parts).unflatten(-1, (head_size // 16, block_size // 2, 16, 2))
 
-    def _parts(self, codes: torch.Tensor) -> list[torch.Tensor]:
-        """The bits of each plane."""
-        codes = codes.view(torch.uint8)
-        return [codes] if len(self.planes) == 1 else [codes & 15, codes >> 4]
 
-    def _whole(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return (parts[0] if len(parts) == 1 else parts[0] | parts[1] << 4).view(torch.int8)
+def _whole(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Codes of their lower four bits, and of those above if there are any."""
+    return (parts[0] if len(parts) == 1 else parts[0] | parts[1] << 4).view(torch.int8)
 
 
 CODES: dict[int, Codes] = {8: Int8Codes()} | {bits: LowBitCodes(bits) for bits in (6, 5, 4, 2)}
@@ -313,6 +321,24 @@ class CacheFormat:
                 return head_size
         raise ValueError(f"kv_cache holds {kv_cache.shape[3]} bytes per slot, which is {self.name} of no head size")
 
+    def split(self, kv_cache: torch.Tensor, head_size: int) -> Chunks:
+        """Take a cache apart into the planes of its chunks, without copies."""
+        block_size = kv_cache.shape[2]
+        k_codes, v_codes = CODES[self.k_bits], CODES[self.v_bits]
+        sizes = [k_codes.k_bytes(block_size, head_size), v_codes.v_bytes(block_size, head_size)]
+        sizes += [block_size * k_codes.param_bytes, block_size * v_codes.param_bytes]
+        k_plane, v_plane, *params = kv_cache.flatten(2).split(sizes, dim=-1)
+        vector = block_size * SCALE_DTYPE.itemsize
+        k_params, v_params = (tuple(x.contiguous().view(SCALE_DTYPE) for x in p.split(vector, dim=-1)) for p in params)
+        return Chunks(k_plane, v_plane, k_params, v_params)
+
+    def join(self, chunks: Chunks) -> torch.Tensor:
+        """Put planes together into a cache: the inverse of `split`."""
+        block_size = chunks.k_params[0].shape[-1]
+        params = (param.contiguous().view(torch.int8) for param in (*chunks.k_params, *chunks.v_params))
+        joined = torch.cat([chunks.k_codes, chunks.v_codes, *params], dim=-1)
+        return joined.unflatten(-1, (block_size, -1))
+
     def unpack(self, kv_cache: torch.Tensor, head_size: int | None = None) -> Planes:
         """Take a cache apart into its planes, undoing the interleaving.
 
@@ -320,33 +346,15 @@ class CacheFormat:
             head_size: needed where padding gives several head sizes the same number of bytes.
         """
         head_size = self.head_size_of(kv_cache) if head_size is None else head_size
-        num_blocks, num_kv_heads, block_size, content_bytes = kv_cache.shape
-        chunks = kv_cache.reshape(num_blocks, num_kv_heads, block_size * content_bytes)
-        k_codes, v_codes = CODES[self.k_bits], CODES[self.v_bits]
-        vector = block_size * SCALE_DTYPE.itemsize
-        sizes = [k_codes.k_bytes(block_size, head_size), v_codes.v_bytes(block_size, head_size)]
-        sizes += [block_size * k_codes.param_bytes, block_size * v_codes.param_bytes]
-        k_plane, v_plane, *params = chunks.split(sizes, dim=-1)
-        k_params, v_params = ([x.contiguous().view(SCALE_DTYPE) for x in p.split(vector, dim=-1)] for p in params)
-        return Planes(
-            k_codes.unpack_k(k_plane, block_size, head_size),
-            v_codes.unpack_v(v_plane, block_size, head_size),
-            k_params[0],
-            v_params[0],
-            k_params[1] if len(k_params) == 2 else None,
-            v_params[1] if len(v_params) == 2 else None,
-        )
+        block_size, chunks = kv_cache.shape[2], self.split(kv_cache, head_size)
+        keys = CODES[self.k_bits].unpack_k(chunks.k_codes, block_size, head_size)
+        values = CODES[self.v_bits].unpack_v(chunks.v_codes, block_size, head_size)
+        return Planes.of(Quantized(keys, *chunks.k_params), Quantized(values, *chunks.v_params))
 
     def pack(self, planes: Planes) -> torch.Tensor:
         """Put planes together into a cache: the inverse of `unpack`."""
-        num_blocks, num_kv_heads, block_size, head_size = planes.k_codes.shape
-        params = (planes.k_scales, planes.k_midpoints, planes.v_scales, planes.v_midpoints)
-        parts = [
-            CODES[self.k_bits].pack_k(planes.k_codes),
-            CODES[self.v_bits].pack_v(planes.v_codes),
-            *(param.contiguous().view(torch.int8) for param in params if param is not None),
-        ]
-        return torch.cat(parts, dim=-1).reshape(num_blocks, num_kv_heads, block_size, self.content_bytes(head_size))
+        keys, values = CODES[self.k_bits].pack_k(planes.k_codes), CODES[self.v_bits].pack_v(planes.v_codes)
+        return self.join(Chunks(keys, values, planes.keys.params, planes.values.params))
 
     def transform_values(self, value: torch.Tensor) -> torch.Tensor:
         """Values `[..., head_size]` as they are quantized, fp32."""

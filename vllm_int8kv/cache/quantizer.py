@@ -26,6 +26,11 @@ class Quantized:
     midpoints: torch.Tensor | None = None
     """[...] bf16, the middle between the ends of the vector; None with 8 bits, which are symmetric"""
 
+    @property
+    def params(self) -> tuple[torch.Tensor, ...]:
+        """What belongs to a vector besides its codes."""
+        return (self.scales,) if self.midpoints is None else (self.scales, self.midpoints)
+
     def dequantize(self, bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The vectors, but for the error of their quantization."""
         scales = self.scales.to(dtype)[..., None]

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 import zstandard
 
-from vllm_int8kv.cache.formats import CacheFormat, Planes
-from vllm_int8kv.cache.quantizer import SCALE_DTYPE, Quantized
+from vllm_int8kv.cache.formats import CODES, CacheFormat, Chunks
+from vllm_int8kv.cache.quantizer import SCALE_DTYPE
 from vllm_int8kv.store import entropy
 from vllm_int8kv.store.codecs import Codec, Exact, PageCodec, Payload, SplitCodec, read_integers, without_format
 from vllm_int8kv.store.files import BadFile
-from vllm_int8kv.store.pages import PagedLayer
 
 ONE = 0x3F80
 """The bits of 1.0 in bf16."""
@@ -81,53 +80,80 @@ class CompressedPages(SplitCodec):
         ]
 
     def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
-        channels: list[torch.Tensor] = []
+        blocks = np.empty((len(pages[0]), sum(self._widths), self._block_size), dtype=np.int16)
+        rows = iter(np.split(blocks, np.cumsum(self._widths)[:-1], axis=1))
         for layer, stored, own in zip(self._ours, self._formats, pages, strict=True):
-            rows = self._inner.encode_layer(layer, own)
-            planes = stored.unpack(rows.view(len(rows), *_lead(layer), -1), layer.head_size)
-            for side in (planes.keys, planes.values):
-                params = [_to_integers(param) for param in _params(side)]
-                channels += [side.codes.transpose(2, 3).flatten(1, 2).int(), *params]
-        return [entropy.encode(block) for block in torch.cat(channels, dim=1).numpy()]
+            encoded = self._inner.encode_layer(layer, own)
+            shape = (len(own), layer.num_kv_heads, layer.block_size, -1)
+            chunks = stored.split(encoded.view(torch.int8).reshape(shape), layer.head_size)
+            sizes = (layer.block_size, layer.head_size)
+            keys = CODES[stored.k_bits].split_k(chunks.k_codes, *sizes)
+            values = CODES[stored.v_bits].split_v(chunks.v_codes, *sizes)
+            for channels in (_k_channels(keys), *map(_to_integers, chunks.k_params)):
+                next(rows)[:] = channels
+            for channels in (_v_channels(values), *map(_to_integers, chunks.v_params)):
+                next(rows)[:] = channels
+        return [entropy.encode(block) for block in blocks]
 
     def decode_ours(self, payloads: Sequence[memoryview]) -> tuple[Iterable[torch.Tensor], Sequence[memoryview]]:
         num_channels = sum(self._widths)
         integers, rests = zip(
             *(read_integers(payload, num_channels, self._block_size) for payload in payloads), strict=True
         )
-        channels = iter(torch.from_numpy(np.stack(integers)).split(self._widths, dim=1))
+        rows = iter(np.split(np.stack(integers), np.cumsum(self._widths)[:-1], axis=1))
         pages = []
         for layer, stored in zip(self._ours, self._formats, strict=True):
-            sides = []
-            for has_midpoints in (stored.k_bits < 8, stored.v_bits < 8):
-                codes = next(channels).to(torch.int8).view(-1, layer.num_kv_heads, layer.head_size, self._block_size)
-                params = [_from_integers(next(channels)) for _ in range(1 + has_midpoints)]
-                sides.append(Quantized(codes.transpose(2, 3), *params))
-            rows = stored.pack(Planes.of(*sides)).flatten(1).view(torch.uint8)
-            pages.append(self._inner.decode_layer(layer, rows))
+            k_codes, v_codes = CODES[stored.k_bits], CODES[stored.v_bits]
+            keys = k_codes.join_k(_k_lines(next(rows), layer.num_kv_heads))
+            k_params = tuple(_from_integers(next(rows)) for _ in range(k_codes.num_params))
+            values = v_codes.join_v(_v_lines(next(rows), layer.num_kv_heads))
+            v_params = tuple(_from_integers(next(rows)) for _ in range(v_codes.num_params))
+            cache = stored.join(Chunks(keys, values, k_params, v_params))
+            pages.append(self._inner.decode_layer(layer, cache.flatten(1).view(torch.uint8)))
         return pages, rests
-
-
-def _lead(layer: PagedLayer) -> tuple[int, int]:
-    return layer.num_kv_heads, layer.block_size
 
 
 def _widths(stored: CacheFormat, head_size: int) -> list[int]:
     """Integers of a (token, KV head) pair, in the order of their channels."""
-    return [width for bits in (stored.k_bits, stored.v_bits) for width in (head_size, *[1] * (1 if bits == 8 else 2))]
+    return [w for bits in (stored.k_bits, stored.v_bits) for w in (head_size, *[1] * CODES[bits].num_params)]
 
 
-def _params(side: Quantized) -> list[torch.Tensor]:
-    return [side.scales] if side.midpoints is None else [side.scales, side.midpoints]
+# NumPy permutes bytes three times as fast as PyTorch.
 
 
-def _to_integers(params: torch.Tensor) -> torch.Tensor:
-    """The bits of bf16 as int32 that are near for numbers of like magnitude: the sign is the last of them, 1.0 is 0."""
-    bits = params.contiguous().view(torch.int16).int() & 0xFFFF
-    return ((bits & 0x7FFF) << 1 | bits >> 15) - 2 * ONE
+def _k_channels(lines: torch.Tensor) -> np.ndarray:
+    """Channels `[num_blocks, num_kv_heads * head_size, block_size]` of K lines."""
+    channels = lines.numpy().transpose(0, 1, 3, 5, 2, 4)
+    return channels.reshape(len(lines), -1, channels.shape[4] * 16)
 
 
-def _from_integers(integers: torch.Tensor) -> torch.Tensor:
+def _k_lines(channels: np.ndarray, num_kv_heads: int) -> torch.Tensor:
+    """The inverse of `_k_channels`."""
+    num_blocks, _, block_size = channels.shape
+    by_group = channels.astype(np.int8).reshape(num_blocks, num_kv_heads, -1, 2, block_size // 16, 16)
+    return torch.from_numpy(np.ascontiguousarray(by_group.transpose(0, 1, 4, 2, 5, 3)))
+
+
+def _v_channels(lines: torch.Tensor) -> np.ndarray:
+    """As `_k_channels`, of V lines, where two slots of a channel lie side by side."""
+    pairs = lines.numpy().view(np.int16)[..., 0].swapaxes(3, 4)
+    return np.ascontiguousarray(pairs).view(np.int8).reshape(len(lines), -1, 2 * pairs.shape[4])
+
+
+def _v_lines(channels: np.ndarray, num_kv_heads: int) -> torch.Tensor:
+    """The inverse of `_v_channels`."""
+    pairs = channels.astype(np.int8).view(np.int16).reshape(len(channels), num_kv_heads, -1, 16, channels.shape[2] // 2)
+    lines = np.ascontiguousarray(pairs.swapaxes(3, 4))
+    return torch.from_numpy(lines.view(np.int8).reshape(*lines.shape, 2))
+
+
+def _to_integers(params: torch.Tensor) -> np.ndarray:
+    """The bits of bf16 as integers that are near for like magnitudes: the sign is the last of them, and 1.0 is 0."""
+    bits = params.view(torch.int16).numpy().view(np.uint16)
+    return (bits << 1 | bits >> 15) - np.uint16(2 * ONE)
+
+
+def _from_integers(integers: np.ndarray) -> torch.Tensor:
     """The inverse of `_to_integers`."""
-    bits = integers.int() + 2 * ONE
-    return (bits >> 1 | (bits & 1) << 15).to(torch.int16).view(SCALE_DTYPE)
+    bits = integers.astype(np.uint16) + np.uint16(2 * ONE)
+    return torch.from_numpy((bits >> 1 | bits << 15).view(np.int16)).view(SCALE_DTYPE)

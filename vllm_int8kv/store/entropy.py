@@ -41,7 +41,7 @@ ERRORS = (zstandard.ZstdError, struct.error, ValueError, IndexError)
 
 
 def encode(integers: np.ndarray) -> bytes:
-    """Bytes of integers `[num_channels, num_tokens]` int32."""
+    """Bytes of integers `[num_channels, num_tokens]` of up to 32 bits."""
     num_channels, num_tokens = integers.shape
     centered = integers.astype(np.float32)
     means = centered.mean(axis=1)

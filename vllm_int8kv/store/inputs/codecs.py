@@ -157,10 +157,9 @@ class QuantizedInputs(PredictedInputs):
 
     def _pack(self, quantized: Quantized, bits: int) -> torch.Tensor:
         """Bytes of blocks of `[num_blocks, tokens, groups, channels]`."""
-        params = [quantized.scales] if quantized.midpoints is None else [quantized.scales, quantized.midpoints]
         parts = [
             CODES[bits].pack_v(quantized.codes.transpose(1, 2)),
-            *(p.contiguous().view(torch.int8) for p in params),
+            *(p.contiguous().view(torch.int8) for p in quantized.params),
         ]
         return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
 
