@@ -83,7 +83,7 @@ class CompressedPages(SplitCodec):
         blocks = np.empty((len(pages[0]), sum(self._widths), self._block_size), dtype=np.int16)
         rows = iter(np.split(blocks, np.cumsum(self._widths)[:-1], axis=1))
         for layer, stored, own in zip(self._ours, self._formats, pages, strict=True):
-            encoded = self._inner.encode_layer(layer, own)
+            encoded = self._inner.encode_layer(layer, own).cpu()
             shape = (len(own), layer.num_kv_heads, layer.block_size, -1)
             chunks = stored.split(encoded.view(torch.int8).reshape(shape), layer.head_size)
             sizes = (layer.block_size, layer.head_size)
