@@ -22,6 +22,12 @@ constexpr bool kHoldsWarp =
     kRowTiles > 1 || !TileBuffers<F>::kHasMidpoints;
 #endif
 
+// The same of addresses that follow from the number of a lane. If they were held where V alone lies
+// in two planes, one register would spill on SM90.
+template <typename F, int kRowTiles>
+constexpr bool kHoldsLane =
+    kHoldsWarp<F, kRowTiles> || F::K::kHasMidpoint || !VSpans<typename F::V>::kHasHigh;
+
 // One work item. With kSimple the head size is kSpans * 64 and scores are neither capped nor
 // biased, as in most models.
 template <typename F, int kSpans, int kRowTiles, bool kSimple>
@@ -415,7 +421,8 @@ class MmaItem {
   }
 
   const AttentionParams& p;
-  const int lane = threadIdx.x % 32;
+  const int lane =
+      (kHoldsLane<F, kRowTiles> ? threadIdx.x : static_cast<unsigned>(opaque(threadIdx.x))) % 32;
   const int warp = kHoldsWarp<F, kRowTiles> ? threadIdx.x / 32 : opaque(threadIdx.x / 32);
   Stream stream;
   int32_t first_tile;  // of this warp
