@@ -22,11 +22,12 @@ constexpr bool kHoldsWarp =
     kRowTiles > 1 || !TileBuffers<F>::kHasMidpoints;
 #endif
 
-// The same of addresses that follow from the number of a lane. If they were held where V alone lies
-// in two planes, one register would spill on SM90.
+// The same of addresses that follow from the number of a lane. If they were held, a register would
+// spill on SM90 with k8v5 and k8v6, whose V alone lies in two planes, and with k2v4.
 template <typename F, int kRowTiles>
 constexpr bool kHoldsLane =
-    kHoldsWarp<F, kRowTiles> || F::K::kHasMidpoint || !VSpans<typename F::V>::kHasHigh;
+    kHoldsWarp<F, kRowTiles> ||
+    !(F::K::kBits == 8 ? VSpans<typename F::V>::kHasHigh : F::K::kBits == 2 && F::V::kBits == 4);
 
 // One work item. With kSimple the head size is kSpans * 64 and scores are neither capped nor
 // biased, as in most models.
