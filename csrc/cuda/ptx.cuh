@@ -26,6 +26,20 @@ INT8KV_DEVICE float shuffle(float x, int lane) { return __shfl_sync(kAllLanes, x
 INT8KV_DEVICE int32_t shuffle_up(int32_t x, int delta) {
   return __shfl_up_sync(kAllLanes, x, delta);
 }
+// x, plus that of the lane `delta` below, if there is one: the shuffle says so, and nothing is to
+// be compared.
+INT8KV_DEVICE int32_t add_shuffled_up(int32_t x, int delta) {
+  int32_t sum;
+  asm volatile(
+      "{\n"
+      ".reg .pred exists;\n"
+      "shfl.sync.up.b32 %0|exists, %1, %2, 0, 0xffffffff;\n"
+      "@exists add.s32 %0, %0, %1;\n"
+      "}"
+      : "=&r"(sum)
+      : "r"(x), "r"(delta));
+  return sum;
+}
 INT8KV_DEVICE uint32_t ballot(bool claim) { return __ballot_sync(kAllLanes, claim); }
 // For how many threads of the block a claim holds; a barrier.
 INT8KV_DEVICE int count_threads(bool claim) { return __syncthreads_count(claim); }

@@ -271,6 +271,10 @@ inline int32_t shuffle_up(int32_t x, int delta) {
       static_cast<uint32_t>(x), [=](int lane) { return lane < delta ? lane : lane - delta; },
       &kind));
 }
+inline int32_t add_shuffled_up(int32_t x, int delta) {
+  const int32_t below = shuffle_up(x, delta);
+  return static_cast<int>(threadIdx.x % emulation::kWarp) < delta ? x : x + below;
+}
 inline uint32_t ballot(bool claim) {
   static const char kind = 0;
   uint32_t out[1];

@@ -133,7 +133,7 @@ INT8KV_DEVICE void merge_if_last(const AttentionParams& p, const StoredItem& sto
   };
   const auto group_count = [&] { return min(splits.group_size(), splits.count - group_begin()); };
   if (threadIdx.x == 0) {
-    const int64_t end = stored.shares.begin(block + 1) - stored.left;  // of the item's work tiles
+    const int64_t end = stored.shares.end(block) - stored.left;  // of the item's work tiles
     const int32_t first_block = stored.shares.block_of(end - stored.num_tiles);
     splits = {first_block, stored.shares.block_of(end - 1) - first_block + 1};
     const int32_t begin = group_begin();

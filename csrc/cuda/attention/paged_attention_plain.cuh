@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 
     // Load the query.
     HeadVector<kMaxPairs> query =
-        load_query<kMaxPairs>(p, token, query_of.head, item.kv_head, lane);
+        load_query<kMaxPairs>(p, token, query_of.head, item.kv_head, p.cache.head_size, lane);
     for_each_pair(query, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
       q[2 * pair] = x[0];
       q[2 * pair + 1] = x[1];

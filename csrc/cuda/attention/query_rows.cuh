@@ -35,7 +35,7 @@ INT8KV_DEVICE TileRanges tile_ranges(const AttentionParams& p, const WorkItem& i
   const QueryRow first = query_row(p, item, rows_per_tile, 0);
   const QueryRow last = query_row(p, item, rows_per_tile, rows_per_tile - 1);
   const int32_t before = item.seq_len - item.query_len;
-  const int32_t last_query = last.exists ? last.query : item.query_len - 1;
+  const int32_t last_query = min(last.query, item.query_len - 1);
   return {visible_keys(p, before + first.query, item.seq_len),
           visible_keys(p, before + last_query, item.seq_len)};
 }
@@ -62,8 +62,7 @@ INT8KV_DEVICE KeyRange keys_all_see(const AttentionParams& p, const WorkItem& it
 // A query row as the scores use it: equalized and rotated, fp32.
 template <int kPairs>
 __device__ HeadVector<kPairs> load_query(const AttentionParams& p, int64_t token, int head,
-                                         int kv_head, int lane) {
-  const int head_size = p.cache.head_size;
+                                         int kv_head, int head_size, int lane) {
   const int64_t offset = token * p.query_token_stride + head * p.query_head_stride;
   HeadVector<kPairs> query = load_head<kPairs>(p.query, offset, p.dtype, head_size, lane);
   transform_query(query, p.key_transform, kv_head, head_size, lane);

@@ -21,10 +21,7 @@ INT8KV_DEVICE int64_t warp_prefix_sum(int64_t x, int lane) {
   if (ballot(x >> 26 != 0) == 0) {
     auto sum = static_cast<int32_t>(x);
 #pragma unroll
-    for (int delta = 1; delta < 32; delta *= 2) {
-      const int32_t before = shuffle_up(sum, delta);
-      if (lane >= delta) sum += before;
-    }
+    for (int delta = 1; delta < 32; delta *= 2) sum = add_shuffled_up(sum, delta);
     return sum;
   }
 #pragma unroll
@@ -60,7 +57,8 @@ struct WorkSums {
   int64_t* work_end;    // [kAttentionThreads], work tiles up to the end of each sequence
   int64_t* warp_total;  // [kAttentionWarps]
 
-  // Sums up the sequences from `first_seq` on and returns the work of all 128.
+  // Sums up the sequences from `first_seq` on and returns the work of all 128. After a barrier, if
+  // there were sums before.
   INT8KV_DEVICE int64_t sum_from(int32_t first_seq) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int32_t own = first_seq + threadIdx.x;
@@ -68,7 +66,6 @@ struct WorkSums {
                       ? load_sequence(p, own, rows_per_tile).work.total(p.cache.num_kv_heads)
                       : 0;
     sum = warp_prefix_sum(sum, lane);
-    if (p.num_seqs > kAttentionThreads) __syncthreads();  // the sums before have been read
     if (lane == 31) warp_total[warp] = sum;
     __syncthreads();
 #pragma unroll
@@ -144,8 +141,12 @@ __device__ void for_each_work_item(const AttentionParams& p, int rows_per_tile, 
   if (is_one) {
     total = load_sequence(p, 0, rows_per_tile).work.total(p.cache.num_kv_heads);
   } else {
-    for (int32_t first = 0; first < p.num_seqs; first += kAttentionThreads) {
-      total += sums.sum_from(first);
+    // The first 128 sequences come last, so that it is their sums that are left.
+    for (uint32_t stretch = (static_cast<uint32_t>(p.num_seqs) - 1) / kAttentionThreads;;
+         --stretch) {
+      total += sums.sum_from(stretch * kAttentionThreads);
+      if (stretch == 0) break;
+      __syncthreads();  // the sums have been read
     }
   }
   const auto block = static_cast<int32_t>(blockIdx.x);
@@ -153,8 +154,8 @@ __device__ void for_each_work_item(const AttentionParams& p, int rows_per_tile, 
   int64_t next = shares.begin(block);  // counted from sequence `first`
   int32_t left = shares.length_of(block, next);
   if (threadIdx.x == 0) stored.shares = shares;
-  for (int32_t first = 0; first < p.num_seqs && left > 0; first += kAttentionThreads) {
-    if (are_many) sums.sum_from(first);
+  int32_t first = 0;
+  while (left > 0) {
     while (left > 0 && (!are_many || next < sums.total())) {
       const int index = is_one ? 0 : sums.find_sequence(next);
       const int64_t begin = index == 0 ? 0 : work_end[index - 1];
@@ -176,7 +177,12 @@ __device__ void for_each_work_item(const AttentionParams& p, int rows_per_tile, 
       first = stored.first_seq;
       if (is_one && left > 0) __syncthreads();  // all have read it; find_sequence() has a barrier
     }
-    if (are_many) next -= sums.total();
+    if (are_many && left > 0) {
+      next -= sums.total();
+      first += kAttentionThreads;
+      __syncthreads();  // the sums have been read
+      sums.sum_from(first);
+    }
   }
 }
 

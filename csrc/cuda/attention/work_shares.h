@@ -34,7 +34,7 @@ constexpr int kItemCost = 4;  // tiles that take as long as what is done once pe
 // The items of one sequence. Each has at least one tile of keys, even where its rows see no key:
 // they are to be written all the same.
 struct SequenceWork {
-  int32_t row_tiles;
+  int32_t row_tiles;   // 0 where a step has no query of the sequence, and the rest means nothing
   int32_t first_tile;  // of the keys
   int32_t num_tiles;   // of each item
 
@@ -48,8 +48,7 @@ struct SequenceWork {
 
 INT8KV_HD SequenceWork sequence_work(const AttentionParams& p, int32_t query_len, int32_t seq_len,
                                      int32_t rows_per_tile) {
-  if (query_len <= 0) return {0, 0, 0};
-  const auto rows = static_cast<uint32_t>(query_len * p.queries_per_kv.value);
+  const auto rows = static_cast<uint32_t>((query_len > 0 ? query_len : 0) * p.queries_per_kv.value);
   const auto tile = static_cast<uint32_t>(rows_per_tile);
   const auto row_tiles = static_cast<int32_t>((rows + tile - 1) / tile);
   const int32_t first_tile = tile_of(visible_keys(p, seq_len - query_len, seq_len).begin);
@@ -64,8 +63,8 @@ INT8KV_HD int32_t row_tile_of(int32_t index, int32_t row_tiles) {
 }
 
 // a / b of positive numbers; 64-bit division takes a GPU a hundred instructions.
-INT8KV_HD int64_t divide_positive(int64_t a, int64_t b) {
-  if (a >> 32 == 0 && b >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+INT8KV_HD int64_t divide_positive(int64_t a, int32_t b) {
+  if (a >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
 }
 
@@ -76,14 +75,18 @@ struct WorkShares {
   int32_t length;
   int32_t longer;
 
+  // A share without work begins behind the last work tile, by less than kMinShare tiles per block.
   INT8KV_HD int64_t begin(int32_t block) const {
-    const int64_t tile = int64_t{length} * block + (block < longer ? block : longer);
-    return tile < total ? tile : total;
+    return int64_t{length} * block + (block < longer ? block : longer);
   }
-  // Of the share that begins there.
+  // Of the share that begins there; not positive where it is without work.
   INT8KV_HD int32_t length_of(int32_t block, int64_t begin) const {
     const int32_t most = length + (block < longer);
     return total - begin < most ? static_cast<int32_t>(total - begin) : most;
+  }
+  // Of a share with work.
+  INT8KV_HD int64_t end(int32_t block) const {
+    return begin(block) + length_of(block, begin(block));
   }
   // The block whose share has a work tile.
   INT8KV_HD int32_t block_of(int64_t tile) const {

@@ -201,6 +201,14 @@ def test_more_sequences_than_threads(kernels):
         check(kernels, batch, num_blocks, softmax_scale=0.125)
 
 
+def test_sequences_without_queries(kernels):
+    """As the padding of a CUDA graph is: the second 128 of 300 sequences have no work, others next to some that do."""
+    lens = [(0 if 128 <= i < 256 or i % 7 == 3 else 1, i % 90) for i in range(300)]
+    batch = hostile.make_batch(lens, num_heads=2, num_kv_heads=1, dtype=torch.float16)
+    for num_blocks in BLOCKS:
+        check(kernels, batch, num_blocks, softmax_scale=0.125)
+
+
 def test_v_scales_of_every_magnitude(kernels):
     batch = hostile.make_batch([(1, 200)], dtype=torch.float16)
     batch.values[0].mul_(10.0 ** torch.linspace(-6, 3, 200)[:, None, None])

@@ -52,6 +52,13 @@ struct CodeStream {
   const int8_t* k_source = nullptr;
   const int8_t* v_source = nullptr;
 
+  // The cache, its head size a constant where the kernel has one: with k8v8 on SM90 the kernel is 7
+  // % smaller for that.
+  INT8KV_DEVICE KVCache sized_cache() const {
+    KVCache cache = p.cache;
+    if constexpr (kWholeSpans) cache.head_size = kSpans * kSpanDims;
+    return cache;
+  }
   INT8KV_DEVICE int32_t tile_end() const { return end_tile_of(keys.end); }
 
   INT8KV_DEVICE void fetch_block() {
@@ -61,16 +68,18 @@ struct CodeStream {
       const int32_t index = p.block_size.divide(key);
       slot_group = static_cast<int32_t>(static_cast<uint32_t>(key - index * p.block_size.value) /
                                         kSlotGroup);
-      block = block_table[index];
+      block = block_table[static_cast<uint32_t>(index)];
     }
   }
 
   INT8KV_DEVICE void start_tile() {
-    const KVCache& cache = p.cache;
-    const int8_t* chunk = cache.chunk(block, kv_head);
+    const KVCache cache = sized_cache();
+    // All of these numbers are positive. As signed ones they would have upper halves to be computed
+    // and multiplied: 18 instructions more until the first copy.
+    const int8_t* chunk = cache.chunk(static_cast<uint32_t>(block), static_cast<uint32_t>(kv_head));
     const int32_t slot = slot_group * kSlotGroup;
-    k_source = chunk + cache.k_code<F>(slot, 0) + copy_byte(lane);
-    v_source = chunk + cache.v_code<F>(slot, 0) + copy_byte(lane);
+    k_source = chunk + static_cast<uint32_t>(cache.k_code<F>(slot, 0) + copy_byte(lane));
+    v_source = chunk + static_cast<uint32_t>(cache.v_code<F>(slot, 0) + copy_byte(lane));
     // A slot group has two vectors of K scales and two of V scales, for the first four of its eight
     // lanes, and as many of midpoints, for the last four.
     static_assert(F::K::kScaleBytes * kSlotGroup == 2 * kVectorBytes &&
@@ -82,7 +91,7 @@ struct CodeStream {
       copy_async_16(scales + scale_buffer * Buffers::kScaleBytes + buffer +
                         (is_value ? Buffers::kKScaleBytes : 0) +
                         copy_group(lane) * 2 * kVectorBytes + vector,
-                    chunk + first + source + vector);
+                    chunk + static_cast<uint32_t>(first + source + vector));
     };
     if (is_seen && lane % 8 < 4) copy_params(0, 0);
     if constexpr (Buffers::kHasMidpoints) {
@@ -100,16 +109,16 @@ struct CodeStream {
 #pragma unroll
     for (int i = 0; i < TileSpan::kVectors; ++i) {
       const int dim = span * kSpanDims + TileSpan::copy_dim(i);
-      if (!kWholeSpans && dim >= p.cache.head_size) continue;
+      if (!kWholeSpans && dim >= sized_cache().head_size) continue;
       copy_async_16(target + TileSpan::lane_target(lane) + TileSpan::copy_target(i),
-                    source + TileSpan::copy_source(p.cache, span, i));
+                    source + TileSpan::copy_source(sized_cache(), span, i));
     }
   }
   template <typename Spans>
   INT8KV_DEVICE void copy_codes(const int8_t* source, int span, unsigned char* target) {
     copy_plane<typename Spans::Low>(source, span, target);
     if constexpr (Spans::kHasHigh) {
-      const int8_t* high = source + Spans::to_high(p.cache, slot_group);
+      const int8_t* high = source + Spans::to_high(sized_cache(), slot_group);
       copy_plane<typename Spans::High>(high, span, target + Spans::Low::kBytes);
     }
   }

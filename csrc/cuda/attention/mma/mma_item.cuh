@@ -22,6 +22,13 @@ constexpr bool kHoldsWarp =
     kRowTiles > 1 || !TileBuffers<F>::kHasMidpoints;
 #endif
 
+// The same of addresses that follow from the number of a lane. If they were held, a register would
+// spill on SM90 with k8v5 and k8v6, whose V alone lies in two planes, and with k2v4.
+template <typename F, int kRowTiles>
+constexpr bool kHoldsLane =
+    kHoldsWarp<F, kRowTiles> ||
+    !(F::K::kBits == 8 ? VSpans<typename F::V>::kHasHigh : F::K::kBits == 2 && F::V::kBits == 4);
+
 // One work item. With kSimple the head size is kSpans * 64 and scores are neither capped nor
 // biased, as in most models.
 template <typename F, int kSpans, int kRowTiles, bool kSimple>
@@ -41,13 +48,14 @@ class MmaItem {
   // Starts the first copies.
   __device__ MmaItem(const AttentionParams& params, const WorkItem& work_item)
       : p(params),
-        stream{params,
-               params.block_table + work_item.seq * params.block_table_stride,
-               work_item.kv_head,
-               split_keys(params, work_item, kRows),
-               lane,
-               dynamic_shared() + warp * Layout::kRingBytes,
-               dynamic_shared() + Layout::kScales + warp * Layout::kScaleBytes} {
+        stream{
+            params,
+            params.block_table + static_cast<uint32_t>(work_item.seq) * params.block_table_stride,
+            work_item.kv_head,
+            split_keys(params, work_item, kRows),
+            lane,
+            dynamic_shared() + warp * Layout::kRingBytes,
+            dynamic_shared() + Layout::kScales + warp * Layout::kScaleBytes} {
     // Tile n belongs to warp n % 4, wherever the split begins.
     const int32_t tile_begin = tile_of(stream.keys.begin);
     first_tile = tile_begin + ((warp - tile_begin) & (kAttentionWarps - 1));
@@ -66,7 +74,7 @@ class MmaItem {
 
   // Writes the query operands and TileRows; the caller synchronizes.
   __device__ void load_queries(const WorkItem& item) {
-    int8kv::load_queries<F, kSpans, kRowTiles>(p, item, query, *rows, query_sums());
+    int8kv::load_queries<F, kSpans, kRowTiles>(p, item, head_size(), query, *rows, query_sums());
   }
 
   __device__ void attend() {
@@ -146,9 +154,11 @@ class MmaItem {
   }
 
   // Merges the warps and writes the rows of `item`, which need not stay in registers until then.
-  __device__ void store(const WorkItem& item) { store_rows<Layout>(p, item, *states); }
+  __device__ void store(const WorkItem& item) { store_rows<Layout>(p, item, head_size(), *states); }
 
  private:
+  INT8KV_DEVICE int head_size() const { return stream.sized_cache().head_size; }
+
   // The query row of a lane's column c of the scores and the output.
   INT8KV_DEVICE int column_row(int c) const { return c / 2 * 8 + lane % 4 * 2 + c % 2; }
 
@@ -173,7 +183,7 @@ class MmaItem {
     const int ahead = kParts > 1 ? span : 0;
 #pragma unroll
     for (int step = 0; step < kSpanDims / 16; ++step) {
-      if (!kSimple && span * kSpanDims + step * 16 >= p.cache.head_size) break;
+      if (!kSimple && span * kSpanDims + step * 16 >= head_size()) break;
       const auto codes = stream.k_codes(step, ahead);
       uint4 q[kPartTiles];
 #pragma unroll
@@ -196,7 +206,7 @@ class MmaItem {
   }
 
   __device__ void multiply_values(int span, const Weights& weights) {
-    if (!kSimple && span * kSpanDims >= p.cache.head_size) return;
+    if (!kSimple && span * kSpanDims >= head_size()) return;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const auto codes = stream.v_codes(span, w);
@@ -412,7 +422,8 @@ class MmaItem {
   }
 
   const AttentionParams& p;
-  const int lane = threadIdx.x % 32;
+  const int lane =
+      (kHoldsLane<F, kRowTiles> ? threadIdx.x : static_cast<unsigned>(opaque(threadIdx.x))) % 32;
   const int warp = kHoldsWarp<F, kRowTiles> ? threadIdx.x / 32 : opaque(threadIdx.x / 32);
   Stream stream;
   int32_t first_tile;  // of this warp

@@ -10,10 +10,14 @@ namespace int8kv {
 // `query`, and what else is to be known of them in `rows`; where keys have midpoints, twice the sum
 // of their elements in `sums`.
 template <typename F, int kSpans, int kRowTiles>
-__device__ void load_queries(const AttentionParams& p, const WorkItem& item, uint32_t* query,
-                             TileRows<8 * kRowTiles>& rows, [[maybe_unused]] float* sums) {
+__device__ void load_queries(const AttentionParams& p, const WorkItem& item, int head_size,
+                             uint32_t* query, TileRows<8 * kRowTiles>& rows,
+                             [[maybe_unused]] float* sums) {
   constexpr int kRows = 8 * kRowTiles;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Opaque, so that the addresses that follow from it are computed here, behind the first copies,
+  // and not ahead of the first item and held from then on: up to 12 instructions and 11 registers.
+  const unsigned thread = opaque(threadIdx.x);
+  const int lane = thread % 32, warp = thread / 32;
   if (threadIdx.x == 0) rows.seen_by_all = keys_all_see(p, item, kRows);
   for (int r = warp; r < kRows; r += kAttentionWarps) {
     const QueryRow row = query_row(p, item, kRows, r);
@@ -21,13 +25,13 @@ __device__ void load_queries(const AttentionParams& p, const WorkItem& item, uin
     float to_half = 1.0f;
     if (row.exists) {
       values = load_query<kSpans>(p, int64_t{item.query_begin} + row.query, row.head, item.kv_head,
-                                  lane);
+                                  head_size, lane);
       // Scale the largest element to [2^8, 2^9): the second term is then normal where it matters.
       const int exponent = static_cast<int>(float_bits(warp_amax(values)) >> 23);
       to_half = power_of_two(min(max(127 + 8 + 127 - exponent, 1), 254));
     }
     [[maybe_unused]] float sum = 0.0f;
-    for_each_pair(values, p.cache.head_size, lane, [&](int pair, float (&x)[2]) {
+    for_each_pair(values, head_size, lane, [&](int pair, float (&x)[2]) {
       const float x0 = x[0] * to_half, x1 = x[1] * to_half;
       const uint32_t high = pack_half2(x0, x1);
       query[query_word(kRowTiles, r, pair, 0)] = high;
@@ -58,11 +62,11 @@ __device__ void load_queries(const AttentionParams& p, const WorkItem& item, uin
 // are rotated back, those of a split too: the merge is a sum, to which the rotation does not
 // matter.
 template <typename Layout>
-__device__ void store_rows(const AttentionParams& p, const WorkItem& item,
+__device__ void store_rows(const AttentionParams& p, const WorkItem& item, int head_size,
                            const WarpStates<Layout::kRows>& states) {
   using Format = typename Layout::Format;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int head_size = p.cache.head_size;
+  const unsigned thread = opaque(threadIdx.x);  // as in load_queries()
+  const int lane = thread % 32, warp = thread / 32;
   for (int r = warp; r < Layout::kRows; r += kAttentionWarps) {
     const QueryRow row = query_row(p, item, Layout::kRows, r);
     if (!row.exists) continue;
