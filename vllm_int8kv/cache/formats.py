@@ -199,6 +199,10 @@ class BitPlane:
     def num_fields(self) -> int:
         return 8 // self.bits
 
+    @property
+    def mask(self) -> int:
+        return 2**self.bits - 1
+
     def k_bytes(self, block_size: int, head_size: int) -> int:
         return block_size * _round_up(head_size, 8 * self.num_fields) // self.num_fields
 
@@ -207,17 +211,18 @@ class BitPlane:
 
     def join(self, codes: torch.Tensor, run: int) -> torch.Tensor:
         """Bytes of codes in the last dimension, uint8, of which every so many lie on top of the next so many."""
-        padding = -codes.shape[-1] % (run * self.num_fields)
-        fields = torch.nn.functional.pad(codes, (0, padding)).unflatten(-1, (-1, self.num_fields, run))
-        joined = torch.zeros_like(fields[..., 0, :])
-        for number, field in enumerate(fields.unbind(dim=-2)):
-            joined |= (field & (2**self.bits - 1)) << number * self.bits
+        if padding := -codes.shape[-1] % (run * self.num_fields):
+            codes = torch.nn.functional.pad(codes, (0, padding))
+        first, *others = codes.unflatten(-1, (-1, self.num_fields, run)).unbind(dim=-2)
+        joined = first & self.mask
+        for number, field in enumerate(others, start=1):
+            joined |= (field & self.mask) << number * self.bits
         return joined.flatten(-2)
 
     def split(self, plane: torch.Tensor, run: int) -> torch.Tensor:
         """The inverse of `join`, with what was padded."""
         fields = plane.view(torch.uint8).unflatten(-1, (-1, run))
-        parts = [fields >> number * self.bits & (2**self.bits - 1) for number in range(self.num_fields)]
+        parts = [fields >> number * self.bits & self.mask for number in range(self.num_fields)]
         return torch.stack(parts, dim=-2).flatten(-3)
 
 
