@@ -18,9 +18,9 @@ from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, touch
 
 BATCH_BYTES = 8 << 20
-"""Of the cache that are decoded together. With much less, operators would spend most of their time on being called; with
-more, they work on memory that nobody has used yet: 32 blocks of 1.1 MB took the first batch of an engine ten times as
-long as the next ones."""
+"""Of the cache that are decoded together. With much less, operators would spend most of their time on being called;
+with more, they work on memory that nobody has used yet: 32 blocks of 1.1 MB took the first batch of an engine ten times
+as long as the next ones."""
 READY_BATCHES = 2
 """Of blocks that have been read and decoded and wait to be filled."""
 ENDING_SECONDS = 0.1
