@@ -76,7 +76,18 @@ void pack_v_group(const CodeBytes& bytes, int8_t* codes, const KVCache& cache, i
       });
 }
 
-// The same of one vector, whose codes lie side by side.
+// The same of eight bytes of one vector, whose codes lie side by side.
+template <typename Plane, int kBit>
+INT8KV_INLINE uint64_t pack_bytes(const uint8_t* codes, int64_t stride) {
+  uint64_t packed = 0;
+  for (int field = 0; field < Plane::kFields; ++field) {
+    uint64_t bytes;
+    std::memcpy(&bytes, codes + field * stride, sizeof(bytes));
+    packed |= (bytes >> kBit & Plane::kMask * 0x0101010101010101u) << field * 8 / Plane::kFields;
+  }
+  return packed;
+}
+
 template <typename C>
 void pack_k_vector(const uint8_t* vector, int8_t* codes, const KVCache& cache, int32_t slot) {
   const int32_t head_size = cache.head_size;
@@ -84,12 +95,11 @@ void pack_k_vector(const uint8_t* vector, int8_t* codes, const KVCache& cache, i
       codes, C::Low::k_bytes(cache.block_size, head_size),
       [&]<typename Plane, int kBit>(Plane, int8_t* plane, std::integral_constant<int, kBit>) {
         for (int32_t dim = 0; dim < head_size; dim += Plane::kKDims) {
-          for (int32_t d = 0; d < 8; ++d) {
-            int packed = 0;
-            for (int f = 0; f < Plane::kFields; ++f) {
-              packed |= (vector[dim + d + 8 * f] >> kBit & Plane::kMask) << f * 8 / Plane::kFields;
-            }
-            plane[Plane::k_byte(head_size, slot, dim + d)] = static_cast<int8_t>(packed);
+          const uint64_t packed = pack_bytes<Plane, kBit>(vector + dim, 8);
+          int8_t* to = plane + Plane::k_byte(head_size, slot, dim);
+          for (int32_t d = 0; d < 8; d += 2) {
+            const auto pair = static_cast<uint16_t>(packed >> 8 * d);
+            std::memcpy(to + d / 2 * kLineBytes, &pair, sizeof(pair));
           }
         }
       });
@@ -101,13 +111,12 @@ void pack_v_vector(const uint8_t* vector, int8_t* codes, const KVCache& cache, i
       codes, C::Low::v_bytes(cache.block_size, cache.head_size),
       [&]<typename Plane, int kBit>(Plane, int8_t* plane, std::integral_constant<int, kBit>) {
         for (int32_t dim = 0; dim < cache.head_size; dim += Plane::kVDims) {
-          for (int32_t d = 0; d < kDimGroup; ++d) {
-            int packed = 0;
-            for (int f = 0; f < Plane::kFields; ++f) {
-              packed |= (vector[dim + d + kDimGroup * f] >> kBit & Plane::kMask)
-                        << f * 8 / Plane::kFields;
+          int8_t* to = plane + Plane::v_byte(cache.block_size, slot, dim);
+          for (int32_t half = 0; half < kDimGroup; half += 8) {
+            const uint64_t packed = pack_bytes<Plane, kBit>(vector + dim + half, kDimGroup);
+            for (int32_t d = 0; d < 8; ++d) {
+              to[2 * (half + d)] = static_cast<int8_t>(packed >> 8 * d);
             }
-            plane[Plane::v_byte(cache.block_size, slot, dim + d)] = static_cast<int8_t>(packed);
           }
         }
       });
