@@ -133,10 +133,12 @@ class Quotient {
   }
 
   // That of one lane, for all lanes.
-  INT8KV_MEMBER Quotient(const Quotient& all, int lane)
-      : scale_(splat(all.scale_[lane])),
-        power_of_two_(splat(all.power_of_two_[lane])),
-        reciprocal_(splat(all.reciprocal_[lane])) {}
+  INT8KV_MEMBER Quotient(const Quotient& all, int lane) : scale_(splat(all.scale_[lane])) {
+    if constexpr (kHasFma) {
+      power_of_two_ = splat(all.power_of_two_[lane]);
+      reciprocal_ = splat(all.reciprocal_[lane]);
+    }
+  }
 
   INT8KV_MEMBER f32x16 operator()(f32x16 x) const {
     if constexpr (kHasFma) {
@@ -301,11 +303,7 @@ Ends load_rotated_values(const Write& w, LaneBlock& block) {
         x[k] = hadamard_lanes<4>(x[k]);
         x[k] = hadamard_lanes<8>(x[k]);
       }
-      for (int distance = 1; distance < kParts; distance *= 2) {
-        for (int k = 0; k < kParts; ++k) {
-          if (!(k & distance)) butterfly(x[k], x[k + distance]);
-        }
-      }
+      hadamard_vectors(x);
       for (int k = 0; k < kParts; ++k) {
         x[k] = x[k] * norm;
         store(block.x + i * head_size + begin + k * kLanes, x[k]);

@@ -161,6 +161,16 @@ INT8KV_INLINE void butterfly(f32x16& a, f32x16& b) {
   b = difference;
 }
 
+// The steps of rotation.h that add and subtract kParts vectors of each other.
+template <int kParts>
+INT8KV_INLINE void hadamard_vectors(f32x16 (&v)[kParts]) {
+  for (int distance = 1; distance < kParts; distance *= 2) {
+    for (int k = 0; k < kParts; ++k) {
+      if (!(k & distance)) butterfly(v[k], v[k + distance]);
+    }
+  }
+}
+
 // The step of rotation.h that adds and subtracts lanes kDistance apart.
 template <int kDistance>
 INT8KV_INLINE f32x16 hadamard_lanes(f32x16 v) {
@@ -187,11 +197,7 @@ INT8KV_INLINE void hadamard_steps(LaneBlock& block, int32_t head_size, int32_t h
       float* x = block.x + j * kLanes;
       f32x16 v[kParts];
       for (int k = 0; k < kParts; ++k) v[k] = load<f32x16>(x + k * half * kLanes);
-      for (int distance = 1; distance < kParts; distance *= 2) {
-        for (int k = 0; k < kParts; ++k) {
-          if (!(k & distance)) butterfly(v[k], v[k + distance]);
-        }
-      }
+      hadamard_vectors(v);
       for (int k = 0; k < kParts; ++k) {
         store(x + k * half * kLanes, is_last ? v[k] * norm : v[k]);
       }
