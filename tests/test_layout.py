@@ -21,7 +21,7 @@ ROOMS = {
     "vllm_int8kv": {"config": (), "cache": (), "serving": ("config", "cache"), "store": ("config", "cache")}
     | {"evaluation": ("config", "cache"), "commands": ("config", "cache", "store", "evaluation")},
     "csrc": {"format": (), "cpu": ("format",), "cuda": ("format",), "ladder": ("format", "cpu", "cuda")}
-    | {"ops": ("format", "cpu", "cuda", "ladder")},
+    | {"store": ("format", "cpu"), "ops": ("format", "cpu", "cuda", "ladder", "store")},
 }
 """What the files of a room may use beside their own room."""
 

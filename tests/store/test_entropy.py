@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -25,9 +26,11 @@ INTEGERS = st.one_of(
 )
 def test_integers_come_back(integers):
     data = entropy.encode(integers)
-    found, taken = entropy.decode(data + b"what follows")
-    assert taken == len(data) and (found == integers).all()
-    assert found.dtype == (np.int16 if np.abs(integers.astype(np.int64)).max() <= 32767 else np.int32)
+    payloads = [memoryview(data + b"what follows"), memoryview(data)]
+    found, rests = entropy.Decoder(*integers.shape).decode(payloads)
+    assert [bytes(rest) for rest in rests] == [b"what follows", b""]
+    assert (found.numpy() == integers).all()
+    assert found.dtype == (torch.int16 if np.abs(integers.astype(np.int64)).max() <= 32767 else torch.int32)
 
 
 @pytest.mark.parametrize("mean", [0, 5])
@@ -44,11 +47,17 @@ def test_channels_of_other_spread_and_mean_take_other_bytes(scale, mean):
 
 @pytest.mark.parametrize("change", [0, 9, 60, 200, -1])
 def test_other_bytes_are_none(change):
-    """They are refused or other integers, never more than there are; a file has a checksum beside."""
+    """They are refused or other integers; a file has a checksum beside."""
     data = bytearray(entropy.encode(np.arange(-300, 300, dtype=np.int32).reshape(20, 30)))
     data[change] ^= 0x55
     try:
-        found, _ = entropy.decode(bytes(data))
+        entropy.Decoder(20, 30).decode([memoryview(data)])
     except entropy.ERRORS:
         return
-    assert found.size <= 20 * 30
+
+
+@pytest.mark.parametrize("shape", [(20, 31), (19, 30), (600, 1)])
+def test_other_shapes_are_refused(shape):
+    data = entropy.encode(np.zeros((20, 30), np.int32))
+    with pytest.raises(ValueError, match=r"\[20, 30\] integers"):
+        entropy.Decoder(*shape).decode([memoryview(data)])

@@ -89,6 +89,57 @@ class Chunks:
     v_params: tuple[torch.Tensor, ...]
 
 
+K_RUN = 128
+"""Bytes of lines of 16 slots and 8 dims, which lie on top of those of the next 8 dims."""
+
+
+@dataclass(frozen=True)
+class BitPlane:
+    """8, 4, 2 or 1 bits of every code: lines on top of each other, as many as fit into a byte.
+
+    K  [block_size / 16][head_size / (8 fields)][8 dims / 2][16 slots][2 dims], field f: 8 dims on
+    V  [head_size / (16 fields)][block_size / 2][16 dims][2 slots], field f: 16 dims on
+
+    Head sizes are padded to whole lines with codes of 0.
+    """
+
+    bits: int
+
+    @property
+    def num_fields(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def mask(self) -> int:
+        return 2**self.bits - 1
+
+    def k_bytes(self, block_size: int, head_size: int) -> int:
+        return block_size * _round_up(head_size, 8 * self.num_fields) // self.num_fields
+
+    def v_bytes(self, block_size: int, head_size: int) -> int:
+        return block_size * _round_up(head_size, 16 * self.num_fields) // self.num_fields
+
+    def join(self, codes: torch.Tensor, run: int) -> torch.Tensor:
+        """Bytes of codes in the last dimension, uint8, of which every so many lie on top of the next so many."""
+        if padding := -codes.shape[-1] % (run * self.num_fields):
+            codes = torch.nn.functional.pad(codes, (0, padding))
+        first, *others = codes.unflatten(-1, (-1, self.num_fields, run)).unbind(dim=-2)
+        joined = first & self.mask
+        for number, field in enumerate(others, start=1):
+            joined |= (field & self.mask) << number * self.bits
+        return joined.flatten(-2)
+
+    def split(self, plane: torch.Tensor, run: int) -> torch.Tensor:
+        """The inverse of `join`, with what was padded."""
+        fields = plane.view(torch.uint8).unflatten(-1, (-1, run))
+        parts = [fields >> number * self.bits & self.mask for number in range(self.num_fields)]
+        return torch.stack(parts, dim=-2).flatten(-3)
+
+
+def _round_up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
+
+
 class Codes(ABC):
     """The trait of the codes of K or V: how many bits a code has, and where it lies.
 
@@ -102,14 +153,16 @@ class Codes(ABC):
     """
 
     bits: int
+    planes: tuple[BitPlane, ...]
+    """of the bits of a code, the lowest ones first"""
 
-    @abstractmethod
     def k_bytes(self, block_size: int, head_size: int) -> int:
         """Bytes of the K codes of a block."""
+        return sum(plane.k_bytes(block_size, head_size) for plane in self.planes)
 
-    @abstractmethod
     def v_bytes(self, block_size: int, head_size: int) -> int:
         """Bytes of the V codes of a block."""
+        return sum(plane.v_bytes(block_size, head_size) for plane in self.planes)
 
     @abstractmethod
     def join_k(self, lines: torch.Tensor) -> torch.Tensor:
@@ -161,11 +214,7 @@ class Int8Codes(Codes):
     """One signed byte per code."""
 
     bits = 8
-
-    def k_bytes(self, block_size: int, head_size: int) -> int:
-        return block_size * head_size
-
-    v_bytes = k_bytes
+    planes = (BitPlane(8),)
 
     def join_k(self, lines: torch.Tensor) -> torch.Tensor:
         return lines.flatten(-4)
@@ -179,69 +228,12 @@ class Int8Codes(Codes):
         return plane.unflatten(-1, (head_size // 16, block_size // 2, 16, 2))
 
 
-K_RUN = 128
-"""Bytes of lines of 16 slots and 8 dims, which lie on top of those of the next 8 dims."""
-
-
-@dataclass(frozen=True)
-class BitPlane:
-    """4, 2 or 1 bits of every code: lines on top of each other, as many as fit into a byte.
-
-    K  [block_size / 16][head_size / (8 fields)][8 dims / 2][16 slots][2 dims], field f: 8 dims on
-    V  [head_size / (16 fields)][block_size / 2][16 dims][2 slots], field f: 16 dims on
-
-    Head sizes are padded to whole lines with codes of 0.
-    """
-
-    bits: int
-
-    @property
-    def num_fields(self) -> int:
-        return 8 // self.bits
-
-    @property
-    def mask(self) -> int:
-        return 2**self.bits - 1
-
-    def k_bytes(self, block_size: int, head_size: int) -> int:
-        return block_size * _round_up(head_size, 8 * self.num_fields) // self.num_fields
-
-    def v_bytes(self, block_size: int, head_size: int) -> int:
-        return block_size * _round_up(head_size, 16 * self.num_fields) // self.num_fields
-
-    def join(self, codes: torch.Tensor, run: int) -> torch.Tensor:
-        """Bytes of codes in the last dimension, uint8, of which every so many lie on top of the next so many."""
-        if padding := -codes.shape[-1] % (run * self.num_fields):
-            codes = torch.nn.functional.pad(codes, (0, padding))
-        first, *others = codes.unflatten(-1, (-1, self.num_fields, run)).unbind(dim=-2)
-        joined = first & self.mask
-        for number, field in enumerate(others, start=1):
-            joined |= (field & self.mask) << number * self.bits
-        return joined.flatten(-2)
-
-    def split(self, plane: torch.Tensor, run: int) -> torch.Tensor:
-        """The inverse of `join`, with what was padded."""
-        fields = plane.view(torch.uint8).unflatten(-1, (-1, run))
-        parts = [fields >> number * self.bits & self.mask for number in range(self.num_fields)]
-        return torch.stack(parts, dim=-2).flatten(-3)
-
-
-def _round_up(x: int, unit: int) -> int:
-    return -(-x // unit) * unit
-
-
 class LowBitCodes(Codes):
     """Unsigned codes of six bits or fewer: the lower four bits in one plane, the others in the next."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self.planes = [BitPlane(b) for b in ((bits,) if bits <= 4 else (4, bits - 4))]
-
-    def k_bytes(self, block_size: int, head_size: int) -> int:
-        return sum(plane.k_bytes(block_size, head_size) for plane in self.planes)
-
-    def v_bytes(self, block_size: int, head_size: int) -> int:
-        return sum(plane.v_bytes(block_size, head_size) for plane in self.planes)
+        self.planes = tuple(BitPlane(b) for b in ((bits,) if bits <= 4 else (4, bits - 4)))
 
     def join_k(self, lines: torch.Tensor) -> torch.Tensor:
         groups = lines.flatten(-3).view(torch.uint8)  # of 16 slots

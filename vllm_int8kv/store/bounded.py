@@ -17,11 +17,15 @@ import torch
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.cache.quantizer import SCALE_DTYPE
 from vllm_int8kv.store import entropy
+from vllm_int8kv.store.channels import dequantize_channels
 from vllm_int8kv.store.codecs import Exact, SplitCodec, read_integers, without_format
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.pages import KV, PagedLayer, read_pages, write_pages
 
 MIN_STEP = 1e-30
+
+Multiples = tuple[torch.Tensor, torch.Tensor]
+"""Integers `[num_blocks, num_channels, block_size]` and the steps of their tokens, `[num_blocks, block_size]` fp32."""
 
 
 def parse_bound(name: str) -> float:
@@ -57,48 +61,42 @@ def join(multiples: np.ndarray, steps: torch.Tensor) -> list[bytes]:
     return [own.tobytes() + entropy.encode(block) for own, block in zip(scales, multiples, strict=True)]
 
 
-def split(
-    payload: memoryview, num_vectors: int, num_channels: int, block_size: int
-) -> tuple[np.ndarray, torch.Tensor, memoryview]:
-    """The inverse of `join` for one block: multiples, steps, and the bytes behind them.
-
-    Raises:
-        BadFile: the payload is none of `join`.
-    """
-    num_steps = num_vectors * block_size
-    if len(payload) < num_steps * SCALE_DTYPE.itemsize:
-        raise BadFile(f"its payload has {len(payload)} bytes, expected more")
-    steps = np.frombuffer(payload, np.int16, num_steps)
-    multiples, rest = read_integers(payload[steps.nbytes :], num_channels, block_size)
-    scales = torch.from_numpy(steps.reshape(num_vectors, block_size).copy()).view(SCALE_DTYPE)
-    return multiples, scales, rest
-
-
-def split_all(
-    payloads: Sequence[memoryview], widths: Sequence[int], block_size: int
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """The inverse of `join` for blocks with nothing behind them.
+class Reader:
+    """The inverse of `join`.
 
     Args:
         widths: how many channels share a step.
-
-    Returns:
-        For each width multiples `[num_blocks, width, block_size]` and steps `[num_blocks, block_size]` fp32.
-
-    Raises:
-        BadFile: a payload is none of `join`.
     """
-    blocks = [split(payload, len(widths), sum(widths), block_size) for payload in payloads]
-    if extra := [len(rest) for _, _, rest in blocks if rest]:
-        raise BadFile(f"its payload has {extra[0]} bytes more than expected")
-    multiples = torch.from_numpy(np.stack([own for own, _, _ in blocks])).split(list(widths), dim=1)
-    return multiples, torch.stack([own for _, own, _ in blocks]).float().unbind(dim=1)
 
+    def __init__(self, widths: Sequence[int], block_size: int) -> None:
+        self._widths, self._block_size = list(widths), block_size
+        self._decoder = entropy.Decoder(sum(widths), block_size)
 
-def dequantize(multiples: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Vectors `[num_blocks, block_size, width]` fp32, one pass over what `split_all` returns of a width."""
-    vectors = multiples.transpose(1, 2)
-    return torch.mul(vectors, steps[..., None], out=torch.empty(vectors.shape))
+    def read(self, payloads: Sequence[memoryview]) -> tuple[list[Multiples], list[memoryview]]:
+        """Multiples and their steps for each width, good until the next call, and what lies behind them.
+
+        Raises:
+            BadFile: a payload does not begin as one of `join`.
+        """
+        num_steps = len(self._widths) * self._block_size
+        num_bytes = num_steps * SCALE_DTYPE.itemsize
+        if wrong := [len(payload) for payload in payloads if len(payload) < num_bytes]:
+            raise BadFile(f"its payload has {wrong[0]} bytes, expected more")
+        multiples, rests = read_integers(self._decoder, [payload[num_bytes:] for payload in payloads])
+        rows = np.stack([np.frombuffer(payload, np.int16, num_steps) for payload in payloads])
+        steps = torch.from_numpy(rows).view(SCALE_DTYPE).float().split(self._block_size, dim=1)
+        return list(zip(multiples.split(self._widths, dim=1), steps, strict=True)), rests
+
+    def read_whole(self, payloads: Sequence[memoryview]) -> list[Multiples]:
+        """Of payloads with nothing behind them.
+
+        Raises:
+            BadFile: a payload is none of `join`.
+        """
+        multiples, rests = self.read(payloads)
+        if extra := [len(rest) for rest in rests if rest]:
+            raise BadFile(f"its payload has {extra[0]} bytes more than expected")
+        return multiples
 
 
 class Bounded(SplitCodec):
@@ -108,6 +106,7 @@ class Bounded(SplitCodec):
         super().__init__(layers, Exact(without_format(layers)))
         self._relative_step = relative_step
         self._widths = [layer.num_kv_heads * layer.head_size for layer in self._ours for _ in "KV"]
+        self._reader = Reader(self._widths, self._block_size)
 
     def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
         kv = [
@@ -117,12 +116,10 @@ class Bounded(SplitCodec):
         return join(*self.quantize(kv))
 
     def decode_ours(self, payloads: Sequence[memoryview]) -> tuple[Iterable[torch.Tensor], Sequence[memoryview]]:
-        shape = (len(self._widths), sum(self._widths), self._block_size)
-        multiples, steps, rests = zip(*(split(payload, *shape) for payload in payloads), strict=True)
-        kv = self.dequantize(np.stack(multiples), torch.stack(steps))
+        multiples, rests = self._reader.read(payloads)
         pages = (
             write_pages(pair, len(payloads), layer.block_size, layer.cache_format, _equalized(layer))
-            for layer, pair in zip(self._ours, kv, strict=True)
+            for layer, pair in zip(self._ours, self.dequantize(multiples), strict=True)
         )
         return pages, rests
 
@@ -143,16 +140,12 @@ class Bounded(SplitCodec):
             steps.append(step)
         return multiples.numpy(), torch.stack(steps, dim=1)
 
-    def dequantize(self, multiples: np.ndarray, steps: torch.Tensor) -> Iterator[KV]:
-        """Keys, equalized, and values of multiples and steps, layer by layer: allocators then use the same memory."""
-        sides = torch.from_numpy(multiples).split(self._widths, dim=1)
-        lengths = steps.float().unbind(dim=1)
-        for place, layer in enumerate(self._ours):
-            pair = []
-            for side in (2 * place, 2 * place + 1):
-                x = dequantize(sides[side], lengths[side])
-                pair.append(x.view(-1, layer.num_kv_heads, layer.head_size))
-            yield tuple(pair)
+    def dequantize(self, multiples: Sequence[Multiples]) -> Iterator[KV]:
+        """Keys, equalized, and values, layer by layer: allocators then use the same memory."""
+        sides = iter(multiples)
+        for layer in self._ours:
+            key, value = (dequantize_channels(*next(sides)).view(-1, layer.num_kv_heads, layer.head_size) for _ in "KV")
+            yield key, value
 
 
 def _equalized(layer: PagedLayer) -> KeyTransform:

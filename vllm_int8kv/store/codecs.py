@@ -199,16 +199,13 @@ def without_format(layers: Sequence[PagedLayer]) -> list[PagedLayer]:
     return [layer for layer in layers if layer.cache_format is None]
 
 
-def read_integers(payload: memoryview, num_channels: int, block_size: int) -> tuple[np.ndarray, memoryview]:
-    """Entropy-coded integers `[num_channels, block_size]` at the beginning of a payload, and what lies behind.
+def read_integers(decoder: entropy.Decoder, payloads: Sequence[memoryview]) -> tuple[torch.Tensor, list[memoryview]]:
+    """Entropy-coded integers at the beginnings of payloads, and what lies behind, as `entropy.Decoder`.
 
     Raises:
         BadFile: there are none, or others.
     """
     try:
-        integers, taken = entropy.decode(payload)
+        return decoder.decode(payloads)
     except entropy.ERRORS as error:
         raise BadFile(f"its payload cannot be decoded ({error})") from None
-    if integers.shape != (num_channels, block_size):
-        raise BadFile(f"its payload cannot be decoded (it holds {integers.shape} integers)")
-    return integers, payload[taken:]

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import zstandard
 
-from vllm_int8kv.cache.formats import CODES, CacheFormat, Chunks
-from vllm_int8kv.cache.quantizer import SCALE_DTYPE
+from vllm_int8kv.cache.formats import CODES, CacheFormat
 from vllm_int8kv.store import entropy
+from vllm_int8kv.store.channels import pack_channels
 from vllm_int8kv.store.codecs import Codec, Exact, PageCodec, Payload, SplitCodec, read_integers, without_format
 from vllm_int8kv.store.files import BadFile
 
@@ -62,8 +62,8 @@ class Compressed(Codec):
 class CompressedPages(SplitCodec):
     """Pages as another codec lays them out, as integers by channel, entropy-coded.
 
-    The channels of a layer are those of K of all heads, then what each head's K has of scales and midpoints, then the
-    same of V.
+    The channels of a layer are those of K of all heads, those of V, then what the heads have of scales and midpoints of
+    K, then of V.
 
     Args:
         itemsize: of the elements of other caches.
@@ -76,8 +76,9 @@ class CompressedPages(SplitCodec):
         self._widths = [
             layer.num_kv_heads * width
             for layer, stored in zip(self._ours, self._formats, strict=True)
-            for width in _widths(stored, layer.head_size)
+            for width in (layer.head_size, layer.head_size, _num_params(stored))
         ]
+        self._decoder = entropy.Decoder(sum(self._widths), self._block_size)
 
     def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
         blocks = np.empty((len(pages[0]), sum(self._widths), self._block_size), dtype=np.int16)
@@ -87,35 +88,38 @@ class CompressedPages(SplitCodec):
             shape = (len(own), layer.num_kv_heads, layer.block_size, -1)
             chunks = stored.split(encoded.view(torch.int8).reshape(shape), layer.head_size)
             sizes = (layer.block_size, layer.head_size)
-            keys = CODES[stored.k_bits].split_k(chunks.k_codes, *sizes)
-            values = CODES[stored.v_bits].split_v(chunks.v_codes, *sizes)
-            for channels in (_k_channels(keys), *map(_to_integers, chunks.k_params)):
-                next(rows)[:] = channels
-            for channels in (_v_channels(values), *map(_to_integers, chunks.v_params)):
-                next(rows)[:] = channels
+            next(rows)[:] = _k_channels(CODES[stored.k_bits].split_k(chunks.k_codes, *sizes))
+            next(rows)[:] = _v_channels(CODES[stored.v_bits].split_v(chunks.v_codes, *sizes))
+            params = torch.cat([*chunks.k_params, *chunks.v_params], dim=1)
+            next(rows)[:] = _to_integers(params.view(torch.int16)).numpy()
         return [entropy.encode(block) for block in blocks]
 
     def decode_ours(self, payloads: Sequence[memoryview]) -> tuple[Iterable[torch.Tensor], Sequence[memoryview]]:
-        num_channels = sum(self._widths)
-        integers, rests = zip(
-            *(read_integers(payload, num_channels, self._block_size) for payload in payloads), strict=True
-        )
-        rows = iter(np.split(np.stack(integers), np.cumsum(self._widths)[:-1], axis=1))
+        integers, rests = read_integers(self._decoder, payloads)
+        if integers.dtype != torch.int16:
+            raise BadFile("its payload cannot be decoded (it holds integers of more than 16 bits)")
+        channels = iter(integers.split(self._widths, dim=1))
         pages = []
         for layer, stored in zip(self._ours, self._formats, strict=True):
-            k_codes, v_codes = CODES[stored.k_bits], CODES[stored.v_bits]
-            keys = k_codes.join_k(_k_lines(next(rows), layer.num_kv_heads))
-            k_params = tuple(_from_integers(next(rows)) for _ in range(k_codes.num_params))
-            values = v_codes.join_v(_v_lines(next(rows), layer.num_kv_heads))
-            v_params = tuple(_from_integers(next(rows)) for _ in range(v_codes.num_params))
-            cache = stored.join(Chunks(keys, values, k_params, v_params))
-            pages.append(self._inner.decode_layer(layer, cache.flatten(1).view(torch.uint8)))
+            content = layer.block_size * stored.content_bytes(layer.head_size)
+            chunks = torch.empty(len(payloads), layer.num_kv_heads, content, dtype=torch.int8)
+            at = 0
+            for bits, of_values in ((stored.k_bits, False), (stored.v_bits, True)):
+                codes, shift = next(channels), 0
+                for plane in CODES[bits].planes:
+                    size = (plane.v_bytes if of_values else plane.k_bytes)(layer.block_size, layer.head_size)
+                    own = chunks[..., at : at + size]
+                    pack_channels(own, codes, layer.head_size, bits=plane.bits, shift=shift, of_values=of_values)
+                    at, shift = at + size, shift + plane.bits
+            params = _from_integers(next(channels)).unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
+            chunks[..., at:].view(torch.int16).unflatten(-1, params.shape[2:]).copy_(params)
+            pages.append(self._inner.decode_layer(layer, chunks.flatten(1).view(torch.uint8)))
         return pages, rests
 
 
-def _widths(stored: CacheFormat, head_size: int) -> list[int]:
-    """Integers of a (token, KV head) pair, in the order of their channels."""
-    return [w for bits in (stored.k_bits, stored.v_bits) for w in (head_size, *[1] * CODES[bits].num_params)]
+def _num_params(stored: CacheFormat) -> int:
+    """Scales and midpoints of a (token, KV head) pair."""
+    return CODES[stored.k_bits].num_params + CODES[stored.v_bits].num_params
 
 
 # NumPy permutes bytes several times as fast as PyTorch, pairs of them more so.
@@ -127,35 +131,18 @@ def _k_channels(lines: torch.Tensor) -> np.ndarray:
     return channels.reshape(len(lines), -1, channels.shape[4] * 16)
 
 
-def _k_lines(channels: np.ndarray, num_kv_heads: int) -> torch.Tensor:
-    """The inverse of `_k_channels`, of int16."""
-    num_blocks, _, block_size = channels.shape
-    pairs = channels[:, 0::2] & 0xFF | channels[:, 1::2] << 8  # of dims
-    by_group = pairs.reshape(num_blocks, num_kv_heads, -1, block_size // 16, 16)
-    lines = np.ascontiguousarray(by_group.swapaxes(2, 3))
-    return torch.from_numpy(lines.view(np.int8).reshape(*lines.shape, 2))
-
-
 def _v_channels(lines: torch.Tensor) -> np.ndarray:
     """As `_k_channels`, of V lines, where two slots of a channel lie side by side."""
     pairs = lines.numpy().view(np.int16)[..., 0].swapaxes(3, 4)
     return np.ascontiguousarray(pairs).view(np.int8).reshape(len(lines), -1, 2 * pairs.shape[4])
 
 
-def _v_lines(channels: np.ndarray, num_kv_heads: int) -> torch.Tensor:
-    """The inverse of `_v_channels`."""
-    pairs = channels.astype(np.int8).view(np.int16).reshape(len(channels), num_kv_heads, -1, 16, channels.shape[2] // 2)
-    lines = np.ascontiguousarray(pairs.swapaxes(3, 4))
-    return torch.from_numpy(lines.view(np.int8).reshape(*lines.shape, 2))
+def _to_integers(bits: torch.Tensor) -> torch.Tensor:
+    """Bits of bf16, int16, as integers that are near for like magnitudes: the sign is the last bit, and 1.0 is 0."""
+    return (bits << 1 | (bits >> 15 & 1)) - 2 * ONE
 
 
-def _to_integers(params: torch.Tensor) -> np.ndarray:
-    """The bits of bf16 as integers that are near for like magnitudes: the sign is the last of them, and 1.0 is 0."""
-    bits = params.view(torch.int16).numpy().view(np.uint16)
-    return (bits << 1 | bits >> 15) - np.uint16(2 * ONE)
-
-
-def _from_integers(integers: np.ndarray) -> torch.Tensor:
+def _from_integers(integers: torch.Tensor) -> torch.Tensor:
     """The inverse of `_to_integers`."""
-    bits = integers.astype(np.uint16) + np.uint16(2 * ONE)
-    return torch.from_numpy((bits >> 1 | bits << 15).view(np.int16)).view(SCALE_DTYPE)
+    bits = integers + 2 * ONE
+    return (bits >> 1 & 0x7FFF) | bits << 15

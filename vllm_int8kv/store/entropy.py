@@ -5,9 +5,13 @@ where KVComp's own tables (arXiv 2509.00579) come from the first chunk and know 
 """
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 import zstandard
+
+from vllm_int8kv.store.channels import restore_channels
 
 NUM_CLASSES = 16
 """Of channels that share a Huffman table, which takes some 50 bytes."""
@@ -37,7 +41,7 @@ take more as a reference than as codes. Those of k4v4 take 2 % less than at zsta
 time."""
 HEAD = struct.Struct(f"<III{NUM_FRAMES}I")
 ERRORS = (zstandard.ZstdError, struct.error, ValueError, IndexError)
-"""What `decode` raises of bytes that are none of `encode`."""
+"""What a `Decoder` raises of bytes that are none of `encode`."""
 
 
 def encode(integers: np.ndarray) -> bytes:
@@ -70,17 +74,51 @@ def encode(integers: np.ndarray) -> bytes:
     return b"".join([HEAD.pack(len(beyond), num_channels, num_tokens, *map(len, frames)), escaped, *frames])
 
 
-def decode(data: bytes | memoryview) -> tuple[np.ndarray, int]:
-    """The inverse of `encode`, and how many bytes it took of those given.
+class Decoder:
+    """The inverse of `encode`, for blocks of as many integers each.
 
-    The integers are int16 if all fit, else int32.
-
-    Raises:
-        one of `ERRORS`: they are none.
+    It keeps the memory of what it returns: what is new to a process takes as long to be touched as to be decoded.
     """
-    num_beyond, num_channels, num_tokens, *sizes = HEAD.unpack_from(data)
+
+    def __init__(self, num_channels: int, num_tokens: int) -> None:
+        self._shape = (num_channels, num_tokens)
+        self._kept = torch.empty(0, *self._shape, dtype=torch.int16)
+
+    def decode(self, blocks: Sequence[memoryview]) -> tuple[torch.Tensor, list[memoryview]]:
+        """Integers `[num_blocks, num_channels, num_tokens]`, int16 if all fit, else int32, and what lies behind them.
+
+        The integers are good until the next call.
+
+        Raises:
+            one of `ERRORS`: a block does not begin as one of `encode`, or has other channels or tokens.
+        """
+        if all(_fits_short(block) for block in blocks):
+            if len(self._kept) < len(blocks):
+                self._kept = torch.empty(len(blocks), *self._shape, dtype=torch.int16)
+            integers = self._kept[: len(blocks)]
+        else:
+            integers = torch.empty(len(blocks), *self._shape, dtype=torch.int32)
+        return integers, [block[_decode(block, own) :] for block, own in zip(blocks, integers, strict=True)]
+
+
+def _escapes(data: memoryview) -> tuple[np.ndarray, np.ndarray]:
+    """Places and values of the integers that are listed apart."""
+    num_beyond, *_ = HEAD.unpack_from(data)
     beyond = np.frombuffer(data, "<u4", num_beyond, HEAD.size)
-    values = np.frombuffer(data, "<i4", num_beyond, HEAD.size + beyond.nbytes)
+    return beyond, np.frombuffer(data, "<i4", num_beyond, HEAD.size + beyond.nbytes)
+
+
+def _fits_short(data: memoryview) -> bool:
+    return not _is_beyond(_escapes(data)[1], 32767).any()
+
+
+def _decode(data: memoryview, integers: torch.Tensor) -> int:
+    """Fill integers `[num_channels, num_tokens]`, and return how many bytes of the data they took."""
+    _, *shape = HEAD.unpack_from(data)
+    sizes = shape[2:]
+    if shape[:2] != list(integers.shape):
+        raise ValueError(f"it holds {shape[:2]} integers")
+    beyond, values = _escapes(data)
     at = HEAD.size + beyond.nbytes + values.nbytes
     decompressor = zstandard.ZstdDecompressor()
     frames = []
@@ -88,6 +126,7 @@ def decode(data: bytes | memoryview) -> tuple[np.ndarray, int]:
         frames.append(np.frombuffer(decompressor.decompress(data[at : at + size]), np.int8))
         at += size
     names, low_means, high_means, *of_classes, low, high = frames
+    num_channels, num_tokens = integers.shape
     classes = names.view(np.uint8)
     multiples = _integers_of(low_means, high_means)
     if not len(classes) == len(multiples) == num_channels:
@@ -95,14 +134,14 @@ def decode(data: bytes | memoryview) -> tuple[np.ndarray, int]:
     order, counts = _order(classes)
     if [len(frame) for frame in of_classes] != (counts * num_tokens).tolist():
         raise ValueError("the frames are not as long as their channels")
-    rows = np.empty((num_channels, num_tokens), dtype=np.int8)
-    rows[order] = np.concatenate(of_classes).reshape(-1, num_tokens)
-    is_short = not _is_beyond(values, 32767).any()
-    integers = rows.astype(np.int16 if is_short else np.int32)
-    integers[classes == WIDE] = _integers_of(low, high).reshape(-1, num_tokens)
-    integers += (multiples << MEAN_SHIFTS[classes]).astype(np.int16)[:, None]
-    integers.flat[beyond] = values
-    return integers, at
+    codes = np.concatenate(of_classes).reshape(-1, num_tokens)
+    means = (multiples << MEAN_SHIFTS[classes]).astype(np.int16)
+    restore_channels(integers[None], *map(torch.from_numpy, (codes, order, means)))
+    found, is_wide = integers.numpy(), classes == WIDE
+    if is_wide.any():
+        found[is_wide] = _integers_of(low, high).reshape(-1, num_tokens) + means[is_wide, None]
+    found.reshape(-1)[beyond] = values
+    return at
 
 
 def _is_beyond(integers: np.ndarray, limit: int) -> np.ndarray:

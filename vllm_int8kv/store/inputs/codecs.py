@@ -19,7 +19,8 @@ import torch
 from vllm_int8kv.cache.formats import CODES
 from vllm_int8kv.cache.key_transform import hadamard_rotate
 from vllm_int8kv.cache.quantizer import SCALE_DTYPE, Quantized, quantize, sanitize
-from vllm_int8kv.store.bounded import dequantize, join, split_all, steps_of
+from vllm_int8kv.store.bounded import Reader, join, steps_of
+from vllm_int8kv.store.channels import dequantize_channels
 from vllm_int8kv.store.codecs import Codec, LayerCodec, Payload
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.inputs.factors import Factors
@@ -189,6 +190,7 @@ class BoundedInputs(PredictedInputs):
     def __init__(self, layers: Sequence[InputLayer], factors: KeptInFolder[Factors], relative_step: float) -> None:
         super().__init__(layers, factors)
         self._relative_step = relative_step
+        self._reader = Reader([layer.hidden_size for layer in layers], layers[0].block_size)
 
     def encode_with(self, known: Factors, inputs: Sequence[torch.Tensor]) -> list[Payload]:
         previous, multiples, steps = torch.zeros(()), [], []
@@ -203,6 +205,5 @@ class BoundedInputs(PredictedInputs):
         return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
 
     def decode_rests(self, payloads: Sequence[memoryview]) -> Iterator[torch.Tensor]:
-        hidden_size = self.layers[0].hidden_size
-        multiples, steps = split_all(payloads, [hidden_size] * len(self.layers), self.layers[0].block_size)
-        yield from map(dequantize, multiples, steps)
+        for multiples, steps in self._reader.read_whole(payloads):
+            yield dequantize_channels(multiples, steps)

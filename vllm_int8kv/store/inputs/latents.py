@@ -15,7 +15,8 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
-from vllm_int8kv.store.bounded import dequantize, join, split_all, steps_of
+from vllm_int8kv.store.bounded import Reader, join, steps_of
+from vllm_int8kv.store.channels import dequantize_channels
 from vllm_int8kv.store.codecs import Payload
 from vllm_int8kv.store.inputs.codecs import KnowingCodec
 from vllm_int8kv.store.inputs.kept import Kept, KeptInFolder
@@ -71,6 +72,8 @@ class LatentInputs(KnowingCodec[Basis]):
     def __init__(self, layers: Sequence[InputLayer], basis: KeptInFolder[Basis], relative_step: float) -> None:
         super().__init__(layers, basis)
         self._relative_step = relative_step
+        self._reader: Reader | None = None
+        """The ranks are known with the basis only."""
 
     def encode_with(self, known: Basis, inputs: Sequence[torch.Tensor]) -> list[Payload]:
         previous, multiples, steps = torch.zeros_like(inputs[0]), [], []
@@ -84,10 +87,12 @@ class LatentInputs(KnowingCodec[Basis]):
         return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
 
     def decode_with(self, known: Basis, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
-        ranks = [len(own) for own in known.singular_values]
-        multiples, steps = split_all(payloads, ranks, self.layers[0].block_size)
+        if self._reader is None:
+            ranks = [len(own) for own in known.singular_values]
+            self._reader = Reader(ranks, self.layers[0].block_size)
         previous, found = torch.zeros(()), []
-        for own, step, values, vectors in zip(multiples, steps, known.singular_values, known.vectors, strict=True):
-            previous = previous + (dequantize(own, step) / values) @ vectors
+        multiples = self._reader.read_whole(payloads)
+        for own, values, vectors in zip(multiples, known.singular_values, known.vectors, strict=True):
+            previous = previous + (dequantize_channels(*own) / values) @ vectors
             found.append(previous)
         return found

@@ -1,0 +1,147 @@
+"""The operators on channels of stored blocks do what plain PyTorch does, with every instruction set."""
+
+import pytest
+import torch
+
+from vllm_int8kv.cache import library
+from vllm_int8kv.cache.formats import CODES
+from vllm_int8kv.store.channels import dequantize_channels, pack_channels, restore_channels
+
+NUM_BLOCKS, NUM_KV_HEADS = 3, 2
+
+
+@pytest.fixture(params=library.cpu_isas(), autouse=True)
+def isa(request):
+    before = library.cpu_isa()
+    library.set_cpu_isa(request.param)
+    yield
+    library.set_cpu_isa(before)
+
+
+def apart(integers: torch.Tensor) -> torch.Tensor:
+    """The same with something between blocks, and behind the last one nothing that may be read."""
+    padded = torch.full((len(integers), integers.shape[1] + 3, integers.shape[2]), 77, dtype=integers.dtype)
+    padded[:, 3:] = integers
+    return padded[:, 3:]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize(("num_channels", "block_size"), [(1, 1), (20, 30), (192, 128)])
+def test_restore(num_channels, block_size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randint(-20000, 20000, (num_channels,), dtype=torch.int16, generator=generator)
+    order = torch.randperm(num_channels, generator=generator)[: (num_channels + 1) // 2]
+    codes = torch.randint(-128, 128, (len(order), block_size), dtype=torch.int8, generator=generator)
+    integers = torch.full((1, num_channels, block_size), 5, dtype=dtype)
+    expected = integers.clone()
+    expected[0, order] = codes.to(dtype) + means[order, None]
+    restore_channels(integers, codes, order, means)
+    assert torch.equal(integers, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize(("num_channels", "block_size"), [(1, 1), (16, 16), (20, 30), (64, 40), (40, 64), (192, 128)])
+def test_dequantize(num_channels, block_size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_BLOCKS, num_channels, block_size)
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    integers = apart(torch.randint(low, high, shape, dtype=dtype, generator=generator))
+    steps = torch.rand(NUM_BLOCKS, 2 * block_size, generator=generator)[:, block_size:]
+    expected = integers.transpose(1, 2).float() * steps[..., None]
+    assert torch.equal(dequantize_channels(integers, steps), expected)
+
+
+@pytest.mark.parametrize("of_values", [False, True])
+@pytest.mark.parametrize("bits", CODES)
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 128), (128, 32), (80, 48), (48, 16), (32, 32)])
+def test_pack(head_size, block_size, bits, of_values):
+    generator = torch.Generator().manual_seed(0)
+    low, high = (-128, 128) if bits == 8 else (0, 2**bits)
+    shape = (NUM_BLOCKS, NUM_KV_HEADS * head_size, block_size)
+    codes = torch.randint(low, high, shape, generator=generator)
+    own = codes.unflatten(1, (NUM_KV_HEADS, head_size)).mT.contiguous().to(torch.int8)
+    expected = (CODES[bits].pack_v if of_values else CODES[bits].pack_k)(own)
+    # Bits above those of a code are of no account, nor are bytes around the plane.
+    integers = apart((codes + 256 * torch.randint(-128, 128, shape, generator=generator)).to(torch.int16))
+    found = torch.full((NUM_BLOCKS, NUM_KV_HEADS, expected.shape[-1] + 32), 9, dtype=torch.int8)
+    at, shift = 16, 0
+    for plane in CODES[bits].planes:
+        size = (plane.v_bytes if of_values else plane.k_bytes)(block_size, head_size)
+        part = found[..., at : at + size]
+        pack_channels(part, integers, head_size, bits=plane.bits, shift=shift, of_values=of_values)
+        at, shift = at + size, shift + plane.bits
+    assert torch.equal(found[..., 16:-16], expected)
+    assert (found[..., :16] == 9).all() and (found[..., -16:] == 9).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"integers": torch.zeros(1, 4, 8)}, "integers must be Short or Int, got Float"),
+        (
+            {"integers": torch.zeros(2, 4, 8, dtype=torch.int16)},
+            r"integers must be \[1, num_channels, 8\], got \[2, 4, 8\]",
+        ),
+        (
+            {"integers": torch.zeros(4, 8, dtype=torch.int16)},
+            r"integers must be .num_blocks, num_channels, block_size.",
+        ),
+        ({"integers": torch.zeros(1, 8, 4, dtype=torch.int16).mT}, "integers must be contiguous but for their blocks"),
+        ({"codes": torch.zeros(2, 8)}, "codes must be Char, got Float"),
+        ({"codes": torch.zeros(3, 8, dtype=torch.int8)}, r"order must be \[num_rows\] = \[3\], got \[2\]"),
+        ({"order": torch.tensor([0, 4])}, r"order\[1\] must be below 4, got 4"),
+        ({"order": torch.tensor([-1, 0])}, r"order\[0\] must be below 4, got -1"),
+        ({"means": torch.zeros(3, dtype=torch.int16)}, r"means must be \[num_channels\] = \[4\], got \[3\]"),
+    ],
+)
+def test_restore_refuses(change, message):
+    arguments = {
+        "integers": torch.zeros(1, 4, 8, dtype=torch.int16),
+        "codes": torch.zeros(2, 8, dtype=torch.int8),
+        "order": torch.tensor([3, 0]),
+        "means": torch.zeros(4, dtype=torch.int16),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        restore_channels(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": torch.zeros(2, 7)}, r"steps must be \[num_blocks, block_size\] = \[2, 8\]"),
+        ({"steps": torch.zeros(2, 8).double()}, "steps must be Float, got Double"),
+        ({"steps": torch.zeros(8, 2).mT}, "contiguous in the latter"),
+    ],
+)
+def test_dequantize_refuses(change, message):
+    arguments = {"integers": torch.zeros(2, 4, 8, dtype=torch.int16), "steps": torch.zeros(2, 8)}
+    with pytest.raises(RuntimeError, match=message):
+        dequantize_channels(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plane": torch.zeros(1, 2, 32 * 16 // 2, dtype=torch.int8)}, "plane must be .* = .1, 2, 512."),
+        (
+            {"plane": torch.zeros(1, 1, 1, dtype=torch.int8).expand(1, 2, 512)},
+            "plane must be .* contiguous in the last",
+        ),
+        ({"integers": torch.zeros(1, 64, 16, dtype=torch.int32)}, "integers must be Short, got Int"),
+        ({"integers": torch.zeros(1, 64, 24, dtype=torch.int16)}, "block_size must be a multiple of 16, got 24"),
+        ({"head_size": 24}, "head_size must be a multiple of 16 that divides num_channels, 64, got 24"),
+        ({"bits": 3}, "bits must be 8, 4, 2 or 1, got 3"),
+        ({"shift": 1}, "shift must leave the 8 bits within a byte, got 1"),
+    ],
+)
+def test_pack_refuses(change, message):
+    arguments = {
+        "plane": torch.zeros(1, 2, 512, dtype=torch.int8),
+        "integers": torch.zeros(1, 64, 16, dtype=torch.int16),
+        "head_size": 32,
+        "bits": 8,
+        "shift": 0,
+        "of_values": False,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        pack_channels(**arguments | change)
