@@ -61,13 +61,14 @@ class Stepped(Quantizer):
     first_token: float = 1.0
     """The step of the first token of a text, to which most of the attention goes, is this share of the others'."""
 
-    def quantize(self, y: torch.Tensor) -> tuple[torch.Tensor, Coded]:
+    def quantize(self, y: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, Coded]:
+        """As `Quantizer.quantize`; a step is relative to `whole` if that is given, of which `y` is what is left."""
         restored, multiples = torch.empty_like(y), torch.empty(y.shape, dtype=torch.int16)
         columns = torch.arange(y.shape[1]).split(self.group or y.shape[1])
         for tokens in torch.arange(len(y)).split(self.block or len(y)):
             for channels in columns:
                 part = y[tokens][:, channels]
-                step = self.step(part)
+                step = self.step(part if whole is None else whole[tokens][:, channels])
                 multiple = torch.round(part / step)
                 restored[tokens[:, None], channels] = multiple * step
                 multiples[tokens[:, None], channels] = multiple.to(torch.int16)
@@ -131,6 +132,8 @@ class InputCodec(Codec):
     prediction: Prediction = Prediction.none
     first: tuple[Quantizer, ...] = ()
     """of the first layers in place of `quantizer`; these are not predicted"""
+    steps_of_whole: bool = False
+    """whether the steps of a `Stepped` quantizer are relative to X, not to its difference to the prediction"""
 
     def start(self, model: RematSimulator) -> Run:
         before: torch.Tensor | None = None
@@ -145,7 +148,8 @@ class InputCodec(Codec):
             factors = self.transform.factors(layer, residual)
             scaled = (x - predicted) * factors
             quantizer = self.first[index] if index < len(self.first) else self.quantizer
-            given, coded = quantizer.quantize(hadamard_rotate(scaled) if self.transform.rotate else scaled)
+            whole = {"whole": x * factors} if self.steps_of_whole else {}
+            given, coded = quantizer.quantize(hadamard_rotate(scaled) if self.transform.rotate else scaled, **whole)
             run.coded.append(coded)
             before = (hadamard_rotate(given) if self.transform.rotate else given) / factors + predicted
             return model.project(index, before)

@@ -71,7 +71,7 @@ def codec_of(name: str) -> Codec:
     if base == "bound":
         return OfPages(BoundedCodec(Stepped(float(step))))
     if base == "xbound":
-        return InputCodec(Stepped(float(step)), SCALED, Prediction.factors)
+        return InputCodec(Stepped(float(step)), SCALED, Prediction.factors, steps_of_whole=True)
     if base == "xsvd":
         return SteppedLatentCodec(float(step))
     if found := re.fullmatch(r"x(cl)?(\d)", base):
