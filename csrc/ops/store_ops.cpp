@@ -31,33 +31,43 @@ bool is_short(const Tensor& integers) {
   return type == ScalarType::Short;
 }
 
-void restore_channels(Tensor integers, Tensor codes, Tensor order, Tensor means) {
+void restore_channels(Tensor integers, Tensor codes, Tensor classes, Tensor means,
+                      int64_t skipped_class) {
   check_dim(codes, "codes", 2, "[num_rows, block_size]");
   check_type(codes, "codes", ScalarType::Char);
-  check_type(order, "order", ScalarType::Long);
+  check_type(classes, "classes", ScalarType::Byte);
   check_type(means, "means", ScalarType::Short);
   const bool short_ones = is_short(integers);
   const auto own = view_channels<int16_t>(integers);
   INT8KV_CHECK(own.num_blocks == 1 && codes.size(1) == own.block_size,
                "integers must be [1, num_channels, ", codes.size(1), "], got ", shape_of(integers));
-  INT8KV_CHECK(order.dim() == 1 && order.size(0) == codes.size(0), "order must be [num_rows] = [",
-               codes.size(0), "], got ", shape_of(order));
+  INT8KV_CHECK(classes.dim() == 1 && classes.size(0) == own.num_channels,
+               "classes must be [num_channels] = [", own.num_channels, "], got ",
+               shape_of(classes));
   INT8KV_CHECK(means.dim() == 1 && means.size(0) == own.num_channels,
                "means must be [num_channels] = [", own.num_channels, "], got ", shape_of(means));
-  INT8KV_CHECK(codes.is_contiguous() && order.is_contiguous() && means.is_contiguous(),
-               "codes, order and means must be contiguous");
-  const auto* rows = static_cast<const int64_t*>(order.const_data_ptr());
-  for (int64_t r = 0; r < order.size(0); ++r) {
-    INT8KV_CHECK(0 <= rows[r] && rows[r] < own.num_channels, "order[", r, "] must be below ",
-                 own.num_channels, ", got ", rows[r]);
-  }
+  INT8KV_CHECK(codes.is_contiguous() && classes.is_contiguous() && means.is_contiguous(),
+               "codes, classes and means must be contiguous");
+  INT8KV_CHECK(0 <= skipped_class && skipped_class <= 255, "skipped_class must fit a byte, got ",
+               skipped_class);
   const auto* from = static_cast<const int8_t*>(codes.const_data_ptr());
+  const auto* names = static_cast<const uint8_t*>(classes.const_data_ptr());
   const auto* levels = static_cast<const int16_t*>(means.const_data_ptr());
+  const auto skipped = static_cast<uint8_t>(skipped_class);
+  int64_t counts[256] = {}, next_rows[256], num_rows = 0;
+  for (int32_t c = 0; c < own.num_channels; ++c) ++counts[names[c]];
+  counts[skipped] = 0;
+  for (int i = 0; i < 256; ++i) {
+    next_rows[i] = num_rows;
+    num_rows += counts[i];
+  }
+  INT8KV_CHECK(codes.size(0) == num_rows, "codes must have a row for each of the ", num_rows,
+               " channels that are not skipped, got ", shape_of(codes));
   const cpu::ChannelKernels& kernels = cpu::channel_kernels();
   if (short_ones) {
-    kernels.restore_short(own, from, rows, levels, codes.size(0));
+    kernels.restore_short(own, from, names, levels, next_rows, skipped);
   } else {
-    kernels.restore_long(view_channels<int32_t>(integers), from, rows, levels, codes.size(0));
+    kernels.restore_long(view_channels<int32_t>(integers), from, names, levels, next_rows, skipped);
   }
 }
 
@@ -120,7 +130,9 @@ void pack_channels(Tensor plane, Tensor integers, int64_t head_size, int64_t bit
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(int8kv, m) {
-  m.def("restore_channels(Tensor(a!) integers, Tensor codes, Tensor order, Tensor means) -> ()");
+  m.def(
+      "restore_channels(Tensor(a!) integers, Tensor codes, Tensor classes, Tensor means, "
+      "int skipped_class) -> ()");
   m.def("dequantize_channels(Tensor(a!) out, Tensor integers, Tensor steps) -> ()");
   m.def(
       "pack_channels(Tensor(a!) plane, Tensor integers, int head_size, int bits, int shift, "

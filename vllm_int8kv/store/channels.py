@@ -9,16 +9,19 @@ import torch
 from vllm_int8kv.cache import library as library  # loads the operators
 
 
-def restore_channels(integers: torch.Tensor, codes: torch.Tensor, order: torch.Tensor, means: torch.Tensor) -> None:
+def restore_channels(
+    integers: torch.Tensor, codes: torch.Tensor, classes: torch.Tensor, means: torch.Tensor, *, skipped_class: int
+) -> None:
     """Write rows of codes to their channels, each plus the mean of its channel.
 
     Args:
-        integers: [1, num_channels, block_size] int16 or int32; channels not named in `order` keep what they hold.
-        codes: [num_rows, block_size] int8.
-        order: [num_rows] int64, channels.
+        integers: [1, num_channels, block_size] int16 or int32.
+        codes: [num_rows, block_size] int8, class by class, within a class in the order of the channels.
+        classes: [num_channels] uint8.
         means: [num_channels] int16.
+        skipped_class: channels of this class have no codes and keep what they hold.
     """
-    torch.ops.int8kv.restore_channels(integers, codes, order, means)
+    torch.ops.int8kv.restore_channels(integers, codes, classes, means, skipped_class)
 
 
 def dequantize_channels(integers: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,7 @@ class CompressedPages(SplitCodec):
             for layer, stored in zip(self._ours, self._formats, strict=True)
             for width in (layer.head_size, layer.head_size, _num_params(stored))
         ]
+        self._param_channels = torch.cat(torch.arange(sum(self._widths)).split(self._widths)[2::3])
         self._decoder = entropy.Decoder(sum(self._widths), self._block_size)
 
     def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
@@ -99,6 +100,7 @@ class CompressedPages(SplitCodec):
         if integers.dtype != torch.int16:
             raise BadFile("its payload cannot be decoded (it holds integers of more than 16 bits)")
         channels = iter(integers.split(self._widths, dim=1))
+        all_params = iter(_from_integers(integers[:, self._param_channels]).split(self._widths[2::3], dim=1))
         pages = []
         for layer, stored in zip(self._ours, self._formats, strict=True):
             content = layer.block_size * stored.content_bytes(layer.head_size)
@@ -111,7 +113,8 @@ class CompressedPages(SplitCodec):
                     own = chunks[..., at : at + size]
                     pack_channels(own, codes, layer.head_size, bits=plane.bits, shift=shift, of_values=of_values)
                     at, shift = at + size, shift + plane.bits
-            params = _from_integers(next(channels)).unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
+            next(channels)
+            params = next(all_params).unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
             chunks[..., at:].view(torch.int16).unflatten(-1, params.shape[2:]).copy_(params)
             pages.append(self._inner.decode_layer(layer, chunks.flatten(1).view(torch.uint8)))
         return pages, rests

@@ -27,7 +27,7 @@ WIDE = NUM_CLASSES
 """In the place of the class of a wide channel."""
 MAX_WIDE = 16383
 """Of the mean of a channel, and of an integer of a wide one that is not listed apart: their sum fits 16 bits."""
-MEAN_SHIFTS = (np.arange(NUM_CLASSES + 1) // CLASSES_PER_OCTAVE - 3).clip(0, 3).astype(np.int32)
+MEAN_SHIFTS = (np.arange(NUM_CLASSES + 1) // CLASSES_PER_OCTAVE - 3).clip(0, 3).astype(np.int16)
 """By class: means are multiples of 2 to the power of this, at most half of the root mean square. A bit less of a mean
 that 32 tokens share saves 0.03 bits per integer, and steps of half the spread cost half of that. For wide channels it
 is as for the classes that they would have."""
@@ -83,6 +83,7 @@ class Decoder:
     def __init__(self, num_channels: int, num_tokens: int) -> None:
         self._shape = (num_channels, num_tokens)
         self._kept = torch.empty(0, *self._shape, dtype=torch.int16)
+        self._decompressor = zstandard.ZstdDecompressor()
 
     def decode(self, blocks: Sequence[memoryview]) -> tuple[torch.Tensor, list[memoryview]]:
         """Integers `[num_blocks, num_channels, num_tokens]`, int16 if all fit, else int32, and what lies behind them.
@@ -98,7 +99,35 @@ class Decoder:
             integers = self._kept[: len(blocks)]
         else:
             integers = torch.empty(len(blocks), *self._shape, dtype=torch.int32)
-        return integers, [block[_decode(block, own) :] for block, own in zip(blocks, integers, strict=True)]
+        return integers, [block[self._fill(own, block) :] for own, block in zip(integers, blocks, strict=True)]
+
+    def _fill(self, integers: torch.Tensor, data: memoryview) -> int:
+        """Fill integers `[num_channels, num_tokens]`, and return how many bytes of the data they took."""
+        _, num_channels, num_tokens, *sizes = HEAD.unpack_from(data)
+        if (num_channels, num_tokens) != self._shape:
+            raise ValueError(f"it holds {[num_channels, num_tokens]} integers")
+        beyond, values = _escapes(data)
+        at = HEAD.size + beyond.nbytes + values.nbytes
+        frames = []
+        for size in sizes:
+            frames.append(np.frombuffer(self._decompressor.decompress(data[at : at + size]), np.int8))
+            at += size
+        names, low_means, high_means, *of_classes, low, high = frames
+        classes = names.view(np.uint8).copy()
+        multiples = _integers_of(low_means, high_means)
+        if not len(classes) == len(multiples) == num_channels:
+            raise ValueError("the channels are not as many as their classes and means")
+        counts = np.bincount(classes, minlength=WIDE + 1)
+        if [len(frame) for frame in (*of_classes, low)] != (counts * num_tokens).tolist():
+            raise ValueError("the frames are not as long as their channels")
+        codes = np.concatenate(of_classes).reshape(-1, num_tokens)
+        means = multiples << MEAN_SHIFTS.take(classes)
+        restore_channels(integers[None], *map(torch.from_numpy, (codes, classes, means)), skipped_class=WIDE)
+        found = integers.numpy()
+        wide = np.flatnonzero(classes == WIDE)
+        found[wide] = _integers_of(low, high).reshape(-1, num_tokens) + means[wide, None]
+        found.reshape(-1)[beyond] = values
+        return at
 
 
 def _escapes(data: memoryview) -> tuple[np.ndarray, np.ndarray]:
@@ -110,38 +139,6 @@ def _escapes(data: memoryview) -> tuple[np.ndarray, np.ndarray]:
 
 def _fits_short(data: memoryview) -> bool:
     return not _is_beyond(_escapes(data)[1], 32767).any()
-
-
-def _decode(data: memoryview, integers: torch.Tensor) -> int:
-    """Fill integers `[num_channels, num_tokens]`, and return how many bytes of the data they took."""
-    _, *shape = HEAD.unpack_from(data)
-    sizes = shape[2:]
-    if shape[:2] != list(integers.shape):
-        raise ValueError(f"it holds {shape[:2]} integers")
-    beyond, values = _escapes(data)
-    at = HEAD.size + beyond.nbytes + values.nbytes
-    decompressor = zstandard.ZstdDecompressor()
-    frames = []
-    for size in sizes:
-        frames.append(np.frombuffer(decompressor.decompress(data[at : at + size]), np.int8))
-        at += size
-    names, low_means, high_means, *of_classes, low, high = frames
-    num_channels, num_tokens = integers.shape
-    classes = names.view(np.uint8)
-    multiples = _integers_of(low_means, high_means)
-    if not len(classes) == len(multiples) == num_channels:
-        raise ValueError("the channels are not as many as their classes and means")
-    order, counts = _order(classes)
-    if [len(frame) for frame in of_classes] != (counts * num_tokens).tolist():
-        raise ValueError("the frames are not as long as their channels")
-    codes = np.concatenate(of_classes).reshape(-1, num_tokens)
-    means = (multiples << MEAN_SHIFTS[classes]).astype(np.int16)
-    restore_channels(integers[None], *map(torch.from_numpy, (codes, order, means)))
-    found, is_wide = integers.numpy(), classes == WIDE
-    if is_wide.any():
-        found[is_wide] = _integers_of(low, high).reshape(-1, num_tokens) + means[is_wide, None]
-    found.reshape(-1)[beyond] = values
-    return at
 
 
 def _is_beyond(integers: np.ndarray, limit: int) -> np.ndarray:
@@ -168,13 +165,7 @@ def _classes(rests: np.ndarray) -> np.ndarray:
 
 
 def _order(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The channels that are not wide, class by class, and how many each class has.
-
-    Raises:
-        ValueError: there is no such class.
-    """
-    if (classes > WIDE).any():
-        raise ValueError("there is no such class of channels")
+    """The channels that are not wide, class by class, and how many each class has."""
     narrow = np.flatnonzero(classes != WIDE)
     own = classes[narrow]
     return narrow[np.argsort(own, kind="stable")], np.bincount(own, minlength=NUM_CLASSES)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Self
 
 import torch
 
@@ -45,15 +47,35 @@ class PagedLayer:
         }
 
 
+@dataclass(frozen=True)
+class _Everything:
+    """All blocks of a cache as one sequence, for operators."""
+
+    block_table: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    seq_starts: torch.Tensor
+    slot_mapping: torch.Tensor
+
+    @classmethod
+    @lru_cache(maxsize=16)
+    def of(cls, num_blocks: int, block_size: int, device: torch.device) -> Self:
+        num_tokens = num_blocks * block_size
+        return cls(
+            torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+            torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+            torch.arange(num_tokens, device=device),
+        )
+
+
 def read_pages(pages: torch.Tensor, cache_format: CacheFormat, key_transform: KeyTransform, head_size: int) -> KV:
     """Dequantize whole blocks `[num_blocks, num_kv_heads, block_size, content_bytes]`."""
     num_blocks, num_kv_heads, block_size, _ = pages.shape
     num_tokens = num_blocks * block_size
     kv = tuple(torch.empty(num_tokens, num_kv_heads, head_size, device=pages.device) for _ in range(2))
-    blocks = torch.arange(num_blocks, dtype=torch.int32, device=pages.device)[None]
-    stretch = torch.tensor([0, num_tokens], dtype=torch.int32, device=pages.device)
+    everything = _Everything.of(num_blocks, block_size, pages.device)
     options = {"cache_format": cache_format, "key_transform": key_transform}
-    ops.gather_cache(*kv, pages, blocks, stretch, stretch[:1], **options)
+    ops.gather_cache(*kv, pages, everything.block_table, everything.cu_seq_lens, everything.seq_starts, **options)
     return kv
 
 
@@ -63,7 +85,7 @@ def write_pages(
     """Quantize keys and values of whole blocks into new pages."""
     _, num_kv_heads, head_size = kv[0].shape
     pages = cache_format.allocate(num_blocks, num_kv_heads, block_size, head_size, kv[0].device)
-    slots = torch.arange(num_blocks * block_size, device=kv[0].device)
+    slots = _Everything.of(num_blocks, block_size, kv[0].device).slot_mapping
     ops.reshape_and_cache(*kv, pages, slots, cache_format=cache_format, key_transform=key_transform)
     return pages
 

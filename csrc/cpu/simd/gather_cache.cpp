@@ -126,33 +126,52 @@ void gather_keys(const Group& g, LaneBlock& block) {
              p.key_transform.factors(g.kv_head, g.head_size()));
 }
 
+// Values of a slot, 16 dims from `dim` on.
+template <typename C>
+INT8KV_INLINE f32x16 values_at(const Group& g, const int8_t* planes, const Steps& steps, int32_t i,
+                               int32_t dim) {
+  return values_of<C>(value_codes<C>(g, planes, g.slot + i, dim), splat(steps.scale[i]),
+                      splat(steps.middle[i]));
+}
+
+// The 16 dims that lie side by side in the cache do so in a value, too.
+template <typename C, int kParts>
+void gather_rotated_values(const Group& g, const int8_t* planes, const Steps& steps) {
+  const GatherCacheParams& p = g.p;
+  for (int32_t i = g.begin; i < g.end; ++i) {
+    const int64_t row = g.row + i - g.begin;
+    const int64_t offset = row * p.value_token_stride + g.kv_head * p.value_head_stride;
+    for (int32_t begin = 0; begin < g.head_size(); begin += kParts * kLanes) {
+      f32x16 x[kParts];
+      for (int k = 0; k < kParts; ++k) {
+        x[k] = values_at<C>(g, planes, steps, i, begin + k * kLanes);
+      }
+      hadamard_rotate(x);
+      for (int k = 0; k < kParts; ++k) {
+        store_floats(p.value, p.dtype, offset + begin + k * kLanes, x[k]);
+      }
+    }
+  }
+}
+
 template <typename F>
-void gather_values(const Group& g, [[maybe_unused]] LaneBlock& block) {
+void gather_values(const Group& g) {
   using C = typename F::V;
   const GatherCacheParams& p = g.p;
   const int8_t* planes = g.chunk + p.cache.v_codes<F>();
   const Steps steps = steps_of<C>(g, p.cache.v_scale<F>(g.slot));
-  const auto values = [&](int32_t i, int32_t dim) {
-    return values_of<C>(value_codes<C>(g, planes, g.slot + i, dim), splat(steps.scale[i]),
-                        splat(steps.middle[i]));
-  };
-  if constexpr (!F::kRotatesValues) {
+  if constexpr (F::kRotatesValues) {
+    with_rotation_parts(g.head_size(), [&](auto parts) __attribute__((always_inline)) {
+      gather_rotated_values<C, parts>(g, planes, steps);
+    });
+  } else {
     for (int32_t i = g.begin; i < g.end; ++i) {
       const int64_t offset =
           (g.row + i - g.begin) * p.value_token_stride + g.kv_head * p.value_head_stride;
       for (int32_t dim = 0; dim < g.head_size(); dim += kLanes) {
-        store_floats(p.value, p.dtype, offset + dim, values(i, dim));
+        store_floats(p.value, p.dtype, offset + dim, values_at<C>(g, planes, steps, i, dim));
       }
     }
-  } else {
-    for (int32_t dim = 0; dim < g.head_size(); dim += kLanes) {
-      f32x16 rows[kLanes];
-      for (int32_t i = 0; i < kLanes; ++i) rows[i] = values(i, dim);
-      transpose(rows);
-      for (int i = 0; i < kLanes; ++i) store(block.x + (dim + i) * kLanes, rows[i]);
-    }
-    hadamard_rotate(block, g.head_size());
-    store_rows(g, block, p.value, p.value_token_stride, p.value_head_stride, nullptr);
   }
 }
 
@@ -167,7 +186,7 @@ void gather_slots(const GatherCacheParams& p, int64_t row, int32_t count, int64_
     const Group group{
         p, p.cache.chunk(block_id, kv_head), slot - begin, begin, begin + count, row, kv_head};
     gather_keys<F>(group, block);
-    gather_values<F>(group, block);
+    gather_values<F>(group);
   }
 }
 

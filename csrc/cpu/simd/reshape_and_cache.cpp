@@ -285,27 +285,20 @@ Ends ends_of(const LaneBlock& block, int32_t head_size) {
 
 // Rotated values, vector after vector, and their ends: the 16 dims that lie side by side in the
 // cache do so in a value, too.
-template <int kWidth>
+template <int kParts>
 Ends load_rotated_values(const Write& w, LaneBlock& block) {
   const ReshapeAndCacheParams& p = w.p;
   const int32_t head_size = w.cache.head_size;
-  const float norm = rotation_norm(kWidth);
   f32x16 low[kLanes] = {}, high[kLanes] = {};  // of one lane each
   for (int i = 0; i < w.set.count; ++i) {
     const void* vector = value_of(p, w.set.lanes[i].token, w.set.lanes[i].kv_head);
-    for (int32_t begin = 0; begin < head_size; begin += kWidth) {
-      constexpr int kParts = kWidth / kLanes;
+    for (int32_t begin = 0; begin < head_size; begin += kParts * kLanes) {
       f32x16 x[kParts];
       for (int k = 0; k < kParts; ++k) {
         x[k] = sanitize(load_floats(vector, p.dtype, begin + k * kLanes));
-        x[k] = hadamard_lanes<1>(x[k]);
-        x[k] = hadamard_lanes<2>(x[k]);
-        x[k] = hadamard_lanes<4>(x[k]);
-        x[k] = hadamard_lanes<8>(x[k]);
       }
-      hadamard_vectors(x);
+      hadamard_rotate(x);
       for (int k = 0; k < kParts; ++k) {
-        x[k] = x[k] * norm;
         store(block.x + i * head_size + begin + k * kLanes, x[k]);
         const bool is_first = begin + k == 0;
         low[i] = is_first ? x[k] : min(low[i], x[k]);
@@ -319,18 +312,9 @@ Ends load_rotated_values(const Write& w, LaneBlock& block) {
 }
 
 __attribute__((noinline)) Ends load_values(const Write& w, LaneBlock& block) {
-  switch (rotation_block(w.cache.head_size)) {
-    case 16:
-      return load_rotated_values<16>(w, block);
-    case 32:
-      return load_rotated_values<32>(w, block);
-    case 64:
-      return load_rotated_values<64>(w, block);
-    case 128:
-      return load_rotated_values<128>(w, block);
-    default:
-      return load_rotated_values<256>(w, block);
-  }
+  return with_rotation_parts(w.cache.head_size, [&](auto parts) __attribute__((always_inline)) {
+    return load_rotated_values<parts>(w, block);
+  });
 }
 
 // Pairs of dims of a slot group are lines of the cache as they come.

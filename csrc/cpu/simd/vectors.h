@@ -186,6 +186,34 @@ INT8KV_INLINE f32x16 hadamard_lanes(f32x16 v) {
   }
 }
 
+// The rotation of rotation.h of one vector of kParts * kLanes elements, which is a whole block.
+template <int kParts>
+INT8KV_INLINE void hadamard_rotate(f32x16 (&v)[kParts]) {
+  const float norm = rotation_norm(kParts * kLanes);
+  for (int k = 0; k < kParts; ++k) {
+    v[k] = hadamard_lanes<8>(hadamard_lanes<4>(hadamard_lanes<2>(hadamard_lanes<1>(v[k]))));
+  }
+  hadamard_vectors(v);
+  for (int k = 0; k < kParts; ++k) v[k] = v[k] * norm;
+}
+
+// Calls f with the parts of a block of the rotation as a constant.
+template <typename F>
+INT8KV_INLINE auto with_rotation_parts(int32_t head_size, const F& f) {
+  switch (rotation_block(head_size)) {
+    case 16:
+      return f(std::integral_constant<int, 1>{});
+    case 32:
+      return f(std::integral_constant<int, 2>{});
+    case 64:
+      return f(std::integral_constant<int, 4>{});
+    case 128:
+      return f(std::integral_constant<int, 8>{});
+    default:
+      return f(std::integral_constant<int, 16>{});
+  }
+}
+
 // The steps of rotation.h from `half` on, kSteps at once, so that the block passes through memory
 // once for all of them; the last ones also multiply by the norm.
 template <int kSteps>

@@ -13,13 +13,22 @@ namespace {
 constexpr int32_t kLineBytes = 2 * kLanes;
 
 template <typename T>
-void restore(const Channels<T>& to, const int8_t* codes, const int64_t* order, const int16_t* means,
-             int64_t num_rows) {
-  for (int64_t r = 0; r < num_rows; ++r) {
-    T* row = to.row(0, order[r]);
-    const int16_t mean = means[order[r]];
-    const int8_t* from = codes + r * to.block_size;
-    for (int32_t t = 0; t < to.block_size; ++t) row[t] = static_cast<T>(from[t] + mean);
+void restore(const Channels<T>& to, const int8_t* codes, const uint8_t* classes,
+             const int16_t* means, int64_t* next_rows, uint8_t skipped) {
+  typedef T Integers __attribute__((vector_size(kLanes * sizeof(T))));
+  const int32_t size = to.block_size, tiled_size = size / kLanes * kLanes;
+  for (int32_t c = 0; c < to.num_channels; ++c) {
+    if (classes[c] == skipped) continue;
+    const int8_t* from = codes + next_rows[classes[c]]++ * size;
+    const T mean = means[c];
+    T* row = to.row(0, c);
+    for (int32_t t = 0; t < tiled_size; t += kLanes) {
+      i8x16 own;
+      std::memcpy(&own, from + t, sizeof(own));
+      const Integers integers = __builtin_convertvector(own, Integers) + mean;
+      std::memcpy(row + t, &integers, sizeof(integers));
+    }
+    for (int32_t t = tiled_size; t < size; ++t) row[t] = static_cast<T>(from[t] + mean);
   }
 }
 
