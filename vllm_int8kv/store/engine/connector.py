@@ -30,7 +30,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm_int8kv.store import namespace as names
 from vllm_int8kv.store.engine import inputs
 from vllm_int8kv.store.engine.contents import Block, Contents, PageContents, Written
-from vllm_int8kv.store.engine.lookups import Lookups
+from vllm_int8kv.store.engine.gpu_pages import GpuPageContents
+from vllm_int8kv.store.engine.lookups import Lookups, allocated_blocks
 from vllm_int8kv.store.engine.stats import StorePromMetrics, StoreStats
 from vllm_int8kv.store.engine.transfers import Outcome, Transfers
 from vllm_int8kv.store.index import Index
@@ -61,6 +62,8 @@ class StoreMetadata(KVConnectorMetadata):
     saves: dict[str, list[Block]] = field(default_factory=dict)
     written: dict[int, Written] = field(default_factory=dict)
     """by id, blocks that the step writes to and that may be saved; if inputs are stored"""
+    allocated: set[int] = field(default_factory=set)
+    """ids of the blocks that requests have got for the step"""
     touches: list[list[str]] = field(default_factory=list)
     """hashes of the blocks of prefixes that were used"""
     is_idle: bool = False
@@ -166,7 +169,9 @@ class KVStoreConnector(KVConnectorBase_V1):
                 saves=group.rank_in_group == 0,
             )
         else:
-            contents = PageContents(make_codec(options.codec, layers))
+            if on_gpu := layers[0].pages.is_cuda:
+                logger.warning("KV store: blocks of GPUs are copied by code that was tested on a simulated GPU only")
+            contents = (GpuPageContents if on_gpu else PageContents)(make_codec(options.codec, layers))
         self._transfers = Transfers(
             options.root,
             self._namespace,
@@ -192,7 +197,7 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     def bind_connector_metadata(self, connector_metadata: StoreMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self._transfers.contents.begin_step(connector_metadata.written)
+        self._transfers.contents.begin_step(connector_metadata.written, connector_metadata.allocated)
         self._step_began = time.monotonic()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -279,6 +284,7 @@ class KVStoreConnector(KVConnectorBase_V1):
             loads=lookups.take_loads(),
             saves=lookups.find_saves(scheduler_output),
             written=written,
+            allocated=allocated_blocks(scheduler_output),
             touches=lookups.take_touches(),
             is_idle=scheduler_output.total_num_scheduled_tokens == 0,
         )
@@ -326,8 +332,8 @@ def check_engine(vllm_config: VllmConfig, kv_cache_config: Any) -> None:
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel_config, name, 1)) > 1:
             reasons.append(f"{name}={size}")
-    if not current_platform.is_cpu():
-        reasons.append(f"{current_platform.device_name}: pages are copied on CPUs only")
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        reasons.append(f"{current_platform.device_name}: pages are copied on CPUs and CUDA GPUs only")
     if getattr(vllm_config.model_config, "model_weights", ""):
         reasons.append("weights in an object storage: nothing tells them from others of the same name")
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]

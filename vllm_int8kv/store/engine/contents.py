@@ -1,8 +1,9 @@
 """What of a block goes to its file, and how it gets back into the cache."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +30,18 @@ class Written:
     """in the request"""
 
 
-Taken = tuple[list[Block], Sequence[torch.Tensor]]
-"""Blocks, and of every layer a tensor whose first dimension are those blocks."""
+def _no_wait() -> None:
+    """For what is there already."""
+
+
+class Taken(NamedTuple):
+    """Copies of what blocks hold."""
+
+    blocks: list[Block]
+    parts: Sequence[torch.Tensor]
+    """of every layer a tensor on the host whose first dimension are those blocks"""
+    wait: Callable[[], None] = _no_wait
+    """Returns when the copies have been made."""
 
 
 class Contents(ABC):
@@ -54,8 +65,13 @@ class Contents(ABC):
         """What `take` returns of one block."""
         return sum(layer.page_bytes for layer in self.codec.layers)
 
-    def begin_step(self, written: Mapping[int, Written]) -> None:  # noqa: B027 pages are there when they are taken
-        """A forward pass begins that writes to these blocks, by id."""
+    def begin_step(self, written: Mapping[int, Written], allocated: Collection[int]) -> None:  # noqa: B027
+        """A forward pass begins.
+
+        Args:
+            written: blocks by id that it writes to and that may be saved; of inputs of layers only.
+            allocated: ids of the blocks that requests have got for it.
+        """
 
     def forget(self, request_ids: set[str]) -> None:  # noqa: B027
         """Requests have ended."""
@@ -70,13 +86,13 @@ class Contents(ABC):
 
 
 class PageContents(Contents):
-    """The pages themselves."""
+    """The pages themselves, of a cache on the host."""
 
     def __init__(self, codec: Codec) -> None:
         super().__init__(codec, sum(layer.page_bytes for layer in codec.layers))
 
     def take(self, blocks: Sequence[Block]) -> Taken:
-        return list(blocks), copy_out(self.codec.layers, [block.block_id for block in blocks])
+        return Taken(list(blocks), copy_out(self.codec.layers, [block.block_id for block in blocks]))
 
     def put(self, blocks: Sequence[Block], parts: Sequence[torch.Tensor]) -> None:
         copy_in(self.codec.layers, [block.block_id for block in blocks], parts)

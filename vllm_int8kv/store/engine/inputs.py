@@ -12,6 +12,7 @@ from torch import nn
 from torch.library import Library
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_int8kv.store.codecs import Codec
@@ -83,6 +84,8 @@ def input_reasons(vllm_config: Any) -> Sequence[str]:
     speculative_config = vllm_config.speculative_config
     if speculative_config is not None and speculative_config.uses_draft_kv_cache():
         reasons.append(f"a draft model (method={speculative_config.method!r})")
+    if not current_platform.is_cpu():
+        reasons.append(f"{current_platform.device_name}: inputs of layers are captured on CPUs only")
     if vllm_config.model_config.uses_mrope:
         reasons.append("M-RoPE: positions depend on the images of a prompt")
     return reasons
@@ -142,7 +145,7 @@ class InputContents(Contents):
         self._staging = Staging(*shape, layers[0].dtype, num_blocks=num_blocks, capacity=capacity)
         _capturing = weakref.ref(self) if saves else None
 
-    def begin_step(self, written: Mapping[int, Written]) -> None:
+    def begin_step(self, written: Mapping[int, Written], allocated: Collection[int]) -> None:
         self._staging.begin_step(written)
 
     def add(self, layer_name: str, x: torch.Tensor) -> None:
@@ -157,7 +160,7 @@ class InputContents(Contents):
 
     def take(self, blocks: Sequence[Block]) -> Taken:
         found, inputs = self._staging.take(blocks)
-        return found, inputs.unbind(dim=1)
+        return Taken(found, inputs.unbind(dim=1))
 
     def put(self, blocks: Sequence[Block], parts: Sequence[torch.Tensor]) -> None:
         offsets = torch.arange(self._block_size)

@@ -160,6 +160,13 @@ class Lookups:
         return self._adapters[key]
 
 
+def allocated_blocks(scheduler_output: Any) -> set[int]:
+    """Ids of the blocks that requests have got for a step."""
+    got = [new.block_ids for new in scheduler_output.scheduled_new_reqs]
+    got += filter(None, scheduler_output.scheduled_cached_reqs.new_block_ids)
+    return {block_id for (block_ids,) in got for block_id in block_ids}
+
+
 def _num_settled_tokens(request: Any, num_tokens: int) -> int:
     """Tokens whose keys and values are final after a step that computes `num_tokens` in all.
 

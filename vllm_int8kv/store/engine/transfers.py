@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from vllm_int8kv.store import files
-from vllm_int8kv.store.engine.contents import Block, Contents
+from vllm_int8kv.store.engine.contents import Block, Contents, Taken
 from vllm_int8kv.store.engine.threads import run_alone
 from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, touch
 
 BATCH_BYTES = 8 << 20
-"""Of the cache that are decoded together. With much less, operators would spend most of their time on being called;
-with more, they work on memory that nobody has used yet: 32 blocks of 1.1 MB took the first batch of an engine ten times
-as long as the next ones."""
+"""Of the cache that are encoded or decoded together. With much less, operators would spend most of their time on being
+called; with more, they work on memory that nobody has used yet: 32 blocks of 1.1 MB took the first batch of an engine
+ten times as long as the next ones."""
 READY_BATCHES = 2
 """Of blocks that have been read and decoded and wait to be filled."""
 ENDING_SECONDS = 0.1
@@ -99,8 +99,8 @@ class Transfers:
         self._queued_bytes = 0
         self._num_loading = 0
         self._loads: queue.SimpleQueue[tuple[str, Sequence[Block], float] | None] = queue.SimpleQueue()
-        self._saves: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        """Blocks with copies of what they hold, or hashes of blocks that were used."""
+        self._saves: queue.SimpleQueue[Taken | Sequence[str] | None] = queue.SimpleQueue()
+        """What is to be written, or hashes of blocks that were used."""
         self._ready: queue.Queue[Ready] = queue.Queue(READY_BATCHES)
         self._is_ending = threading.Event()
         runs = {"load": self._run_loads, "save": self._run_saves}
@@ -126,15 +126,15 @@ class Transfers:
         """
         with self._lock:
             room = max(0, (self._max_queued_bytes - self._queued_bytes) // self._block_bytes)
-        kept, parts = self.contents.take(blocks[:room])
-        dropped = {block.hash for block in blocks} - {block.hash for block in kept}
+        taken = self.contents.take(blocks[:room])
+        dropped = {block.hash for block in blocks} - {block.hash for block in taken.blocks}
         with self._lock:
-            self._queued_bytes += len(kept) * self._block_bytes
+            self._queued_bytes += len(taken.blocks) * self._block_bytes
             if dropped:
                 self._outcome.count("dropped_blocks", len(dropped))
                 self._outcome.unsaved |= dropped
-        if kept:
-            self._saves.put((kept, parts))
+        if taken.blocks:
+            self._saves.put(taken)
 
     def touch(self, hashes: Sequence[str]) -> None:
         """Note that all blocks of a prefix, the first one first, are used now."""
@@ -270,22 +270,27 @@ class Transfers:
 
     def _run_saves(self) -> None:
         while (item := self._saves.get()) is not None:
-            if isinstance(item, list):
+            if not isinstance(item, Taken):
                 touch(map(self._path, item))
                 continue
-            blocks, parts = item
-            try:
-                payloads = self.contents.codec.encode(parts)
-                for block, payload in zip(blocks, payloads, strict=True):
-                    self._write(block.hash, payload)
-                touch([self._path(block.hash) for block in blocks], blocks[0].place)
-            except Exception as error:  # a thread that died would leave all later blocks unsaved without a word
-                with self._lock:
-                    self._outcome.count("failed_writes", len(blocks))
-                    self._outcome.unsaved.update(block.hash for block in blocks)
-                    self._outcome.problems.append(f"blocks are not saved: {type(error).__name__}: {error}")
+            for begin in range(0, len(item.blocks), self._batch):
+                self._save_batch(item, slice(begin, begin + self._batch))
+
+    def _save_batch(self, taken: Taken, batch: slice) -> None:
+        blocks = taken.blocks[batch]
+        try:
+            taken.wait()
+            payloads = self.contents.codec.encode([part[batch] for part in taken.parts])
+            for block, payload in zip(blocks, payloads, strict=True):
+                self._write(block.hash, payload)
+            touch([self._path(block.hash) for block in blocks], blocks[0].place)
+        except Exception as error:  # a thread that died would leave all later blocks unsaved without a word
             with self._lock:
-                self._queued_bytes -= len(blocks) * self._block_bytes
+                self._outcome.count("failed_writes", len(blocks))
+                self._outcome.unsaved.update(block.hash for block in blocks)
+                self._outcome.problems.append(f"blocks are not saved: {type(error).__name__}: {error}")
+        with self._lock:
+            self._queued_bytes -= len(blocks) * self._block_bytes
 
     def _write(self, block: str, payload: Any) -> None:
         header = Header(self._namespace, block, self._codec_name, len(payload))
