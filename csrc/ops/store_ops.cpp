@@ -31,10 +31,11 @@ bool is_short(const Tensor& integers) {
   return type == ScalarType::Short;
 }
 
-void restore_channels(Tensor integers, Tensor codes, Tensor classes, Tensor means,
-                      int64_t skipped_class) {
+void restore_channels(Tensor integers, Tensor codes, Tensor num_rows, Tensor classes,
+                      Tensor means) {
   check_dim(codes, "codes", 2, "[num_rows, block_size]");
   check_type(codes, "codes", ScalarType::Char);
+  check_type(num_rows, "num_rows", ScalarType::Long);
   check_type(classes, "classes", ScalarType::Byte);
   check_type(means, "means", ScalarType::Short);
   const bool short_ones = is_short(integers);
@@ -48,26 +49,31 @@ void restore_channels(Tensor integers, Tensor codes, Tensor classes, Tensor mean
                "means must be [num_channels] = [", own.num_channels, "], got ", shape_of(means));
   INT8KV_CHECK(codes.is_contiguous() && classes.is_contiguous() && means.is_contiguous(),
                "codes, classes and means must be contiguous");
-  INT8KV_CHECK(0 <= skipped_class && skipped_class <= 255, "skipped_class must fit a byte, got ",
-               skipped_class);
+  INT8KV_CHECK(num_rows.dim() == 1 && num_rows.size(0) <= 255 && num_rows.is_contiguous(),
+               "num_rows must be contiguous [num_classes], at most 255, got ", shape_of(num_rows));
   const auto* from = static_cast<const int8_t*>(codes.const_data_ptr());
   const auto* names = static_cast<const uint8_t*>(classes.const_data_ptr());
   const auto* levels = static_cast<const int16_t*>(means.const_data_ptr());
-  const auto skipped = static_cast<uint8_t>(skipped_class);
-  int64_t counts[256] = {}, next_rows[256], num_rows = 0;
+  const auto* rows = static_cast<const int64_t*>(num_rows.const_data_ptr());
+  const auto num_classes = static_cast<int32_t>(num_rows.size(0));
+  int64_t counts[256] = {}, next_rows[256], total = 0;
   for (int32_t c = 0; c < own.num_channels; ++c) ++counts[names[c]];
-  counts[skipped] = 0;
-  for (int i = 0; i < 256; ++i) {
-    next_rows[i] = num_rows;
-    num_rows += counts[i];
+  for (int32_t i = 0; i < num_classes; ++i) {
+    INT8KV_CHECK(rows[i] == counts[i], "num_rows[", i, "] must be that of the channels of class ",
+                 i, ", ", counts[i], ", got ", rows[i]);
+    next_rows[i] = total;
+    total += counts[i];
   }
-  INT8KV_CHECK(codes.size(0) == num_rows, "codes must have a row for each of the ", num_rows,
-               " channels that are not skipped, got ", shape_of(codes));
+  for (int i = num_classes + 1; i < 256; ++i) {
+    INT8KV_CHECK(counts[i] == 0, "classes must be at most ", num_classes, ", got ", i);
+  }
+  INT8KV_CHECK(codes.size(0) == total, "codes must have ", total, " rows, got ", shape_of(codes));
   const cpu::ChannelKernels& kernels = cpu::channel_kernels();
   if (short_ones) {
-    kernels.restore_short(own, from, names, levels, next_rows, skipped);
+    kernels.restore_short(own, from, names, levels, next_rows, num_classes);
   } else {
-    kernels.restore_long(view_channels<int32_t>(integers), from, names, levels, next_rows, skipped);
+    kernels.restore_long(view_channels<int32_t>(integers), from, names, levels, next_rows,
+                         num_classes);
   }
 }
 
@@ -131,8 +137,8 @@ void pack_channels(Tensor plane, Tensor integers, int64_t head_size, int64_t bit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(int8kv, m) {
   m.def(
-      "restore_channels(Tensor(a!) integers, Tensor codes, Tensor classes, Tensor means, "
-      "int skipped_class) -> ()");
+      "restore_channels(Tensor(a!) integers, Tensor codes, Tensor num_rows, Tensor classes, "
+      "Tensor means) -> ()");
   m.def("dequantize_channels(Tensor(a!) out, Tensor integers, Tensor steps) -> ()");
   m.def(
       "pack_channels(Tensor(a!) plane, Tensor integers, int head_size, int bits, int shift, "

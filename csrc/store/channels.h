@@ -34,11 +34,12 @@ struct CodePlane {
 
 struct ChannelKernels {
   // A channel of the first block becomes the next row of the codes [num_rows, block_size] of its
-  // class, whose rows begin at next_rows[class], plus its mean; those of class `skipped` are left.
+  // class, whose rows begin at next_rows[class], plus its mean; those of class num_classes have
+  // none.
   void (*restore_short)(const Channels<int16_t>&, const int8_t* codes, const uint8_t* classes,
-                        const int16_t* means, int64_t* next_rows, uint8_t skipped);
+                        const int16_t* means, int64_t* next_rows, int32_t num_classes);
   void (*restore_long)(const Channels<int32_t>&, const int8_t* codes, const uint8_t* classes,
-                       const int16_t* means, int64_t* next_rows, uint8_t skipped);
+                       const int16_t* means, int64_t* next_rows, int32_t num_classes);
   // out[block][token][channel] = integer * steps[block * steps_stride + token].
   void (*dequantize_short)(const Channels<const int16_t>&, const float* steps, int64_t steps_stride,
                            float* out);

@@ -10,18 +10,18 @@ from vllm_int8kv.cache import library as library  # loads the operators
 
 
 def restore_channels(
-    integers: torch.Tensor, codes: torch.Tensor, classes: torch.Tensor, means: torch.Tensor, *, skipped_class: int
+    integers: torch.Tensor, codes: torch.Tensor, num_rows: torch.Tensor, classes: torch.Tensor, means: torch.Tensor
 ) -> None:
     """Write rows of codes to their channels, each plus the mean of its channel.
 
     Args:
         integers: [1, num_channels, block_size] int16 or int32.
-        codes: [num_rows, block_size] int8, class by class, within a class in the order of the channels.
-        classes: [num_channels] uint8.
+        codes: [sum(num_rows), block_size] int8, class by class, within a class in the order of the channels.
+        num_rows: [num_classes] int64, of each class.
+        classes: [num_channels] uint8; channels of class `num_classes` have no codes and keep what they hold.
         means: [num_channels] int16.
-        skipped_class: channels of this class have no codes and keep what they hold.
     """
-    torch.ops.int8kv.restore_channels(integers, codes, classes, means, skipped_class)
+    torch.ops.int8kv.restore_channels(integers, codes, num_rows, classes, means)
 
 
 def dequantize_channels(integers: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -59,6 +61,30 @@ class Compressed(Codec):
         return memoryview(whole.reshape(-1))
 
 
+@dataclass(frozen=True)
+class CodePlane:
+    """Where a plane of codes lies in a chunk of a block and KV head: bytes [begin, end)."""
+
+    begin: int
+    end: int
+    bits: int
+    shift: int
+    """the lowest bit of a code that it holds"""
+    of_values: bool
+
+    @classmethod
+    def all_of(cls, stored: CacheFormat, block_size: int, head_size: int) -> list[Self]:
+        """Those of a format, in their order; what lies behind are scales and midpoints."""
+        found, end = [], 0
+        for bits, of_values in ((stored.k_bits, False), (stored.v_bits, True)):
+            shift = 0
+            for plane in CODES[bits].planes:
+                begin, end = end, end + (plane.v_bytes if of_values else plane.k_bytes)(block_size, head_size)
+                found.append(cls(begin, end, plane.bits, shift, of_values))
+                shift += plane.bits
+        return found
+
+
 class CompressedPages(SplitCodec):
     """Pages as another codec lays them out, as integers by channel, entropy-coded.
 
@@ -77,6 +103,10 @@ class CompressedPages(SplitCodec):
             layer.num_kv_heads * width
             for layer, stored in zip(self._ours, self._formats, strict=True)
             for width in (layer.head_size, layer.head_size, _num_params(stored))
+        ]
+        self._planes = [
+            CodePlane.all_of(stored, layer.block_size, layer.head_size)
+            for layer, stored in zip(self._ours, self._formats, strict=True)
         ]
         self._param_channels = torch.cat(torch.arange(sum(self._widths)).split(self._widths)[2::3])
         self._decoder = entropy.Decoder(sum(self._widths), self._block_size)
@@ -99,23 +129,18 @@ class CompressedPages(SplitCodec):
         integers, rests = read_integers(self._decoder, payloads)
         if integers.dtype != torch.int16:
             raise BadFile("its payload cannot be decoded (it holds integers of more than 16 bits)")
-        channels = iter(integers.split(self._widths, dim=1))
-        all_params = iter(_from_integers(integers[:, self._param_channels]).split(self._widths[2::3], dim=1))
+        channels = integers.split(self._widths, dim=1)
+        params = _from_integers(integers[:, self._param_channels]).split(self._widths[2::3], dim=1)
         pages = []
-        for layer, stored in zip(self._ours, self._formats, strict=True):
-            content = layer.block_size * stored.content_bytes(layer.head_size)
-            chunks = torch.empty(len(payloads), layer.num_kv_heads, content, dtype=torch.int8)
-            at = 0
-            for bits, of_values in ((stored.k_bits, False), (stored.v_bits, True)):
-                codes, shift = next(channels), 0
-                for plane in CODES[bits].planes:
-                    size = (plane.v_bytes if of_values else plane.k_bytes)(layer.block_size, layer.head_size)
-                    own = chunks[..., at : at + size]
-                    pack_channels(own, codes, layer.head_size, bits=plane.bits, shift=shift, of_values=of_values)
-                    at, shift = at + size, shift + plane.bits
-            next(channels)
-            params = next(all_params).unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
-            chunks[..., at:].view(torch.int16).unflatten(-1, params.shape[2:]).copy_(params)
+        for place, (layer, planes) in enumerate(zip(self._ours, self._planes, strict=True)):
+            own = params[place].unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
+            end = planes[-1].end
+            chunks = torch.empty(*own.shape[:2], end + own[0, 0].nbytes, dtype=torch.int8)
+            for plane in planes:
+                codes = channels[3 * place + plane.of_values]
+                options = {"bits": plane.bits, "shift": plane.shift, "of_values": plane.of_values}
+                pack_channels(chunks[..., plane.begin : plane.end], codes, layer.head_size, **options)
+            chunks[..., end:].view(torch.int16).unflatten(-1, own.shape[2:]).copy_(own)
             pages.append(self._inner.decode_layer(layer, chunks.flatten(1).view(torch.uint8)))
         return pages, rests
 

@@ -14,11 +14,11 @@ constexpr int32_t kLineBytes = 2 * kLanes;
 
 template <typename T>
 void restore(const Channels<T>& to, const int8_t* codes, const uint8_t* classes,
-             const int16_t* means, int64_t* next_rows, uint8_t skipped) {
+             const int16_t* means, int64_t* next_rows, int32_t num_classes) {
   typedef T Integers __attribute__((vector_size(kLanes * sizeof(T))));
   const int32_t size = to.block_size, tiled_size = size / kLanes * kLanes;
   for (int32_t c = 0; c < to.num_channels; ++c) {
-    if (classes[c] == skipped) continue;
+    if (classes[c] == num_classes) continue;
     const int8_t* from = codes + next_rows[classes[c]]++ * size;
     const T mean = means[c];
     T* row = to.row(0, c);
