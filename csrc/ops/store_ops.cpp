@@ -31,10 +31,11 @@ bool is_short(const Tensor& integers) {
   return type == ScalarType::Short;
 }
 
-void restore_channels(Tensor integers, Tensor codes, Tensor num_rows, Tensor classes,
-                      Tensor means) {
+void restore_channels(Tensor integers, Tensor codes, Tensor high_bytes, Tensor num_rows,
+                      Tensor classes, Tensor means) {
   check_dim(codes, "codes", 2, "[num_rows, block_size]");
   check_type(codes, "codes", ScalarType::Char);
+  check_type(high_bytes, "high_bytes", ScalarType::Char);
   check_type(num_rows, "num_rows", ScalarType::Long);
   check_type(classes, "classes", ScalarType::Byte);
   check_type(means, "means", ScalarType::Short);
@@ -47,33 +48,43 @@ void restore_channels(Tensor integers, Tensor codes, Tensor num_rows, Tensor cla
                shape_of(classes));
   INT8KV_CHECK(means.dim() == 1 && means.size(0) == own.num_channels,
                "means must be [num_channels] = [", own.num_channels, "], got ", shape_of(means));
-  INT8KV_CHECK(codes.is_contiguous() && classes.is_contiguous() && means.is_contiguous(),
-               "codes, classes and means must be contiguous");
-  INT8KV_CHECK(num_rows.dim() == 1 && num_rows.size(0) <= 255 && num_rows.is_contiguous(),
-               "num_rows must be contiguous [num_classes], at most 255, got ", shape_of(num_rows));
-  const auto* from = static_cast<const int8_t*>(codes.const_data_ptr());
+  INT8KV_CHECK(num_rows.dim() == 1 && num_rows.size(0) >= 1 && num_rows.size(0) <= 256,
+               "num_rows must be [num_classes], 1 to 256, got ", shape_of(num_rows));
+  INT8KV_CHECK(codes.is_contiguous() && high_bytes.is_contiguous() && num_rows.is_contiguous() &&
+                   classes.is_contiguous() && means.is_contiguous(),
+               "codes, high_bytes, num_rows, classes and means must be contiguous");
   const auto* names = static_cast<const uint8_t*>(classes.const_data_ptr());
-  const auto* levels = static_cast<const int16_t*>(means.const_data_ptr());
-  const auto* rows = static_cast<const int64_t*>(num_rows.const_data_ptr());
+  const auto* expected = static_cast<const int64_t*>(num_rows.const_data_ptr());
   const auto num_classes = static_cast<int32_t>(num_rows.size(0));
-  int64_t counts[256] = {}, next_rows[256], total = 0;
+  int64_t counts[256] = {}, total = 0;
+  cpu::ClassRows rows{};
   for (int32_t c = 0; c < own.num_channels; ++c) ++counts[names[c]];
   for (int32_t i = 0; i < num_classes; ++i) {
-    INT8KV_CHECK(rows[i] == counts[i], "num_rows[", i, "] must be that of the channels of class ",
-                 i, ", ", counts[i], ", got ", rows[i]);
-    next_rows[i] = total;
+    INT8KV_CHECK(expected[i] == counts[i], "num_rows[", i,
+                 "] must be that of the channels of class ", i, ", ", counts[i], ", got ",
+                 expected[i]);
+    rows.next[i] = total;
     total += counts[i];
   }
-  for (int i = num_classes + 1; i < 256; ++i) {
-    INT8KV_CHECK(counts[i] == 0, "classes must be at most ", num_classes, ", got ", i);
+  for (int i = num_classes; i < 256; ++i) {
+    INT8KV_CHECK(counts[i] == 0, "classes must be below ", num_classes, ", got ", i);
   }
   INT8KV_CHECK(codes.size(0) == total, "codes must have ", total, " rows, got ", shape_of(codes));
+  const int64_t num_wide = counts[num_classes - 1];
+  INT8KV_CHECK(high_bytes.dim() == 2 && high_bytes.size(0) == num_wide &&
+                   high_bytes.size(1) == own.block_size,
+               "high_bytes must be of the last class, [", num_wide, ", ", own.block_size, "], got ",
+               shape_of(high_bytes));
+  rows.codes = static_cast<const int8_t*>(codes.const_data_ptr());
+  rows.high_bytes = static_cast<const int8_t*>(high_bytes.const_data_ptr());
+  rows.classes = names;
+  rows.means = static_cast<const int16_t*>(means.const_data_ptr());
+  rows.last_class = num_classes - 1;
   const cpu::ChannelKernels& kernels = cpu::channel_kernels();
   if (short_ones) {
-    kernels.restore_short(own, from, names, levels, next_rows, num_classes);
+    kernels.restore_short(own, rows);
   } else {
-    kernels.restore_long(view_channels<int32_t>(integers), from, names, levels, next_rows,
-                         num_classes);
+    kernels.restore_long(view_channels<int32_t>(integers), rows);
   }
 }
 
@@ -137,8 +148,8 @@ void pack_channels(Tensor plane, Tensor integers, int64_t head_size, int64_t bit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(int8kv, m) {
   m.def(
-      "restore_channels(Tensor(a!) integers, Tensor codes, Tensor num_rows, Tensor classes, "
-      "Tensor means) -> ()");
+      "restore_channels(Tensor(a!) integers, Tensor codes, Tensor high_bytes, Tensor num_rows, "
+      "Tensor classes, Tensor means) -> ()");
   m.def("dequantize_channels(Tensor(a!) out, Tensor integers, Tensor steps) -> ()");
   m.def(
       "pack_channels(Tensor(a!) plane, Tensor integers, int head_size, int bits, int shift, "

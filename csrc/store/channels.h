@@ -32,14 +32,21 @@ struct CodePlane {
   bool of_values;
 };
 
+// Codes [num_rows, block_size] of channels, class by class, within a class in the order of the
+// channels. Those of the last class are low bytes; their high bytes lie apart.
+struct ClassRows {
+  const int8_t* codes;
+  const int8_t* high_bytes;
+  const uint8_t* classes;  // [num_channels]
+  const int16_t* means;    // [num_channels], which codes are differences to
+  int64_t next[256];       // the row of the next channel of every class
+  int32_t last_class;
+};
+
 struct ChannelKernels {
-  // A channel of the first block becomes the next row of the codes [num_rows, block_size] of its
-  // class, whose rows begin at next_rows[class], plus its mean; those of class num_classes have
-  // none.
-  void (*restore_short)(const Channels<int16_t>&, const int8_t* codes, const uint8_t* classes,
-                        const int16_t* means, int64_t* next_rows, int32_t num_classes);
-  void (*restore_long)(const Channels<int32_t>&, const int8_t* codes, const uint8_t* classes,
-                       const int16_t* means, int64_t* next_rows, int32_t num_classes);
+  // The channels of the first block become their codes plus their means.
+  void (*restore_short)(const Channels<int16_t>&, ClassRows);
+  void (*restore_long)(const Channels<int32_t>&, ClassRows);
   // out[block][token][channel] = integer * steps[block * steps_stride + token].
   void (*dequantize_short)(const Channels<const int16_t>&, const float* steps, int64_t steps_stride,
                            float* out);

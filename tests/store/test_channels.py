@@ -32,13 +32,14 @@ def test_restore(num_channels, block_size, dtype):
     means = torch.randint(-20000, 20000, (num_channels,), dtype=torch.int16, generator=generator)
     classes = torch.randint(0, 4, (num_channels,), dtype=torch.uint8, generator=generator)
     order = classes.argsort(stable=True)
-    order = order[classes[order] != 3]
-    num_rows = classes.long().bincount(minlength=4)[:3]
-    codes = torch.randint(-128, 128, (len(order), block_size), dtype=torch.int8, generator=generator)
-    integers = torch.full((1, num_channels, block_size), 5, dtype=dtype)
-    expected = integers.clone()
+    num_rows = classes.long().bincount(minlength=4)
+    codes = torch.randint(-128, 128, (num_channels, block_size), dtype=torch.int8, generator=generator)
+    high_bytes = torch.randint(-40, 40, (int(num_rows[3]), block_size), dtype=torch.int8, generator=generator)
+    expected = torch.empty(1, num_channels, block_size, dtype=dtype)
     expected[0, order] = codes.to(dtype) + means[order, None]
-    restore_channels(integers, codes, num_rows, classes, means)
+    expected[0, classes == 3] += 256 * high_bytes.to(dtype)
+    integers = torch.empty_like(expected)
+    restore_channels(integers, codes, high_bytes, num_rows, classes, means)
     assert torch.equal(integers, expected)
 
 
@@ -90,10 +91,11 @@ def test_pack(head_size, block_size, bits, of_values):
             r"integers must be .num_blocks, num_channels, block_size.",
         ),
         ({"integers": torch.zeros(1, 8, 4, dtype=torch.int16).mT}, "integers must be contiguous but for their blocks"),
-        ({"codes": torch.zeros(2, 8)}, "codes must be Char, got Float"),
-        ({"codes": torch.zeros(3, 8, dtype=torch.int8)}, r"codes must have 2 rows, got \[3, 8\]"),
-        ({"num_rows": torch.tensor([2, 0])}, r"num_rows\[0\] must be that of the channels of class 0, 1, got 2"),
-        ({"num_rows": torch.tensor([1])}, "classes must be at most 1, got 2"),
+        ({"codes": torch.zeros(4, 8)}, "codes must be Char, got Float"),
+        ({"codes": torch.zeros(3, 8, dtype=torch.int8)}, r"codes must have 4 rows, got \[3, 8\]"),
+        ({"high_bytes": torch.zeros(1, 8, dtype=torch.int8)}, r"of the last class, \[2, 8\], got \[1, 8\]"),
+        ({"num_rows": torch.tensor([2, 0, 2])}, r"num_rows\[0\] must be that of the channels of class 0, 1, got 2"),
+        ({"num_rows": torch.tensor([1, 1])}, "classes must be below 2, got 2"),
         ({"classes": torch.zeros(5, dtype=torch.uint8)}, r"classes must be \[num_channels\] = \[4\], got \[5\]"),
         ({"means": torch.zeros(3, dtype=torch.int16)}, r"means must be \[num_channels\] = \[4\], got \[3\]"),
     ],
@@ -101,9 +103,10 @@ def test_pack(head_size, block_size, bits, of_values):
 def test_restore_refuses(change, message):
     arguments = {
         "integers": torch.zeros(1, 4, 8, dtype=torch.int16),
-        "codes": torch.zeros(2, 8, dtype=torch.int8),
+        "codes": torch.zeros(4, 8, dtype=torch.int8),
+        "high_bytes": torch.zeros(2, 8, dtype=torch.int8),
         "classes": torch.tensor([2, 1, 2, 0], dtype=torch.uint8),
-        "num_rows": torch.tensor([1, 1]),
+        "num_rows": torch.tensor([1, 1, 2]),
         "means": torch.zeros(4, dtype=torch.int16),
     }
     with pytest.raises(RuntimeError, match=message):

@@ -1,5 +1,7 @@
 """Codecs: exact bytes, the operators' own requantization, and bounds that hold for every element."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,6 +68,18 @@ def test_compressed_pages_come_back_bit_for_bit(served):
     pages = copy_out(layers, [4, 0, 2])
     for got, want in zip(restored(exact, pages), pages, strict=True):
         assert torch.equal(got.view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("formats", [["k8v8"] * 3, ["k4v4"] * 2 + ["k8v8"] * 2 + ["k6v4", "k8v8"]])
+def test_compressed_pages_of_many_layers_come_back_bit_for_bit(formats):
+    """Layers one behind the other that are alike are decoded together; no two of these hold the same."""
+    layers = [
+        replace(make_layers(name)[0], name=f"layer {number:02}", pages=make_layers(name)[0].pages.roll(number, dims=0))
+        for number, name in enumerate(formats)
+    ]
+    pages = copy_out(layers, [4, 0, 2])
+    for got, want in zip(restored(make_codec("exact+zstd", layers), pages), pages, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["k6v4", "k4v4", "k2v2"])

@@ -146,6 +146,12 @@ def test_a_block_is_not_written_anew_before_its_page_is_copied(gpu, contents, la
     assert all((layer.pages[2] == NEW).all() for layer in layers)
 
 
+def test_no_blocks_are_no_pages(gpu, contents, layers):
+    taken = contents.take([])
+    taken.wait()
+    assert taken.blocks == [] and [len(part) for part in taken.parts] == [0, 0]
+
+
 def test_steps_that_write_to_other_blocks_wait_for_no_copy(gpu, contents, layers):
     run_step(gpu, contents, layers, 2, OLD)
     contents.take([BLOCK])

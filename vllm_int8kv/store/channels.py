@@ -10,18 +10,24 @@ from vllm_int8kv.cache import library as library  # loads the operators
 
 
 def restore_channels(
-    integers: torch.Tensor, codes: torch.Tensor, num_rows: torch.Tensor, classes: torch.Tensor, means: torch.Tensor
+    integers: torch.Tensor,
+    codes: torch.Tensor,
+    high_bytes: torch.Tensor,
+    num_rows: torch.Tensor,
+    classes: torch.Tensor,
+    means: torch.Tensor,
 ) -> None:
     """Write rows of codes to their channels, each plus the mean of its channel.
 
     Args:
-        integers: [1, num_channels, block_size] int16 or int32.
-        codes: [sum(num_rows), block_size] int8, class by class, within a class in the order of the channels.
-        num_rows: [num_classes] int64, of each class.
-        classes: [num_channels] uint8; channels of class `num_classes` have no codes and keep what they hold.
+        integers: [1, num_channels, block_size] int16 or int32, written.
+        codes: [num_channels, block_size] int8, class by class, within a class in the order of the channels.
+        high_bytes: [num_rows[-1], block_size] int8; codes of the last class are the low bytes to these.
+        num_rows: [num_classes] int64, channels of each class.
+        classes: [num_channels] uint8.
         means: [num_channels] int16.
     """
-    torch.ops.int8kv.restore_channels(integers, codes, num_rows, classes, means)
+    torch.ops.int8kv.restore_channels(integers, codes, high_bytes, num_rows, classes, means)
 
 
 def dequantize_channels(integers: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

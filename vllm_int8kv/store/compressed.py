@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from vllm_int8kv.store import entropy
 from vllm_int8kv.store.channels import pack_channels
 from vllm_int8kv.store.codecs import Codec, Exact, PageCodec, Payload, SplitCodec, read_integers, without_format
 from vllm_int8kv.store.files import BadFile
+from vllm_int8kv.store.pages import PagedLayer
 
 ONE = 0x3F80
 """The bits of 1.0 in bf16."""
@@ -62,27 +63,43 @@ class Compressed(Codec):
 
 
 @dataclass(frozen=True)
-class CodePlane:
-    """Where a plane of codes lies in a chunk of a block and KV head: bytes [begin, end)."""
+class Run:
+    """Layers one behind the other whose blocks are laid out alike."""
 
-    begin: int
-    end: int
-    bits: int
-    shift: int
-    """the lowest bit of a code that it holds"""
-    of_values: bool
+    layers: list[PagedLayer]
+    stored: CacheFormat
 
-    @classmethod
-    def all_of(cls, stored: CacheFormat, block_size: int, head_size: int) -> list[Self]:
-        """Those of a format, in their order; what lies behind are scales and midpoints."""
-        found, end = [], 0
-        for bits, of_values in ((stored.k_bits, False), (stored.v_bits, True)):
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of a layer: those of K, those of V, and one for each scale and midpoint of a token."""
+        layer = self.layers[0]
+        codes = layer.num_kv_heads * layer.head_size
+        num_params = CODES[self.stored.k_bits].num_params + CODES[self.stored.v_bits].num_params
+        return codes, codes, layer.num_kv_heads * num_params
+
+    @property
+    def num_channels(self) -> int:
+        """Of a layer."""
+        return sum(self.widths)
+
+    def join(self, integers: torch.Tensor) -> torch.Tensor:
+        """The chunks `[num_blocks, num_kv_heads, ...]` int8 of channels `[num_blocks, num_channels, block_size]`."""
+        keys, values, params = integers.split(self.widths, dim=1)
+        layer = self.layers[0]
+        sizes = (layer.block_size, layer.head_size)
+        num_bytes = layer.block_size * self.stored.content_bytes(layer.head_size)
+        chunks = torch.empty(len(integers), layer.num_kv_heads, num_bytes, dtype=torch.int8)
+        end = 0
+        for bits, codes, of_values in ((self.stored.k_bits, keys, False), (self.stored.v_bits, values, True)):
             shift = 0
             for plane in CODES[bits].planes:
-                begin, end = end, end + (plane.v_bytes if of_values else plane.k_bytes)(block_size, head_size)
-                found.append(cls(begin, end, plane.bits, shift, of_values))
+                begin, end = end, end + (plane.v_bytes if of_values else plane.k_bytes)(*sizes)
+                options = {"bits": plane.bits, "shift": shift, "of_values": of_values}
+                pack_channels(chunks[..., begin:end], codes, layer.head_size, **options)
                 shift += plane.bits
-        return found
+        own = _from_integers(params).unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
+        chunks[..., end:].view(torch.int16).unflatten(-1, own.shape[2:]).copy_(own)
+        return chunks
 
 
 class CompressedPages(SplitCodec):
@@ -98,23 +115,19 @@ class CompressedPages(SplitCodec):
     def __init__(self, inner: PageCodec, itemsize: int) -> None:
         super().__init__(inner.layers, Compressed(Exact(without_format(inner.layers)), itemsize))
         self._inner = inner
-        self._formats = [inner.stored_format(layer) for layer in self._ours]
-        self._widths = [
-            layer.num_kv_heads * width
-            for layer, stored in zip(self._ours, self._formats, strict=True)
-            for width in (layer.head_size, layer.head_size, _num_params(stored))
-        ]
-        self._planes = [
-            CodePlane.all_of(stored, layer.block_size, layer.head_size)
-            for layer, stored in zip(self._ours, self._formats, strict=True)
-        ]
-        self._param_channels = torch.cat(torch.arange(sum(self._widths)).split(self._widths)[2::3])
-        self._decoder = entropy.Decoder(sum(self._widths), self._block_size)
+        self._runs = [Run(list(layers), stored) for (stored, *_), layers in groupby(self._ours, self._kind_of)]
+        self._num_channels = sum(len(run.layers) * run.num_channels for run in self._runs)
+        self._decoder = entropy.Decoder(self._num_channels, self._block_size)
+
+    def _kind_of(self, layer: PagedLayer) -> tuple[CacheFormat | None, int, int]:
+        return self._inner.stored_format(layer), layer.num_kv_heads, layer.head_size
 
     def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
-        blocks = np.empty((len(pages[0]), sum(self._widths), self._block_size), dtype=np.int16)
-        rows = iter(np.split(blocks, np.cumsum(self._widths)[:-1], axis=1))
-        for layer, stored, own in zip(self._ours, self._formats, pages, strict=True):
+        blocks = np.empty((len(pages[0]), self._num_channels, self._block_size), dtype=np.int16)
+        widths = [width for run in self._runs for _ in run.layers for width in run.widths]
+        rows = iter(np.split(blocks, np.cumsum(widths)[:-1], axis=1))
+        for layer, own in zip(self._ours, pages, strict=True):
+            stored = self._inner.stored_format(layer)
             encoded = self._inner.encode_layer(layer, own).cpu()
             shape = (len(own), layer.num_kv_heads, layer.block_size, -1)
             chunks = stored.split(encoded.view(torch.int8).reshape(shape), layer.head_size)
@@ -129,25 +142,13 @@ class CompressedPages(SplitCodec):
         integers, rests = read_integers(self._decoder, payloads)
         if integers.dtype != torch.int16:
             raise BadFile("its payload cannot be decoded (it holds integers of more than 16 bits)")
-        channels = integers.split(self._widths, dim=1)
-        params = _from_integers(integers[:, self._param_channels]).split(self._widths[2::3], dim=1)
         pages = []
-        for place, (layer, planes) in enumerate(zip(self._ours, self._planes, strict=True)):
-            own = params[place].unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
-            end = planes[-1].end
-            chunks = torch.empty(*own.shape[:2], end + own[0, 0].nbytes, dtype=torch.int8)
-            for plane in planes:
-                codes = channels[3 * place + plane.of_values]
-                options = {"bits": plane.bits, "shift": plane.shift, "of_values": plane.of_values}
-                pack_channels(chunks[..., plane.begin : plane.end], codes, layer.head_size, **options)
-            chunks[..., end:].view(torch.int16).unflatten(-1, own.shape[2:]).copy_(own)
-            pages.append(self._inner.decode_layer(layer, chunks.flatten(1).view(torch.uint8)))
+        channels = integers.split([len(run.layers) * run.num_channels for run in self._runs], dim=1)
+        for run, own in zip(self._runs, channels, strict=True):
+            chunks = run.join(own.reshape(-1, run.num_channels, self._block_size))
+            by_layer = chunks.view(torch.uint8).view(len(payloads), len(run.layers), -1).unbind(dim=1)
+            pages += map(self._inner.decode_layer, run.layers, by_layer)
         return pages, rests
-
-
-def _num_params(stored: CacheFormat) -> int:
-    """Scales and midpoints of a (token, KV head) pair."""
-    return CODES[stored.k_bits].num_params + CODES[stored.v_bits].num_params
 
 
 # NumPy permutes bytes several times as fast as PyTorch, pairs of them more so.

@@ -69,7 +69,7 @@ def encode(integers: np.ndarray) -> bytes:
     of_classes = np.split(codes.take(order, axis=0), np.cumsum(counts)[:-1])
     compressor = zstandard.ZstdCompressor(compression_params=COMPRESSION)
     parts = [classes, *_bytes_of(multiples), *of_classes, *_bytes_of(wide)]
-    frames = [compressor.compress(part) for part in parts]
+    frames = [compressor.compress(part) if part.size else b"" for part in parts]
     escaped = beyond.astype("<u4").tobytes() + integers.flat[beyond].astype("<i4").tobytes()
     return b"".join([HEAD.pack(len(beyond), num_channels, num_tokens, *map(len, frames)), escaped, *frames])
 
@@ -110,9 +110,10 @@ class Decoder:
         at = HEAD.size + beyond.nbytes + values.nbytes
         frames = []
         for size in sizes:
-            frames.append(np.frombuffer(self._decompressor.decompress(data[at : at + size]), np.int8))
+            frame = self._decompressor.decompress(data[at : at + size]) if size else b""
+            frames.append(np.frombuffer(frame, np.int8))
             at += size
-        names, low_means, high_means, *of_classes, low, high = frames
+        names, low_means, high_means, *of_classes, high = frames
         classes = names.view(np.uint8).copy()
         multiples = _integers_of(low_means, high_means)
         if not len(classes) == len(multiples) == num_channels:
@@ -120,11 +121,9 @@ class Decoder:
         codes = np.concatenate(of_classes).reshape(-1, num_tokens)
         num_rows = np.array([len(frame) // num_tokens for frame in of_classes])
         means = multiples << MEAN_SHIFTS.take(classes)
-        restore_channels(integers[None], *map(torch.from_numpy, (codes, num_rows, classes, means)))
+        arrays = (codes, high.reshape(-1, num_tokens).copy(), num_rows, classes, means)
+        restore_channels(integers[None], *map(torch.from_numpy, arrays))
         found = integers.numpy()
-        if len(low):
-            wide = np.flatnonzero(classes == WIDE)
-            found[wide] = _integers_of(low, high).reshape(-1, num_tokens) + means[wide, None]
         found.reshape(-1)[beyond] = values
         return at
 

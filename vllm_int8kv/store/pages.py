@@ -84,7 +84,8 @@ def write_pages(
 ) -> torch.Tensor:
     """Quantize keys and values of whole blocks into new pages."""
     _, num_kv_heads, head_size = kv[0].shape
-    pages = cache_format.allocate(num_blocks, num_kv_heads, block_size, head_size, kv[0].device)
+    shape = (num_blocks, num_kv_heads, block_size, cache_format.content_bytes(head_size))
+    pages = torch.empty(shape, dtype=torch.int8, device=kv[0].device)  # every byte is written
     slots = _Everything.of(num_blocks, block_size, kv[0].device).slot_mapping
     ops.reshape_and_cache(*kv, pages, slots, cache_format=cache_format, key_transform=key_transform)
     return pages

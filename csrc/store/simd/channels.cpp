@@ -13,22 +13,25 @@ namespace {
 constexpr int32_t kLineBytes = 2 * kLanes;
 
 template <typename T>
-void restore(const Channels<T>& to, const int8_t* codes, const uint8_t* classes,
-             const int16_t* means, int64_t* next_rows, int32_t num_classes) {
+void restore(const Channels<T>& to, ClassRows rows) {
   typedef T Integers __attribute__((vector_size(kLanes * sizeof(T))));
   const int32_t size = to.block_size, tiled_size = size / kLanes * kLanes;
+  const int8_t* high = rows.high_bytes;
   for (int32_t c = 0; c < to.num_channels; ++c) {
-    if (classes[c] == num_classes) continue;
-    const int8_t* from = codes + next_rows[classes[c]]++ * size;
-    const T mean = means[c];
+    const int8_t* from = rows.codes + rows.next[rows.classes[c]]++ * size;
+    const T mean = rows.means[c];
     T* row = to.row(0, c);
     for (int32_t t = 0; t < tiled_size; t += kLanes) {
-      i8x16 own;
-      std::memcpy(&own, from + t, sizeof(own));
-      const Integers integers = __builtin_convertvector(own, Integers) + mean;
+      i8x16 codes;
+      std::memcpy(&codes, from + t, sizeof(codes));
+      const Integers integers = __builtin_convertvector(codes, Integers) + mean;
       std::memcpy(row + t, &integers, sizeof(integers));
     }
     for (int32_t t = tiled_size; t < size; ++t) row[t] = static_cast<T>(from[t] + mean);
+    if (rows.classes[c] == rows.last_class) {
+      for (int32_t t = 0; t < size; ++t) row[t] = static_cast<T>(row[t] + high[t] * 256);
+      high += size;
+    }
   }
 }
 

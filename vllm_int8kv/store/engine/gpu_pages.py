@@ -47,7 +47,7 @@ class GpuPageContents(PageContents):
         block_ids = [block.block_id for block in blocks]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            index = _to_device(torch.tensor(block_ids), self._device)
+            index = _to_device(torch.tensor(block_ids, dtype=torch.long), self._device)
             parts = [_to_host(layer.pages, index) for layer in self.codec.layers]
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
