@@ -77,8 +77,8 @@ def encode(integers: np.ndarray) -> bytes:
 class Decoder:
     """The inverse of `encode`, for blocks of as many integers each.
 
-    It keeps the memory of what it returns, and is for one thread at a time: what is new to a process takes as long to be
-    touched as to be decoded.
+    It is for one thread at a time, and keeps the memory of what it returns: what is new to a process takes as long to
+    be touched as to be decoded.
     """
 
     def __init__(self, num_channels: int, num_tokens: int) -> None:
