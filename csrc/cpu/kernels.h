@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "format/params.h"
 
@@ -80,8 +81,28 @@ struct Kernels {
 };
 
 // Every instruction set that kernels are compiled for, slowest first.
-#define INT8KV_FOR_EACH_ISA(CALL) \
-  CALL(scalar) CALL(avx2) CALL(avx2_vnni) CALL(avx512) CALL(avx512_vnni)
+#define INT8KV_FOR_EACH_ISA(CALL, ...)       \
+  CALL(scalar __VA_OPT__(, ) __VA_ARGS__)    \
+  CALL(avx2 __VA_OPT__(, ) __VA_ARGS__)      \
+  CALL(avx2_vnni __VA_OPT__(, ) __VA_ARGS__) \
+  CALL(avx512 __VA_OPT__(, ) __VA_ARGS__)    \
+  CALL(avx512_vnni __VA_OPT__(, ) __VA_ARGS__)
+
+// Defines `const Table& function()`: what the function of that name in the namespace of the
+// instruction set in use returns.
+#define INT8KV_DISPATCH(Table, function)                      \
+  INT8KV_FOR_EACH_ISA(INT8KV_DECLARE_TABLE, Table, function)  \
+  const Table& function() {                                   \
+    const std::string_view name = current_isa();              \
+    INT8KV_FOR_EACH_ISA(INT8KV_RETURN_TABLE, Table, function) \
+    return scalar::function();                                \
+  }
+#define INT8KV_DECLARE_TABLE(isa, Table, function) \
+  namespace isa {                                  \
+  const Table& function();                         \
+  }
+#define INT8KV_RETURN_TABLE(isa, Table, function) \
+  if (name == #isa) return isa::function();
 
 // Those of an instruction set that `has_isa`, or with null of the one that the process has chosen.
 const Kernels& kernels_for(CacheFormat format, const char* isa);

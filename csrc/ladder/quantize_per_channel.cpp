@@ -3,28 +3,13 @@
 #include "ladder/quantize_per_channel.h"
 
 #include <algorithm>
-#include <string_view>
 #include <vector>
 
 #include "format/quantizer.h"
 
 namespace int8kv::cpu {
 
-#define DECLARE_ISA(isa)                          \
-  namespace isa {                                 \
-  const PerChannelKernels& per_channel_kernels(); \
-  }
-INT8KV_FOR_EACH_ISA(DECLARE_ISA)
-#undef DECLARE_ISA
-
-const PerChannelKernels& per_channel_kernels() {
-  const std::string_view name = current_isa();
-#define RETURN_ISA(isa) \
-  if (name == #isa) return isa::per_channel_kernels();
-  INT8KV_FOR_EACH_ISA(RETURN_ISA)
-#undef RETURN_ISA
-  return scalar::per_channel_kernels();
-}
+INT8KV_DISPATCH(PerChannelKernels, per_channel_kernels)
 
 namespace {
 
