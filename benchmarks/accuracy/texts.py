@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import pydoc_data.topics
+from collections.abc import Callable
 
 import torch
 
@@ -19,3 +20,20 @@ def texts() -> dict[str, str]:
         "documentation": "\n\n".join(inspect.getdoc(layer) or "" for layer in layers),
         "code": inspect.getsource(argparse),
     }
+
+
+def windows(encode: Callable[[str], list[int]], num_tokens: int, num_windows: int = 1) -> dict[str, list[int]]:
+    """Tokens of the texts by name, in windows one behind the other: "code", "code 2".
+
+    Args:
+        encode: of a tokenizer.
+        num_tokens: of a window.
+        num_windows: of each text that is long enough; the prose has one of up to 1,674 tokens.
+    """
+    found = {}
+    for name, text in texts().items():
+        token_ids = encode(text)
+        for number in range(min(num_windows, max(1, len(token_ids) // num_tokens))):
+            label = f"{name} {number + 1}" if number else name
+            found[label] = token_ids[number * num_tokens : (number + 1) * num_tokens]
+    return found

@@ -5,6 +5,7 @@ to the first token, bytes on disk, speed of the codec, and the KL divergence of 
 from an engine that has nothing but an unquantized cache. One engine without a store is what both are compared with.
 
     python -m benchmarks.engines.store --steps --codecs exact,k6v4,bound:0.2    what saving costs the steps meanwhile
+    python -m benchmarks.engines.store --scores --windows 6 --codecs k6v4,k4v4  only the divergence, of more text
 """
 
 import tempfile
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.mha_model import make_mha_model
-from benchmarks.accuracy.texts import texts
+from benchmarks.accuracy.texts import texts, windows
 from vllm_int8kv.commands.models import resolve
 from vllm_int8kv.config import KV_CACHE_DTYPE
 from vllm_int8kv.evaluation import record
@@ -98,16 +99,17 @@ def main(
     ] = False,
     lengths: Annotated[str, typer.Option(help="tokens of the prompts")] = "2000,4000,6000",
     dtype: Annotated[str, typer.Option(help="of weights and arithmetic")] = "float32",
+    num_windows: Annotated[int, typer.Option("--windows", help="of 1,280 tokens, of each text that has them")] = 1,
+    scores: Annotated[bool, typer.Option("--scores", help="only the divergence of codecs")] = False,
     steps: Annotated[bool, typer.Option("--steps", help="only how long steps take while blocks are saved")] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Time and score prompts from the store, one line per codec."""
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
-    path, chosen = str(resolve(model)), texts()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    token_ids = tuple(tokenizer.encode(text)[: PREFIX_TOKENS + SCORED_TOKENS] for text in chosen.values())
+    path = str(resolve(model))
+    chosen = windows(AutoTokenizer.from_pretrained(path).encode, PREFIX_TOKENS + SCORED_TOKENS, num_windows)
     sizes = tuple(int(length) for length in lengths.split(","))
-    long_text = "\n".join(text for name, text in chosen.items() if name != "prose")
+    long_text = "\n".join(text for name, text in texts().items() if name != "prose")
     case = {
         "model": model + (MHA if multi_head else ""),
         "dtype": dtype,
@@ -126,7 +128,12 @@ def main(
 
         def scored(plan: StorePlan, label: str) -> StorePlan:
             scores = tuple(str(Path(folder, f"{label}-{text}.npy")) for text in chosen)
-            return replace(plan, texts=token_ids, references=references, scores=scores)
+            return replace(plan, texts=tuple(chosen.values()), references=references, scores=scores)
+
+        def saving(plan: StorePlan) -> StorePlan:
+            """Of the texts the prefixes only, and a token behind that somebody asks for."""
+            beginnings = tuple(token_ids[: PREFIX_TOKENS + 2] for token_ids in plan.texts)
+            return replace(plan, texts=beginnings, is_cold=True)
 
         def kl(plan: StorePlan) -> dict[str, Any]:
             rows = slice(PREFIX_TOKENS + 1, None)  # the first ones are not scored
@@ -136,6 +143,14 @@ def main(
         base = StorePlan(path, dtype)
         exact = scored(replace(base, cache="auto", is_reference=True), "auto")
         run(exact, progress, "auto, to compare with")
+        if scores:
+            case = {key: case[key] for key in ("model", "dtype", "block_size", "texts")}
+            for codec in codecs.split(","):
+                plan = scored(replace(base, folder=str(Path(folder, codec)), codec=codec), codec)
+                run(saving(plan), progress, f"{codec}, saving")
+                run(plan, progress, f"{codec}, loading")
+                accuracy_record.append("store_scores", case, codec, kl(plan), out)
+            return
         timed = replace(base, lengths=sizes, long_text=long_text)
         without = run(timed, progress, NO_STORE)
         accuracy_record.append("store", case, NO_STORE, {"ttft_s": without["ttft_s"]}, out)
@@ -146,10 +161,10 @@ def main(
             accuracy_record.append("store", case, f"served {cache}", {"scores": kl(plan)}, out)
         for codec in codecs.split(","):
             root = Path(folder, codec)
-            plan = scored(replace(timed, folder=str(root), codec=codec, is_cold=True), codec)
-            cold = run(plan, progress, f"{codec}, saving")
+            plan = scored(replace(timed, folder=str(root), codec=codec), codec)
+            cold = run(saving(plan), progress, f"{codec}, saving")
             blocks = list(index.stored_files(root))
-            warm = run(replace(plan, is_cold=False), progress, f"{codec}, loading")
+            warm = run(plan, progress, f"{codec}, loading")
             metrics = {
                 "ttft_s": warm["ttft_s"],
                 "ttft_saving_s": cold["ttft_s"],

@@ -1,6 +1,6 @@
-// Integers of blocks, channel by channel, on their way from a file of the store to the cache: what
-// channels.cpp offers to the operators, and the loops of simd/channels.cpp, compiled once per
-// instruction set. All run on the calling thread, which is one of the store's own.
+// Integers of blocks, channel by channel, on their way between a file of the store and the cache:
+// what channels.cpp offers to the operators, and the loops of simd/, compiled once per instruction
+// set. All run on the calling thread, which is one of the store's own.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -22,8 +22,9 @@ struct Channels {
 };
 
 // A plane of codes of K or V, see codes.h, of whole KV heads of head_size channels.
+template <typename Byte>
 struct CodePlane {
-  int8_t* data;
+  Byte* data;
   int64_t block_stride;
   int64_t head_stride;
   int32_t head_size;
@@ -34,25 +35,56 @@ struct CodePlane {
 
 // Codes [num_rows, block_size] of channels, class by class, within a class in the order of the
 // channels. Those of the last class are low bytes; their high bytes lie apart.
+template <typename Byte>
 struct ClassRows {
-  const int8_t* codes;
-  const int8_t* high_bytes;
+  Byte* codes;
+  Byte* high_bytes;
   const uint8_t* classes;  // [num_channels]
   const int16_t* means;    // [num_channels], which codes are differences to
   int64_t next[256];       // the row of the next channel of every class
   int32_t last_class;
+
+  bool is_last(int32_t channel) const { return classes[channel] == last_class; }
+};
+
+// In the place of a difference that is listed apart.
+constexpr int32_t kEscape = -128;
+
+template <typename T>
+struct IntegerKernels {
+  // Of every channel its mean, the mean square of the differences to it, and the largest of them:
+  // out[block][3][channel].
+  void (*measure)(const Channels<const T>&, float* out);
+  // The channels of the first block become codes. Differences to the mean beyond 127, in the last
+  // class beyond max_wide, become kEscape.
+  void (*split)(const Channels<const T>&, int32_t max_wide, ClassRows<int8_t>);
+  // The inverse.
+  void (*restore)(const Channels<T>&, ClassRows<const int8_t>);
+  // integer = vectors[block][token][channel] / steps[block * steps_stride + token], rounded half to
+  // even and saturated.
+  void (*quantize)(const Channels<T>&, const float* steps, int64_t steps_stride,
+                   const float* vectors);
+  // vectors[block][token][channel] = integer * steps[block * steps_stride + token].
+  void (*dequantize)(const Channels<const T>&, const float* steps, int64_t steps_stride,
+                     float* vectors);
 };
 
 struct ChannelKernels {
-  // The channels of the first block become their codes plus their means.
-  void (*restore_short)(const Channels<int16_t>&, ClassRows);
-  void (*restore_long)(const Channels<int32_t>&, ClassRows);
-  // out[block][token][channel] = integer * steps[block * steps_stride + token].
-  void (*dequantize_short)(const Channels<const int16_t>&, const float* steps, int64_t steps_stride,
-                           float* out);
-  void (*dequantize_long)(const Channels<const int32_t>&, const float* steps, int64_t steps_stride,
-                          float* out);
-  void (*pack_codes)(const Channels<const int16_t>&, const CodePlane&);
+  IntegerKernels<int16_t> of_shorts;
+  IntegerKernels<int32_t> of_longs;
+  void (*pack_codes)(const Channels<const int16_t>&, const CodePlane<int8_t>&);
+  // The inverse; bits above those of the plane become 0, or at 8 bits those of the sign, and those
+  // below stay as they are.
+  void (*unpack_codes)(const Channels<int16_t>&, const CodePlane<const int8_t>&);
+
+  template <typename T>
+  const IntegerKernels<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(int16_t)) {
+      return of_shorts;
+    } else {
+      return of_longs;
+    }
+  }
 };
 
 // Those of the instruction set in use.

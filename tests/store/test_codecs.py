@@ -7,7 +7,7 @@ import torch
 
 from vllm_int8kv.cache.formats import FORMATS
 from vllm_int8kv.cache.key_transform import KeyTransform
-from vllm_int8kv.store.bounded import Bounded, Reader, join
+from vllm_int8kv.store.bounded import Bounded, Reader
 from vllm_int8kv.store.codecs import Codec
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.options import StoreOptions
@@ -115,7 +115,7 @@ def test_the_bound_holds_for_every_element(relative_step):
     equalized = KeyTransform()
     kv = [read_pages(layer.pages, layer.cache_format, equalized, layer.head_size) for layer in codec.layers[:2]]
     reader = Reader([x[0].numel() for pair in kv for x in pair], BLOCK_SIZE)
-    multiples, _ = reader.read([memoryview(block) for block in join(*codec.quantize(kv))])
+    multiples, _ = reader.read([memoryview(block) for block in codec.quantize(kv, NUM_BLOCKS).payloads()])
     found = list(codec.dequantize(multiples))
     for pair, got in zip(kv, found, strict=True):
         for x, y in zip(pair, got, strict=True):

@@ -8,6 +8,7 @@ how few differs by channel: rotation, which makes channels alike, is what fixed 
 have.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,12 +18,16 @@ import torch
 from vllm_int8kv.cache.key_transform import KeyTransform
 from vllm_int8kv.cache.quantizer import SCALE_DTYPE
 from vllm_int8kv.store import entropy
-from vllm_int8kv.store.channels import dequantize_channels
+from vllm_int8kv.store.channels import dequantize_channels, quantize_channels
 from vllm_int8kv.store.codecs import Exact, SplitCodec, read_integers, without_format
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.pages import KV, PagedLayer, read_pages, write_pages
 
 MIN_STEP = 1e-30
+MIN_NORM = 1e-16
+"""Of a vector in fp32; of smaller elements the squares have few digits or none."""
+MAX_SHORT_MULTIPLE = 32000
+"""With room for the rounding of the steps to bf16."""
 
 Multiples = tuple[torch.Tensor, torch.Tensor]
 """Integers `[num_blocks, num_channels, block_size]` and the steps of their tokens, `[num_blocks, block_size]` fp32."""
@@ -45,24 +50,43 @@ def parse_bound(name: str) -> float:
 
 def steps_of(x: torch.Tensor, relative_step: float) -> torch.Tensor:
     """The steps of finite vectors along the last dimension, bf16."""
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(MIN_STEP)  # of whose square there may be no fp32
-    rms = largest[..., 0] * (x / largest).square().mean(dim=-1).sqrt()
-    return (relative_step * rms).clamp_min(MIN_STEP).to(SCALE_DTYPE)
+    norms = torch.linalg.vector_norm(x, dim=-1)
+    if (is_coarse := (norms < MIN_NORM) | norms.isinf()).any():
+        norms = torch.where(is_coarse, torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64), norms)
+    return (relative_step / math.sqrt(x.shape[-1]) * norms).clamp_min(MIN_STEP).to(SCALE_DTYPE)
 
 
-def join(multiples: np.ndarray, steps: torch.Tensor) -> list[bytes]:
-    """Blocks as bytes: the steps, then the multiples, entropy-coded.
+class Writer:
+    """Multiples of steps as bytes of blocks: the steps, then the multiples, entropy-coded.
 
     Args:
-        multiples: [num_blocks, num_channels, block_size] int32.
-        steps: [num_blocks, num_vectors, block_size] bf16.
+        num_blocks: at the same time.
+        widths: how many channels share a step.
+        dtype: of the multiples, int16 or int32.
     """
-    scales = steps.contiguous().view(torch.uint8).numpy()
-    return [own.tobytes() + entropy.encode(block) for own, block in zip(scales, multiples, strict=True)]
+
+    def __init__(
+        self, num_blocks: int, widths: Sequence[int], block_size: int, dtype: torch.dtype = torch.int32
+    ) -> None:
+        self._multiples = torch.empty(num_blocks, sum(widths), block_size, dtype=dtype)
+        self._parts = iter(self._multiples.split(list(widths), dim=1))
+        self._steps: list[torch.Tensor] = []
+
+    def add(self, vectors: torch.Tensor, steps: torch.Tensor) -> Multiples:
+        """Round vectors `[num_blocks, block_size, next of the widths]` fp32 to multiples of steps, bf16."""
+        multiples, factors = next(self._parts), steps.float()
+        quantize_channels(multiples, vectors, factors)
+        self._steps.append(steps)
+        return multiples, factors
+
+    def payloads(self) -> list[bytes]:
+        """The bytes of every block."""
+        steps = torch.stack(self._steps, dim=1).view(torch.uint8).numpy()
+        return [own.tobytes() + block for own, block in zip(steps, entropy.encode(self._multiples), strict=True)]
 
 
 class Reader:
-    """The inverse of `join`.
+    """The inverse of `Writer`.
 
     Args:
         widths: how many channels share a step.
@@ -76,7 +100,7 @@ class Reader:
         """Multiples and their steps for each width, good until the next call, and what lies behind them.
 
         Raises:
-            BadFile: a payload does not begin as one of `join`.
+            BadFile: a payload does not begin as one of `Writer`.
         """
         num_steps = len(self._widths) * self._block_size
         num_bytes = num_steps * SCALE_DTYPE.itemsize
@@ -91,7 +115,7 @@ class Reader:
         """Of payloads with nothing behind them.
 
         Raises:
-            BadFile: a payload is none of `join`.
+            BadFile: a payload is none of `Writer`.
         """
         multiples, rests = self.read(payloads)
         if extra := [len(rest) for rest in rests if rest]:
@@ -107,13 +131,16 @@ class Bounded(SplitCodec):
         self._relative_step = relative_step
         self._widths = [layer.num_kv_heads * layer.head_size for layer in self._ours for _ in "KV"]
         self._reader = Reader(self._widths, self._block_size)
+        # No element is larger than the norm, which is the root mean square times that of the number of channels.
+        fits_short = math.sqrt(max(self._widths)) / relative_step < MAX_SHORT_MULTIPLE
+        self._dtype = torch.int16 if fits_short else torch.int32
 
     def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
-        kv = [
+        kv = (
             read_pages(own, layer.cache_format, _equalized(layer), layer.head_size)
             for layer, own in zip(self._ours, pages, strict=True)
-        ]
-        return join(*self.quantize(kv))
+        )
+        return self.quantize(kv, len(pages[0])).payloads()
 
     def decode_ours(self, payloads: Sequence[memoryview]) -> tuple[Iterable[torch.Tensor], Sequence[memoryview]]:
         multiples, rests = self._reader.read(payloads)
@@ -123,22 +150,14 @@ class Bounded(SplitCodec):
         )
         return pages, rests
 
-    def quantize(self, kv: Sequence[KV]) -> tuple[np.ndarray, torch.Tensor]:
-        """Multiples `[num_blocks, num_channels, block_size]` int32, steps `[num_blocks, 2 * num_layers, block_size]`.
-
-        Args:
-            kv: by layer, keys equalized.
-        """
-        num_blocks = len(kv[0][0]) // self._block_size
-        multiples = torch.empty(num_blocks, sum(self._widths), self._block_size, dtype=torch.int32)
-        steps = []
-        sides = (x for pair in kv for x in pair)
-        for x, own in zip(sides, multiples.split(self._widths, dim=1), strict=True):
-            blocks = x.view(num_blocks, self._block_size, -1)
-            step = steps_of(blocks, self._relative_step)
-            own.copy_(torch.round(blocks / step.float()[..., None]).transpose(1, 2))
-            steps.append(step)
-        return multiples.numpy(), torch.stack(steps, dim=1)
+    def quantize(self, kv: Iterable[KV], num_blocks: int) -> Writer:
+        """Keys, equalized, and values, by layer, in steps that follow their tokens."""
+        writer = Writer(num_blocks, self._widths, self._block_size, self._dtype)
+        for pair in kv:
+            for x in pair:
+                vectors = x.view(num_blocks, self._block_size, -1)
+                writer.add(vectors, steps_of(vectors, self._relative_step))
+        return writer
 
     def dequantize(self, multiples: Sequence[Multiples]) -> Iterator[KV]:
         """Keys, equalized, and values, layer by layer: allocators then use the same memory."""

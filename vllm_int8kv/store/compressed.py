@@ -1,7 +1,7 @@
 """What `+zstd` does to the payloads of another codec: fewer bytes, and nothing is lost."""
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import zstandard
 
-from vllm_int8kv.cache.formats import CODES, CacheFormat
+from vllm_int8kv.cache.formats import CODES, SCALE_DTYPE, CacheFormat
 from vllm_int8kv.store import entropy
-from vllm_int8kv.store.channels import pack_channels
+from vllm_int8kv.store.channels import pack_channels, unpack_channels
 from vllm_int8kv.store.codecs import Codec, Exact, PageCodec, Payload, SplitCodec, read_integers, without_format
 from vllm_int8kv.store.files import BadFile
 from vllm_int8kv.store.pages import PagedLayer
@@ -84,22 +84,42 @@ class Run:
 
     def join(self, integers: torch.Tensor) -> torch.Tensor:
         """The chunks `[num_blocks, num_kv_heads, ...]` int8 of channels `[num_blocks, num_channels, block_size]`."""
-        keys, values, params = integers.split(self.widths, dim=1)
         layer = self.layers[0]
-        sizes = (layer.block_size, layer.head_size)
         num_bytes = layer.block_size * self.stored.content_bytes(layer.head_size)
         chunks = torch.empty(len(integers), layer.num_kv_heads, num_bytes, dtype=torch.int8)
+        for plane, codes, place in self._planes(chunks, integers):
+            pack_channels(plane, codes, layer.head_size, **place)
+        channels, params = self._params(chunks, integers)
+        params.copy_(_from_integers(channels))
+        return chunks
+
+    def split(self, chunks: torch.Tensor, integers: torch.Tensor) -> None:
+        """The inverse of `join`: `integers` are written."""
+        for plane, codes, place in self._planes(chunks, integers):
+            unpack_channels(codes, plane, self.layers[0].head_size, **place)
+        channels, params = self._params(chunks, integers)
+        channels.copy_(_to_integers(params))
+
+    def _planes(
+        self, chunks: torch.Tensor, integers: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
+        """Every plane of codes of chunks, the channels that it belongs to, and its place in them."""
+        sizes = (self.layers[0].block_size, self.layers[0].head_size)
+        keys, values, _ = integers.split(self.widths, dim=1)
         end = 0
         for bits, codes, of_values in ((self.stored.k_bits, keys, False), (self.stored.v_bits, values, True)):
             shift = 0
             for plane in CODES[bits].planes:
                 begin, end = end, end + (plane.v_bytes if of_values else plane.k_bytes)(*sizes)
-                options = {"bits": plane.bits, "shift": shift, "of_values": of_values}
-                pack_channels(chunks[..., begin:end], codes, layer.head_size, **options)
+                yield chunks[..., begin:end], codes, {"bits": plane.bits, "shift": shift, "of_values": of_values}
                 shift += plane.bits
-        own = _from_integers(params).unflatten(1, (-1, layer.num_kv_heads)).transpose(1, 2)
-        chunks[..., end:].view(torch.int16).unflatten(-1, own.shape[2:]).copy_(own)
-        return chunks
+
+    def _params(self, chunks: torch.Tensor, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and midpoints as channels and as bits, `[num_blocks, num_kv_heads, num_params, block_size]` int16."""
+        channels = integers[:, -self.widths[-1] :].unflatten(1, (-1, self.layers[0].num_kv_heads)).transpose(1, 2)
+        num_params, block_size = channels.shape[2:]
+        begin = chunks.shape[-1] - num_params * block_size * SCALE_DTYPE.itemsize
+        return channels, chunks[..., begin:].view(torch.int16).unflatten(-1, (num_params, block_size))
 
 
 class CompressedPages(SplitCodec):
@@ -123,20 +143,14 @@ class CompressedPages(SplitCodec):
         return self._inner.stored_format(layer), layer.num_kv_heads, layer.head_size
 
     def encode_ours(self, pages: Sequence[torch.Tensor]) -> list[bytes]:
-        blocks = np.empty((len(pages[0]), self._num_channels, self._block_size), dtype=np.int16)
-        widths = [width for run in self._runs for _ in run.layers for width in run.widths]
-        rows = iter(np.split(blocks, np.cumsum(widths)[:-1], axis=1))
-        for layer, own in zip(self._ours, pages, strict=True):
-            stored = self._inner.stored_format(layer)
-            encoded = self._inner.encode_layer(layer, own).cpu()
-            shape = (len(own), layer.num_kv_heads, layer.block_size, -1)
-            chunks = stored.split(encoded.view(torch.int8).reshape(shape), layer.head_size)
-            sizes = (layer.block_size, layer.head_size)
-            next(rows)[:] = _k_channels(CODES[stored.k_bits].split_k(chunks.k_codes, *sizes))
-            next(rows)[:] = _v_channels(CODES[stored.v_bits].split_v(chunks.v_codes, *sizes))
-            params = torch.cat([*chunks.k_params, *chunks.v_params], dim=1)
-            next(rows)[:] = _to_integers(params.view(torch.int16)).numpy()
-        return [entropy.encode(block) for block in blocks]
+        blocks = torch.empty(len(pages[0]), self._num_channels, self._block_size, dtype=torch.int16)
+        rows = iter(blocks.split([run.num_channels for run in self._runs for _ in run.layers], dim=1))
+        encoded = map(self._inner.encode_layer, self._ours, pages)
+        for run in self._runs:
+            for layer in run.layers:
+                chunks = next(encoded).cpu().view(torch.int8).reshape(len(blocks), layer.num_kv_heads, -1)
+                run.split(chunks, next(rows))
+        return entropy.encode(blocks)
 
     def decode_ours(self, payloads: Sequence[memoryview]) -> tuple[Iterable[torch.Tensor], Sequence[memoryview]]:
         integers, rests = read_integers(self._decoder, payloads)
@@ -149,21 +163,6 @@ class CompressedPages(SplitCodec):
             by_layer = chunks.view(torch.uint8).view(len(payloads), len(run.layers), -1).unbind(dim=1)
             pages += map(self._inner.decode_layer, run.layers, by_layer)
         return pages, rests
-
-
-# NumPy permutes bytes several times as fast as PyTorch, pairs of them more so.
-
-
-def _k_channels(lines: torch.Tensor) -> np.ndarray:
-    """Channels `[num_blocks, num_kv_heads * head_size, block_size]` of K lines."""
-    channels = lines.numpy().transpose(0, 1, 3, 5, 2, 4)
-    return channels.reshape(len(lines), -1, channels.shape[4] * 16)
-
-
-def _v_channels(lines: torch.Tensor) -> np.ndarray:
-    """As `_k_channels`, of V lines, where two slots of a channel lie side by side."""
-    pairs = lines.numpy().view(np.int16)[..., 0].swapaxes(3, 4)
-    return np.ascontiguousarray(pairs).view(np.int8).reshape(len(lines), -1, 2 * pairs.shape[4])
 
 
 def _to_integers(bits: torch.Tensor) -> torch.Tensor:

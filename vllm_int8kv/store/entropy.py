@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import zstandard
 
-from vllm_int8kv.store.channels import restore_channels
+from vllm_int8kv.store.channels import measure_channels, restore_channels, split_channels
 
 NUM_CLASSES = 16
 """Of channels that share a Huffman table, which takes some 50 bytes."""
@@ -19,18 +19,17 @@ CLASSES_PER_OCTAVE = 2
 """Of the root mean square of a channel: within a class it differs by less than a factor of 1.5."""
 FIRST_RMS = 2.0**-2
 """Below it nearly all integers of a channel are 0."""
-ESCAPE = -128
-"""Stands for an integer beyond 127, which is listed apart."""
+MAX_NARROW = 127
+"""Of the difference of an integer to the mean of its channel; those beyond are escapes, which are listed apart."""
 MAX_ESCAPES = 1 / 16
-"""Of the integers of a channel; one with more is wide: its low and high bytes lie in two more frames."""
+"""Of the integers of a channel; one with more is wide: low and high bytes of its differences lie in two more frames."""
 WIDE = NUM_CLASSES
 """In the place of the class of a wide channel."""
 MAX_WIDE = 16383
-"""Of the mean of a channel, and of an integer of a wide one that is not listed apart: their sum fits 16 bits."""
+"""Of the mean of a channel, and of a difference in a wide one that is no escape: their sum fits 16 bits."""
 MEAN_SHIFTS = (np.arange(NUM_CLASSES + 1) // CLASSES_PER_OCTAVE - 3).clip(0, 3).astype(np.int16)
 """By class: means are multiples of 2 to the power of this, at most half of the root mean square. A bit less of a mean
-that 32 tokens share saves 0.03 bits per integer, and steps of half the spread cost half of that. For wide channels it
-is as for the classes that they would have."""
+that 32 tokens share saves 0.03 bits per integer, and steps of half the spread cost half of that."""
 NUM_FRAMES = NUM_CLASSES + 5
 """Besides classes and wide channels: the names of the classes, low and high bytes of means."""
 COMPRESSION = zstandard.ZstdCompressionParameters(
@@ -44,34 +43,39 @@ ERRORS = (zstandard.ZstdError, struct.error, ValueError, IndexError, RuntimeErro
 """What a `Decoder` raises of bytes that are none of `encode`."""
 
 
-def encode(integers: np.ndarray) -> bytes:
-    """Bytes of integers `[num_channels, num_tokens]` of up to 32 bits."""
-    num_channels, num_tokens = integers.shape
-    centered = integers.astype(np.float32)
-    means = centered.mean(axis=1)
-    centered -= means[:, None]
-    classes = _classes(centered)
-    del centered  # With one more array alive, malloc returns memory and asks for it again, for half of all time.
-    steps = np.int32(1) << MEAN_SHIFTS[classes]
-    multiples = np.rint(means.clip(-MAX_WIDE, MAX_WIDE) / steps).astype(np.int32)
-    rests = integers - (multiples * steps)[:, None]
-    is_beyond = _is_beyond(rests, 127)
-    num_escapes = np.count_nonzero(is_beyond, axis=1)
-    is_wide = num_escapes > MAX_ESCAPES * num_tokens
-    is_beyond[is_wide] = _is_beyond(rests[is_wide], MAX_WIDE)
-    beyond = np.flatnonzero(is_beyond) if num_escapes.any() else np.empty(0, np.intp)
-    classes[is_wide] = WIDE
-    order, counts = _order(classes)
-    codes = rests.astype(np.int8)
-    codes.flat[beyond] = ESCAPE
-    wide = rests[is_wide]
-    wide[is_beyond[is_wide]] = ESCAPE
-    of_classes = np.split(codes.take(order, axis=0), np.cumsum(counts)[:-1])
+def encode(integers: torch.Tensor) -> list[bytes]:
+    """Bytes of the integers of every block, `[num_blocks, num_channels, num_tokens]` int16 or int32."""
+    num_blocks, num_channels, num_tokens = integers.shape
+    averages, squares, largest = measure_channels(integers).numpy().swapaxes(0, 1)
+    classes = _classes(squares)
+    multiples, means = _round_means(averages, classes)
+    # Of most channels it is known without looking at their integers that they have no escapes.
+    suspects = (largest + np.abs(averages - means) >= MAX_NARROW).nonzero()
+    rows = integers.numpy()[suspects]
+    is_escape = _is_beyond(rows - means[suspects][:, None], MAX_NARROW)
+    is_wide = np.count_nonzero(is_escape, axis=1) > MAX_ESCAPES * num_tokens
+    wide = tuple(places[is_wide] for places in suspects)
+    classes[wide] = WIDE
+    multiples[wide], means[wide] = _round_means(averages[wide], classes[wide])
+    is_escape[is_wide] = _is_beyond(rows[is_wide] - means[wide][:, None], MAX_WIDE)
+    of_rows, tokens = is_escape.nonzero()
+    blocks, channels = (places[of_rows] for places in suspects)
+    escapes = (channels * num_tokens + tokens).astype("<u4"), rows[is_escape].astype("<i4")
+    bounds = np.searchsorted(blocks, range(num_blocks + 1))
     compressor = zstandard.ZstdCompressor(compression_params=COMPRESSION)
-    parts = [classes, *_bytes_of(multiples), *of_classes, *_bytes_of(wide)]
-    frames = [compressor.compress(part) if part.size else b"" for part in parts]
-    escaped = beyond.astype("<u4").tobytes() + integers.flat[beyond].astype("<i4").tobytes()
-    return b"".join([HEAD.pack(len(beyond), num_channels, num_tokens, *map(len, frames)), escaped, *frames])
+    codes, encoded = torch.empty(num_channels, num_tokens, dtype=torch.int8), []
+    for block in range(num_blocks):
+        num_rows = np.bincount(classes[block], minlength=WIDE + 1)
+        high = torch.empty(num_rows[WIDE], num_tokens, dtype=torch.int8)
+        arrays = map(torch.from_numpy, (num_rows, classes[block], means[block]))
+        split_channels(codes, high, integers[block : block + 1], *arrays, max_wide=MAX_WIDE)
+        of_classes = np.split(codes.numpy(), np.cumsum(num_rows)[:-1])
+        parts = [classes[block], *_bytes_of(multiples[block]), *of_classes, high.numpy()]
+        frames = [compressor.compress(part) if part.size else b"" for part in parts]
+        places, values = (part[bounds[block] : bounds[block + 1]] for part in escapes)
+        head = HEAD.pack(len(places), num_channels, num_tokens, *map(len, frames))
+        encoded.append(b"".join([head, places.tobytes(), values.tobytes(), *frames]))
+    return encoded
 
 
 class Decoder:
@@ -140,31 +144,30 @@ def _fits_short(data: memoryview) -> bool:
     return not _is_beyond(_escapes(data)[1], 32767).any()
 
 
-def _is_beyond(integers: np.ndarray, limit: int) -> np.ndarray:
-    """Whether magnitudes of int32 are above a limit: what is below -limit wraps around to far above it."""
-    return (integers + np.int32(limit)).view(np.uint32) > 2 * limit
+def _is_beyond(differences: np.ndarray, limit: int) -> np.ndarray:
+    """Whether magnitudes are above a limit: what is below -limit wraps around to far above it."""
+    return (differences.astype(np.int32) + np.int32(limit)).view(np.uint32) > 2 * limit
 
 
 def _bytes_of(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high bytes, such that small integers have a high byte of 0."""
+    """Low and high bytes of int16, such that small integers have a high byte of 0."""
     low = integers.astype(np.int8)
     return low, ((integers - low) >> 8).astype(np.int8)
 
 
 def _integers_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The inverse of `_bytes_of`, int16."""
+    """The inverse of `_bytes_of`."""
     return (high.astype(np.int16) << 8) + low
 
 
-def _classes(rests: np.ndarray) -> np.ndarray:
-    """The class of every channel, uint8, of what is left behind its mean, fp32."""
-    squares = np.einsum("ct,ct->c", rests, rests) / rests.shape[1]
+def _classes(squares: np.ndarray) -> np.ndarray:
+    """The classes of channels, uint8, from the mean squares of the differences to their means."""
     steps = CLASSES_PER_OCTAVE / 2 * np.log2(np.maximum(squares, 1e-9) / FIRST_RMS**2)
     return steps.clip(0, NUM_CLASSES - 1).astype(np.uint8)
 
 
-def _order(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The channels that are not wide, class by class, and how many each class has."""
-    narrow = np.flatnonzero(classes != WIDE)
-    own = classes[narrow]
-    return narrow[np.argsort(own, kind="stable")], np.bincount(own, minlength=NUM_CLASSES)
+def _round_means(averages: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Averages of channels as multiples of the step of their classes, and those times the step, int16."""
+    shifts = MEAN_SHIFTS[classes]
+    multiples = np.rint(averages.clip(-MAX_WIDE, MAX_WIDE) / (1 << shifts)).astype(np.int16)
+    return multiples, multiples << shifts

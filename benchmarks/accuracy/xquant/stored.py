@@ -14,7 +14,7 @@ from benchmarks.accuracy import accuracy_record
 from benchmarks.accuracy.mha_model import make_mha_model
 from benchmarks.accuracy.schemes import SCHEMES
 from benchmarks.accuracy.simulator import summarize
-from benchmarks.accuracy.texts import texts
+from benchmarks.accuracy.texts import windows
 from benchmarks.accuracy.xquant.inputs import Fixed, InputCodec, Prediction, Stepped, Transform
 from benchmarks.accuracy.xquant.kv import BoundedCodec, SchemeCodec
 from benchmarks.accuracy.xquant.latents import SteppedLatentCodec
@@ -88,6 +88,7 @@ def simulate_store(
     model: Annotated[str, typer.Option(help="folder of a Llama-like model, or smollm2")] = "smollm2",
     codecs: Annotated[str, typer.Option(help="comma-separated")] = CODECS,
     multi_head: Annotated[bool, typer.Option("--multi-head", help="a copy with a KV head for each query head")] = False,
+    num_windows: Annotated[int, typer.Option("--windows", help="of 1,280 tokens, of each text that has them")] = 1,
     out: Annotated[Path, typer.Option(help="folder of the records")] = accuracy_record.RESULTS,
 ) -> None:
     """Score prefixes from the KV store without an engine; one line per codec, for the table of the store."""
@@ -95,17 +96,16 @@ def simulate_store(
 
     record.environment()  # the commit that is measured, whatever happens to the checkout meanwhile
     chosen = {name: codec_of(name) for name in codecs.split(",")}
-    names, path, length = list(texts()), str(resolve(model)), PREFIX_TOKENS + SCORED_TOKENS
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    token_ids = [tokenizer.encode(text)[:length] for text in texts().values()]
-    case = {"model": model + (MHA if multi_head else ""), "prefix_tokens": PREFIX_TOKENS, "texts": names}
+    path = str(resolve(model))
+    chosen_texts = windows(AutoTokenizer.from_pretrained(path).encode, PREFIX_TOKENS + SCORED_TOKENS, num_windows)
+    case = {"model": model + (MHA if multi_head else ""), "prefix_tokens": PREFIX_TOKENS, "texts": list(chosen_texts)}
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
         if multi_head:
             path = str(make_mha_model(Path(path), Path(folder, "model")))
-        simulator = RematSimulator(path, token_ids)
+        simulator = RematSimulator(path, list(chosen_texts.values()))
         for name, codec in track(chosen.items(), console=console):
             score = simulator.score(codec, behind_k8v8=True, prefix_tokens=PREFIX_TOKENS)
-            metrics = summarize(dict(zip(names, score.divergences, strict=True)))
+            metrics = summarize(dict(zip(chosen_texts, score.divergences, strict=True)))
             accuracy_record.append("store_simulated", case, name, metrics, out)
             console.print(f"{name}: KL {metrics['kl_per_token']:.2e}")

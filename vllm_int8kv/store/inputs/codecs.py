@@ -19,7 +19,7 @@ import torch
 from vllm_int8kv.cache.formats import CODES
 from vllm_int8kv.cache.key_transform import hadamard_rotate
 from vllm_int8kv.cache.quantizer import SCALE_DTYPE, Quantized, quantize, sanitize
-from vllm_int8kv.store.bounded import Reader, join, steps_of
+from vllm_int8kv.store.bounded import Reader, Writer, steps_of
 from vllm_int8kv.store.channels import dequantize_channels
 from vllm_int8kv.store.codecs import Codec, LayerCodec, Payload
 from vllm_int8kv.store.files import BadFile
@@ -190,19 +190,18 @@ class BoundedInputs(PredictedInputs):
     def __init__(self, layers: Sequence[InputLayer], factors: KeptInFolder[Factors], relative_step: float) -> None:
         super().__init__(layers, factors)
         self._relative_step = relative_step
-        self._reader = Reader([layer.hidden_size for layer in layers], layers[0].block_size)
+        self._widths = [layer.hidden_size for layer in layers]
+        self._reader = Reader(self._widths, layers[0].block_size)
 
     def encode_with(self, known: Factors, inputs: Sequence[torch.Tensor]) -> list[Payload]:
-        previous, multiples, steps = torch.zeros(()), [], []
+        writer = Writer(len(inputs[0]), self._widths, self.layers[0].block_size)
+        previous = torch.zeros(())
         for layer, x in enumerate(inputs):
             equalizer = known.equalizers[layer]
             predicted = known.predictors[layer] * previous
-            step = steps_of(x * equalizer, self._relative_step)
-            multiple = torch.round((x - predicted) * equalizer / step.float()[..., None])
-            previous = multiple * step.float()[..., None] / equalizer + predicted
-            multiples.append(multiple.transpose(1, 2).int())
-            steps.append(step)
-        return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
+            rest = writer.add((x - predicted) * equalizer, steps_of(x * equalizer, self._relative_step))
+            previous = dequantize_channels(*rest) / equalizer + predicted
+        return writer.payloads()
 
     def decode_rests(self, payloads: Sequence[memoryview]) -> Iterator[torch.Tensor]:
         for multiples, steps in self._reader.read_whole(payloads):

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
-from vllm_int8kv.store.bounded import Reader, join, steps_of
+from vllm_int8kv.store.bounded import Reader, Writer, steps_of
 from vllm_int8kv.store.channels import dequantize_channels
 from vllm_int8kv.store.codecs import Payload
 from vllm_int8kv.store.inputs.codecs import KnowingCodec
@@ -48,9 +48,14 @@ class Basis(Kept):
             vectors.append(columns[:, -rank:].T.half().float())
         return cls(tuple(values), tuple(vectors))
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of every layer's matrix."""
+        return [len(own) for own in self.singular_values]
+
     def arrays(self) -> Mapping[str, np.ndarray]:
         return {
-            "ranks": np.array([len(own) for own in self.singular_values]),
+            "ranks": np.array(self.ranks),
             "singular_values": torch.cat(self.singular_values).numpy(),
             "vectors": torch.cat(self.vectors).half().numpy(),
         }
@@ -76,20 +81,17 @@ class LatentInputs(KnowingCodec[Basis]):
         """The ranks are known with the basis only."""
 
     def encode_with(self, known: Basis, inputs: Sequence[torch.Tensor]) -> list[Payload]:
-        previous, multiples, steps = torch.zeros_like(inputs[0]), [], []
+        writer = Writer(len(inputs[0]), known.ranks, self.layers[0].block_size)
+        previous = torch.zeros_like(inputs[0])
         for x, values, vectors in zip(inputs, known.singular_values, known.vectors, strict=True):
             step = steps_of(x @ vectors.T * values, self._relative_step)
-            widths = step.float()[..., None] / values
-            multiple = torch.round((x - previous) @ vectors.T / widths)
-            previous = previous + (multiple * widths) @ vectors
-            multiples.append(multiple.transpose(1, 2).int())
-            steps.append(step)
-        return join(torch.cat(multiples, dim=1).numpy(), torch.stack(steps, dim=1))
+            rest = writer.add((x - previous) @ vectors.T * values, step)
+            previous = previous + (dequantize_channels(*rest) / values) @ vectors
+        return writer.payloads()
 
     def decode_with(self, known: Basis, payloads: Sequence[memoryview]) -> list[torch.Tensor]:
         if self._reader is None:
-            ranks = [len(own) for own in known.singular_values]
-            self._reader = Reader(ranks, self.layers[0].block_size)
+            self._reader = Reader(known.ranks, self.layers[0].block_size)
         previous, found = torch.zeros(()), []
         multiples = self._reader.read_whole(payloads)
         for own, values, vectors in zip(multiples, known.singular_values, known.vectors, strict=True):
