@@ -13,7 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 """Raised whenever the same description stands for other bytes."""
 DIGEST_BYTES = 16
 DESCRIPTION = "namespace.json"
