@@ -17,6 +17,7 @@ from vllm_int8kv.evaluation.tuning.report import draw_points, label_of
 
 NOT_TUNED = "_Not measured yet: `python -m benchmarks.accuracy tune`._"
 NOT_STORED = "_Not measured yet: `python -m benchmarks.engines.store`._"
+NOT_SCORED = "_Not measured yet: `python -m benchmarks.engines.store --scores --windows 6`._"
 STEPS_NOT_TIMED = "_Not measured yet: `python -m benchmarks.engines.store --steps`._"
 
 
@@ -25,9 +26,9 @@ def read(what: str, results: Path) -> dict[str, AccuracyRecord]:
     return {line.impl: line for line in accuracy_record.latest(accuracy_record.read(what, results / "accuracy"))}
 
 
-def kl_of(interval: Mapping[str, float]) -> str:
-    """A divergence with half the width of its interval."""
-    return f"{interval['value']:.1e} ± {(interval['high'] - interval['low']) / 2:.0e}"
+def kl_of(interval: Mapping[str, float], digits: int = 1) -> str:
+    """A divergence, with so many digits behind the point, and half the width of its interval."""
+    return f"{interval['value']:.{digits}e} ± {(interval['high'] - interval['low']) / 2:.0e}"
 
 
 def frontier_table(results: Path) -> str:
@@ -133,14 +134,20 @@ def stores(results: Path) -> list[dict[str, AccuracyRecord]]:
     return [found for found in same if len(found) > 1]
 
 
+def simulated_like(line: AccuracyRecord, results: Path) -> dict[str, float]:
+    """KL of the codecs of the store without an engine, for the model and the texts of a record."""
+    lines = accuracy_record.latest(accuracy_record.read("store_simulated", results / "accuracy"))
+    alike = (own for own in lines if all(own.case[key] == line.case[key] for key in ("model", "texts")))
+    return {own.impl: own.metrics["kl_per_token"] for own in alike}
+
+
 def store_table(results: Path) -> str:
     """Every codec, model by model: time to the first token, bytes, speed, divergence."""
-    simulated = accuracy_record.latest(accuracy_record.read("store_simulated", results / "accuracy"))
-    by_codec = {(line.case["model"], line.impl): line for line in simulated}
-    return "\n\n".join(_store_table(found, by_codec) for found in stores(results)) or NOT_STORED
+    found = stores(results)
+    return "\n\n".join(_store_table(own, simulated_like(own[NO_STORE], results)) for own in found) or NOT_STORED
 
 
-def _store_table(found: Mapping[str, AccuracyRecord], simulated: Mapping[tuple[str, str], AccuracyRecord]) -> str:
+def _store_table(found: Mapping[str, AccuracyRecord], simulated: Mapping[str, float]) -> str:
     without, exact = found[NO_STORE], found.get("exact")
     lengths = without.case["lengths"]
     head = [without.case["model"], *(f"TTFT, {length:,} tokens" for length in lengths)]
@@ -162,7 +169,6 @@ def _store_table(found: Mapping[str, AccuracyRecord], simulated: Mapping[tuple[s
         shares = [a / b for a, b in zip(metrics["ttft_s"], without.metrics["ttft_s"], strict=True)]
         times = [f"{a:.2f} s, {b:.1%}" for a, b in zip(metrics["ttft_s"], shares, strict=True)]
         base, size = codec.partition("+")[0], metrics["file_bytes_per_token"]
-        alike = simulated.get((without.case["model"], codec))
         served = found.get("served int8_custom" if base == "exact" else f"served int8_custom:format={base}")
         rows.append(
             [
@@ -173,11 +179,25 @@ def _store_table(found: Mapping[str, AccuracyRecord], simulated: Mapping[tuple[s
                 "-" if exact is None else f"{size / exact.metrics['file_bytes_per_token']:.2f}",
                 ", ".join(f"{metrics[f'{what}_gb_per_s']:.2f}" for what in ("encode", "decode", "put")),
                 kl_of(metrics["scores"]["kl_per_token"]),
-                "-" if alike is None else f"{alike.metrics['kl_per_token']:.1e}",
+                f"{simulated[codec]:.1e}" if codec in simulated else "-",
                 "-" if served is None else kl_of(served.metrics["scores"]["kl_per_token"]),
             ]
         )
     return f"{markdown(head, rows)}\n\n{source(without)}"
+
+
+def store_scores_table(results: Path) -> str:
+    """What codecs do to tokens behind a prefix, in an engine and simulated, of as much text as was scored."""
+    lines = list(read("store_scores", results).values())
+    if not lines:
+        return NOT_SCORED
+    rows = []
+    for line in lines:
+        kl, simulated = line.metrics["kl_per_token"], simulated_like(line, results).get(line.impl)
+        compared = ["-", "-"] if simulated is None else [f"{simulated:.2e}", f"{kl['value'] / simulated:.2f}"]
+        rows.append([f"`{line.impl}`", f"{line.metrics['num_tokens']:,}", kl_of(kl, digits=2), *compared])
+    head = ["", "tokens", "KL behind a prefix", "simulated", "ratio"]
+    return f"{markdown(head, rows)}\n\n{source(lines[-1])}"
 
 
 def store_steps_table(results: Path) -> str:
@@ -243,6 +263,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tuning_questions": questions_table,
     "tuning_sides": sides_table,
     "store": store_table,
+    "store_scores": store_scores_table,
     "store_steps": store_steps_table,
 }
 PLOTS = {"tuning": (tuning_plot_data, draw_tuning), "store": (store_plot_data, draw_store)}

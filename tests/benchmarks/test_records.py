@@ -150,7 +150,7 @@ NAMES = (
         "online",
     ),
     *("accuracy", "accuracy_paths", "accuracy_formats", "schemes", "support", "soak", "fuzz"),
-    *("tuning", "tuning_questions", "tuning_sides", "store", "store_steps", "xquant", "roofline"),
+    *("tuning", "tuning_questions", "tuning_sides", "store", "store_scores", "store_steps", "xquant", "roofline"),
     *("cuda_bounds", "cuda_kernels"),
 )
 PACKED = "int8_custom:format=k6v4"

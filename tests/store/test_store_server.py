@@ -45,5 +45,9 @@ def test_a_restarted_server_finds_its_prompts(tmp_path: Path):
     with Server(options, tmp_path / "second.txt") as server:
         assert ask(server, prompt) == answer
         assert counted(server, "loaded_blocks") == NUM_BLOCKS
+        assert counted(server, "spared_seconds") == 0, "nothing tells how long it would have taken"
+        ask(server, prompt[::-1])
+        ask(server, prompt[:3])
+        assert 0 < counted(server, "spared_seconds") < 60
         hits = re.findall(r"^vllm:external_prefix_cache_hits_total\{.*\} ([\d.e+]+)", server.metrics(), re.MULTILINE)
         assert float(hits[0]) == NUM_BLOCKS * BLOCK_SIZE

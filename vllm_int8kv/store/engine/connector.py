@@ -32,7 +32,7 @@ from vllm_int8kv.store.engine import inputs
 from vllm_int8kv.store.engine.contents import Block, Contents, PageContents, Written
 from vllm_int8kv.store.engine.gpu_pages import GpuPageContents
 from vllm_int8kv.store.engine.lookups import Lookups, allocated_blocks
-from vllm_int8kv.store.engine.stats import StorePromMetrics, StoreStats
+from vllm_int8kv.store.engine.stats import PromptPace, StorePromMetrics, StoreStats
 from vllm_int8kv.store.engine.transfers import Outcome, Transfers
 from vllm_int8kv.store.index import Index
 from vllm_int8kv.store.options import StoreOptions
@@ -66,8 +66,10 @@ class StoreMetadata(KVConnectorMetadata):
     """ids of the blocks that requests have got for the step"""
     touches: list[list[str]] = field(default_factory=list)
     """hashes of the blocks of prefixes that were used"""
-    is_idle: bool = False
-    """whether the step computes nothing"""
+    num_tokens: int = 0
+    """that the step computes, of all requests together"""
+    has_prompt: bool = False
+    """whether a request computes a whole block or more"""
 
 
 @dataclass
@@ -110,6 +112,8 @@ class KVStoreConnector(KVConnectorBase_V1):
         self._namespace = ""
         self._outcome = Outcome()
         self._last_logged = self._step_began = 0.0
+        self._pace = PromptPace()
+        self._rank = 0
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -134,6 +138,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         num_blocks = self._kv_cache_config.num_blocks
         layers = paged_layers(kv_caches, config.compilation_config.static_forward_context, num_blocks)
         group, model_config = get_tp_group(), config.model_config
+        self._rank = group.rank_in_group
         description = {
             "layout": names.LAYOUT_VERSION,
             "model": names.model_identity(
@@ -221,13 +226,20 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         self._transfers.contents.forget(finished_req_ids)
-        is_idle = self.has_connector_metadata() and self._get_connector_metadata().is_idle
+        metadata = self._get_connector_metadata() if self.has_connector_metadata() else None
+        is_idle = metadata is not None and metadata.num_tokens == 0
+        if metadata is not None and metadata.has_prompt:
+            self._pace.note_step(time.monotonic() - self._step_began, metadata.num_tokens)
         wait_seconds = IDLE_WAIT_SECONDS if is_idle else 0.0
         if self._transfers.contents.is_filled_in_step:
             # A step takes at most twice as long as without.
             self._transfers.fill(IDLE_FILL_SECONDS if is_idle else time.monotonic() - self._step_began, wait_seconds)
             wait_seconds = 0.0
         self._outcome = self._transfers.take_outcome(wait_seconds)
+        if self._rank == 0:  # all ranks load, and what they count is added up
+            num_blocks = self._outcome.counts.get("loaded_blocks", 0)
+            if spared := self._pace.seconds_for(int(num_blocks) * self._block_size):
+                self._outcome.count("spared_seconds", spared)
         self._log_problems()
         return None, self._outcome.finished_loads or None
 
@@ -286,7 +298,8 @@ class KVStoreConnector(KVConnectorBase_V1):
             written=written,
             allocated=allocated_blocks(scheduler_output),
             touches=lookups.take_touches(),
-            is_idle=scheduler_output.total_num_scheduled_tokens == 0,
+            num_tokens=scheduler_output.total_num_scheduled_tokens,
+            has_prompt=max(scheduler_output.num_scheduled_tokens.values(), default=0) >= self._block_size,
         )
 
     def update_connector_output(self, connector_output: Any) -> None:

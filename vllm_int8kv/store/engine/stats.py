@@ -9,6 +9,7 @@ COUNTERS = {
     "loaded_blocks": "Blocks that were loaded from the store.",
     "loaded_bytes": "Bytes that were read of the files of loaded blocks.",
     "load_seconds": "Time that loads took, from the request to the last block.",
+    "spared_seconds": "Time that computing the loaded blocks would have taken, by the pace of computed prompts.",
     "failed_blocks": "Blocks whose file could not be used, and that were computed again.",
     "missing_blocks": "Blocks whose file was evicted before it was read, and that were computed again.",
     "saved_blocks": "Blocks that were written to the store.",
@@ -41,6 +42,32 @@ class StoreStats(KVConnectorStats):
 
     def is_empty(self) -> bool:
         return not self.data
+
+
+@dataclass
+class PromptPace:
+    """How fast an engine computes prompts, as a mean of all steps with a part of one.
+
+    Attention takes longer the more tokens are before, so it is too little for the ends of prompts longer than those.
+    """
+
+    seconds: float = 0.0
+    num_tokens: int = 0
+    unvalued_tokens: int = 0
+    """that somebody asked about before anything was computed"""
+
+    def note_step(self, seconds: float, num_tokens: int) -> None:
+        """A step has computed a part of a prompt."""
+        self.seconds += seconds
+        self.num_tokens += num_tokens
+
+    def seconds_for(self, num_tokens: int) -> float:
+        """What computing tokens would take; as long as that is not known, 0, and later so much more."""
+        self.unvalued_tokens += num_tokens
+        if not self.num_tokens:
+            return 0.0
+        valued, self.unvalued_tokens = self.unvalued_tokens, 0
+        return valued * self.seconds / self.num_tokens
 
 
 class StorePromMetrics(KVConnectorPromMetrics):
