@@ -1,5 +1,7 @@
 """The threads that carry blocks between the cache and the folder, without an engine."""
 
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 
 from vllm_int8kv.cache.formats import K8V8
 from vllm_int8kv.store.engine.contents import Block, PageContents
+from vllm_int8kv.store.engine.threads import SAVE_NICENESS
 from vllm_int8kv.store.engine.transfers import Transfers
 from vllm_int8kv.store.pages import PagedLayer
 from vllm_int8kv.store.registry import make_codec
@@ -44,5 +47,9 @@ def test_no_thread_gets_threads_of_its_own(codec, tmp_path: Path, set_num_thread
         transfers.load("request", blocks)
         take_until(transfers, "loaded_blocks", NUM_BLOCKS)
         assert process.num_threads() <= before + STORE_THREADS
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        niceness = {t.name: os.getpriority(os.PRIO_PROCESS, t.native_id) - own for t in threading.enumerate()}
+        assert niceness["kv-store-save"] == min(SAVE_NICENESS, 19 - own), "nobody waits for it"
+        assert niceness["kv-store-load"] == 0, "requests wait for it"
     finally:
         transfers.finish()

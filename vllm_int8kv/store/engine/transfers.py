@@ -13,7 +13,7 @@ import torch
 
 from vllm_int8kv.store import files
 from vllm_int8kv.store.engine.contents import Block, Contents, Taken
-from vllm_int8kv.store.engine.threads import run_alone
+from vllm_int8kv.store.engine.threads import SAVE_NICENESS, run_alone
 from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, touch
 
@@ -103,12 +103,12 @@ class Transfers:
         """What is to be written, or hashes of blocks that were used."""
         self._ready: queue.Queue[Ready] = queue.Queue(READY_BATCHES)
         self._is_ending = threading.Event()
-        runs = {"load": self._run_loads, "save": self._run_saves}
+        runs = {"load": (self._run_loads,), "save": (self._run_saves, SAVE_NICENESS)}
         if not contents.is_filled_in_step:
-            runs["fill"] = self._run_fills
+            runs["fill"] = (self._run_fills,)
         self._threads = [
-            threading.Thread(target=run_alone, args=(run,), name=f"kv-store-{name}", daemon=True)
-            for name, run in runs.items()
+            threading.Thread(target=run_alone, args=arguments, name=f"kv-store-{name}", daemon=True)
+            for name, arguments in runs.items()
         ]
         for thread in self._threads:
             thread.start()
