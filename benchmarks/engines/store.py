@@ -35,7 +35,6 @@ MHA = ", a KV head for each query head"
 PREFIX_TOKENS = 1024
 SCORED_TOKENS = 256
 NO_STORE = "no store"
-STEP_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -73,22 +72,25 @@ def run(plan: StorePlan, progress: ProgressDisplay, name: str) -> dict[str, Any]
 
 
 def measure_steps(plan: StorePlan, codecs: str, case: dict[str, Any], progress: ProgressDisplay, out: Path) -> None:
-    """Record the steps of engines that save, and of one that does not, in turns: a shared machine has its moods."""
-    chosen = [NO_STORE, *codecs.split(",")]
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
-    for turn in range(STEP_ROUNDS):
-        for name in chosen:
-            with tempfile.TemporaryDirectory() as root:
-                stored = {} if name == NO_STORE else {"folder": root, "codec": name}
-                ran = run(replace(plan, **stored), progress, f"{name}, round {turn + 1}")
-            for kind, seconds in ran["steps"].items():
-                found[name].setdefault(kind, []).append(float(np.median(seconds)))
-            found[name].setdefault("all", []).append(sum(map(sum, ran["steps"].values())))
+    """Record the steps of engines that save in every other pair of periods, against the periods beside those."""
     case = {key: case[key] for key in ("model", "dtype", "block_size")}
-    for name, metrics in found.items():
-        accuracy_record.append(
-            "store_steps", case, name, {f"{kind}_s": values for kind, values in metrics.items()}, out
-        )
+    for codec in codecs.split(","):
+        with tempfile.TemporaryDirectory() as root:
+            periods = run(replace(plan, folder=root, codec=codec), progress, codec)["steps"]
+        found = {
+            saves: {
+                "decode": [float(np.median(own["decode"])) for own in periods if own["saves"] == saves],
+                "prefill": [own["prefill"] for own in periods if own["saves"] == saves],
+                "all": [own["prefill"] + sum(own["decode"]) for own in periods if own["saves"] == saves],
+            }
+            for saves in (True, False)
+        }
+        metrics = {
+            f"{kind}{suffix}": values
+            for saves, suffix in ((True, "_saving_s"), (False, "_s"))
+            for kind, values in found[saves].items()
+        }
+        accuracy_record.append("store_steps", case, codec, metrics, out)
 
 
 def main(

@@ -26,7 +26,7 @@ SHEET_ROUNDS = 3
 IDLE_SECONDS = 30.0
 STEP_DECODES = 4
 STEP_DECODE_TOKENS = 256
-STEP_PROMPTS = 5
+STEP_PERIODS = 16
 STEP_PROMPT_TOKENS = 1024
 STEPS_PER_PROMPT = 32
 
@@ -65,30 +65,42 @@ def first_tokens(llm: LLM, prompts: Sequence[list[int]]) -> dict:
     return found
 
 
-def step_times(llm: LLM, tokens: Sequence[int]) -> dict[str, list[float]]:
-    """Seconds of the steps of an engine that decodes all the time and computes a prompt now and then.
+def step_times(llm: LLM, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Seconds of the steps of an engine that decodes all the time, in periods that begin with a prompt.
 
-    Every block that is full is saved, those of a prompt all at once: "prefill" are the steps that compute one beside
-    the decodes, "decode" all others.
+    In every other pair of periods nothing is saved; so each period has a neighbour to be compared with, whatever else
+    the machine does in those minutes. Otherwise every block that is full is saved, those of a prompt all at once.
+
+    Returns:
+        of each period whether it `saves`, the `prefill` step, which computes the prompt beside the decodes, and the
+        `decode` steps.
     """
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    contents = get_kv_transfer_group()._transfers.contents
     texts = (tokens[begin:] for begin in range(0, len(tokens), STEP_PROMPT_TOKENS))  # none begins as another one
-    num_steps = (STEP_PROMPTS + 1) * STEPS_PER_PROMPT
     engine = llm.llm_engine
-    for number in range(STEP_DECODES):
-        params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True, detokenize=False)
-        engine.add_request(f"decode-{number}", {"prompt_token_ids": next(texts)[:STEP_DECODE_TOKENS]}, params)
-    found: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for step in range(num_steps):
-        is_prompt = step > 0 and step % STEPS_PER_PROMPT == 0
-        if is_prompt:
-            params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-            engine.add_request(f"prompt-{step}", {"prompt_token_ids": next(texts)[:STEP_PROMPT_TOKENS]}, params)
+
+    def ask(name: str, num_tokens: int, max_tokens: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        engine.add_request(name, {"prompt_token_ids": next(texts)[:num_tokens]}, params)
+
+    def step() -> float:
         begin = time.perf_counter()
         engine.step()
-        seconds = time.perf_counter() - begin
-        if step >= STEPS_PER_PROMPT:  # the first ones compute the beginnings and warm up
-            found["prefill" if is_prompt else "decode"].append(seconds)
-    return found
+        return time.perf_counter() - begin
+
+    for number in range(STEP_DECODES):
+        ask(f"decode-{number}", STEP_DECODE_TOKENS, (STEP_PERIODS + 1) * STEPS_PER_PROMPT)
+    for _ in range(STEPS_PER_PROMPT):  # they compute the beginnings and warm up
+        step()
+    periods = []
+    for number in range(STEP_PERIODS):
+        contents.saves = number % 4 in (0, 3)
+        ask(f"prompt-{number}", STEP_PROMPT_TOKENS, 1)
+        prefill, *decode = [step() for _ in range(STEPS_PER_PROMPT)]
+        periods.append({"saves": contents.saves, "prefill": prefill, "decode": decode})
+    return periods
 
 
 def score(llm: LLM, plan: StorePlan, vocab_size: int) -> None:

@@ -201,17 +201,21 @@ def store_scores_table(results: Path) -> str:
 
 
 def store_steps_table(results: Path) -> str:
-    """How long steps take while blocks are saved, against the same steps without a store, round by round."""
-    lines = read("store_steps", results)
-    if NO_STORE not in lines:
+    """How long steps take while blocks are saved, against those of the period beside."""
+    lines = list(read("store_steps", results).values())
+    if not lines:
         return STEPS_NOT_TIMED
-    without = lines.pop(NO_STORE)
-    kinds = {"decode_s": "decode step", "prefill_s": "step with a prompt", "all_s": "all steps together"}
-    rows = [["no store", *(f"{np.median(without.metrics[kind]):.3g} s" for kind in kinds)]]
-    for codec, line in lines.items():
-        ratios = (np.divide(line.metrics[kind], without.metrics[kind]) for kind in kinds)
-        rows.append([f"`{codec}`", *(f"{np.median(r):.2f}x ({min(r):.2f} to {max(r):.2f})" for r in ratios)])
-    return f"{markdown(['', *kinds.values()], rows)}\n\n{source(without)}"
+    kinds = {"decode": "decode step", "prefill": "step with a prompt", "all": "all steps of a period"}
+    rows = []
+    for line in lines:
+        cells = []
+        for kind in kinds:
+            alone = line.metrics[f"{kind}_s"]
+            low, middle, high = np.percentile(np.divide(line.metrics[f"{kind}_saving_s"], alone), (25, 50, 75))
+            cells += [f"{np.median(alone):.3g} s", f"{middle:.2f}x ({low:.2f} to {high:.2f})"]
+        rows.append([f"`{line.impl}`", *cells])
+    head = ["", *(cell for kind in kinds.values() for cell in (kind, "while saving"))]
+    return f"{markdown(head, rows)}\n\n{source(lines[-1])}"
 
 
 def tuning_plot_data(results: Path) -> list[dict[str, AccuracyRecord]]:

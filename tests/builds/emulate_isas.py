@@ -13,7 +13,7 @@ from kernel_build import OPERATOR_TESTS, build, run_tests
 OPTION = "-DINT8KV_EMULATED_ISAS"
 HEADERS = Path(__file__).resolve().parent
 """The value of the option: the folder of emulated_avx512.h and emulated_avx_vnni.h."""
-DEFAULTS = ["-q", "-n", "2", "-k", "vnni or avx512 or test_fuzz", OPERATOR_TESTS]
+DEFAULTS = ["-q", "-n", "2", "-k", "vnni or avx512 or test_fuzz", *OPERATOR_TESTS]
 
 
 def is_needed() -> bool:

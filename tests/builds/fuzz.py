@@ -18,7 +18,6 @@ from typing import Annotated
 import sanitize
 import typer
 from emulate_isas import is_needed
-from kernel_build import OPERATOR_TESTS
 
 COUNTS = "FUZZ_COUNTS"
 """Environment variable with the file for the counts."""
@@ -44,7 +43,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder, "counts.json")
         variables = {"FUZZ_EXAMPLES": str(examples), COUNTS: str(counts)}
-        arguments = ["-q", "-p", "fuzz", "-o", "timeout=0", f"{OPERATOR_TESTS}/test_fuzz.py"]
+        arguments = ["-q", "-p", "fuzz", "-o", "timeout=0", "tests/operators/test_fuzz.py"]
         start = time.monotonic()
         if sanitize.run(arguments, variables) != 0:
             sys.exit(1)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "INT8KV_TEST_LIBRARY"
-OPERATOR_TESTS = "tests/operators"
+OPERATOR_TESTS = ("tests/operators", "tests/store/test_channels.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -35,4 +35,4 @@ def run(arguments: Sequence[str], variables: Mapping[str, str] | None = None) ->
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:] or ["-q", OPERATOR_TESTS]))
+    sys.exit(run(sys.argv[1:] or ["-q", *OPERATOR_TESTS]))
