@@ -77,19 +77,12 @@ def measure_steps(plan: StorePlan, codecs: str, case: dict[str, Any], progress: 
     for codec in codecs.split(","):
         with tempfile.TemporaryDirectory() as root:
             periods = run(replace(plan, folder=root, codec=codec), progress, codec)["steps"]
-        found = {
-            saves: {
-                "decode": [float(np.median(own["decode"])) for own in periods if own["saves"] == saves],
-                "prefill": [own["prefill"] for own in periods if own["saves"] == saves],
-                "all": [own["prefill"] + sum(own["decode"]) for own in periods if own["saves"] == saves],
-            }
-            for saves in (True, False)
-        }
-        metrics = {
-            f"{kind}{suffix}": values
-            for saves, suffix in ((True, "_saving_s"), (False, "_s"))
-            for kind, values in found[saves].items()
-        }
+        metrics: dict[str, list[float]] = {}
+        for own in periods:
+            seconds = {"decode": float(np.median(own["decode"])), "prefill": own["prefill"]}
+            seconds["all"] = own["prefill"] + sum(own["decode"])
+            for kind, value in seconds.items():
+                metrics.setdefault(f"{kind}_saving_s" if own["saves"] else f"{kind}_s", []).append(value)
         accuracy_record.append("store_steps", case, codec, metrics, out)
 
 

@@ -51,7 +51,7 @@ def encode(integers: torch.Tensor) -> list[bytes]:
     multiples, means = _round_means(averages, classes)
     # Of most channels it is known without looking at their integers that they have no escapes.
     suspects = (largest + np.abs(averages - means) >= MAX_NARROW).nonzero()
-    rows = integers.numpy()[suspects]
+    rows = integers.numpy()[suspects].astype(np.int32)
     is_escape = _is_beyond(rows - means[suspects][:, None], MAX_NARROW)
     is_wide = np.count_nonzero(is_escape, axis=1) > MAX_ESCAPES * num_tokens
     wide = tuple(places[is_wide] for places in suspects)
@@ -145,8 +145,8 @@ def _fits_short(data: memoryview) -> bool:
 
 
 def _is_beyond(differences: np.ndarray, limit: int) -> np.ndarray:
-    """Whether magnitudes are above a limit: what is below -limit wraps around to far above it."""
-    return (differences.astype(np.int32) + np.int32(limit)).view(np.uint32) > 2 * limit
+    """Whether magnitudes of int32 are above a limit: what is below -limit wraps around to far above it."""
+    return (differences + np.int32(limit)).view(np.uint32) > 2 * limit
 
 
 def _bytes_of(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
