@@ -83,6 +83,8 @@ def measure_steps(plan: StorePlan, codecs: str, case: dict[str, Any], progress: 
             seconds["all"] = own["prefill"] + sum(own["decode"])
             for kind, value in seconds.items():
                 metrics.setdefault(f"{kind}_saving_s" if own["saves"] else f"{kind}_s", []).append(value)
+            if own["saves"]:
+                metrics.setdefault("rest_s", []).append(own["rest"])
         accuracy_record.append("store_steps", case, codec, metrics, out)
 
 

@@ -29,6 +29,7 @@ STEP_DECODE_TOKENS = 256
 STEP_PERIODS = 16
 STEP_PROMPT_TOKENS = 1024
 STEPS_PER_PROMPT = 32
+POLL_SECONDS = 1e-3
 
 
 def start(plan: StorePlan) -> LLM:
@@ -72,12 +73,12 @@ def step_times(llm: LLM, tokens: Sequence[int]) -> list[dict[str, Any]]:
     the machine does in those minutes. Otherwise every block that is full is saved, those of a prompt all at once.
 
     Returns:
-        of each period whether it `saves`, the `prefill` step, which computes the prompt beside the decodes, and the
-        `decode` steps.
+        of each period whether it `saves`, the `prefill` step, which computes the prompt beside the decodes, the
+        `decode` steps, and behind them the `rest`: until all is written, while nothing else is done.
     """
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    contents = get_kv_transfer_group()._transfers.contents
+    transfers = get_kv_transfer_group()._transfers
     texts = (tokens[begin:] for begin in range(0, len(tokens), STEP_PROMPT_TOKENS))  # none begins as another one
     engine = llm.llm_engine
 
@@ -96,10 +97,14 @@ def step_times(llm: LLM, tokens: Sequence[int]) -> list[dict[str, Any]]:
         step()
     periods = []
     for number in range(STEP_PERIODS):
-        contents.saves = number % 4 in (0, 3)
+        saves = transfers.contents.saves = number % 4 in (0, 3)
         ask(f"prompt-{number}", STEP_PROMPT_TOKENS, 1)
         prefill, *decode = [step() for _ in range(STEPS_PER_PROMPT)]
-        periods.append({"saves": contents.saves, "prefill": prefill, "decode": decode})
+        begin = time.perf_counter()
+        while transfers.queued_bytes:
+            time.sleep(POLL_SECONDS)
+        rest = time.perf_counter() - begin
+        periods.append({"saves": saves, "prefill": prefill, "decode": decode, "rest": rest})
     return periods
 
 

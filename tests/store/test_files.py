@@ -111,7 +111,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
     size = paths[0].stat().st_size
     for number, path in enumerate(paths):
         os.utime(path, (1000 + number, 1000 + number))
-    index.touch(paths[:2])
+    index.touch(paths[:2], range(2))
     removed, num_bytes = index.collect(tmp_path, 5 * size)
     left = {path.name for path in tmp_path.rglob("*.kv")}
     assert (removed, num_bytes) == (6, 4 * size)  # down to nine tenths
@@ -120,7 +120,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
 
 def test_the_end_of_a_prefix_goes_before_its_beginning(tmp_path):
     paths = write_blocks(tmp_path, 4)
-    index.touch(paths)
+    index.touch(paths, range(len(paths)))
     used = [path.stat().st_mtime for path in paths]
     assert used == sorted(used, reverse=True) and used[0] - used[3] == pytest.approx(3e-3, abs=1e-4)
 

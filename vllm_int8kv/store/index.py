@@ -62,15 +62,14 @@ class Index:
         self._absent[block] = time.monotonic() + seconds
 
 
-def touch(paths: Iterable[Path], first: int = 0) -> None:
-    """Note that blocks of a prefix are used now.
+def touch(paths: Iterable[Path], places: Iterable[int]) -> None:
+    """Note that blocks are used now.
 
     Args:
-        paths: in their order.
-        first: the place of the first of them in the prefix.
+        places: of each in its prefix.
     """
     now = time.time()
-    for place, path in enumerate(paths, first):
+    for path, place in zip(paths, places, strict=False):
         try:
             os.utime(path, (now, now - place * CHAIN_STEP_SECONDS))
         except OSError:  # evicted by another engine, or a folder that may only be read

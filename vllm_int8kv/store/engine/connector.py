@@ -59,7 +59,8 @@ class StoreMetadata(KVConnectorMetadata):
 
     loads: dict[str, list[Block]] = field(default_factory=dict)
     """by request, in the order of its tokens"""
-    saves: dict[str, list[Block]] = field(default_factory=dict)
+    saves: list[Block] = field(default_factory=list)
+    """of all requests"""
     written: dict[int, Written] = field(default_factory=dict)
     """by id, blocks that the step writes to and that may be saved; if inputs are stored"""
     allocated: set[int] = field(default_factory=set)
@@ -218,9 +219,8 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         metadata = self._get_connector_metadata()
-        if self._transfers.contents.saves:
-            for blocks in metadata.saves.values():
-                self._transfers.save(blocks)
+        if metadata.saves and self._transfers.contents.saves:
+            self._transfers.save(metadata.saves)
         for hashes in metadata.touches:
             self._transfers.touch(hashes)
 

@@ -89,9 +89,9 @@ class Lookups:
                 found[block_ids[place]] = Written(request_id, place)
         return found
 
-    def find_saves(self, scheduler_output: Any) -> dict[str, list[Block]]:
-        """Blocks that a step fills and that are not stored, by request, in their order."""
-        state, found = scheduler_output.kv_connector_block_state, {}
+    def find_saves(self, scheduler_output: Any) -> list[Block]:
+        """Blocks that a step fills and that are not stored."""
+        state, found = scheduler_output.kv_connector_block_state, []
         for request_id, tracked, _, end in self._scheduled(scheduler_output):
             num_blocks = _num_settled_tokens(tracked.request, end) // self._block_size
             if num_blocks <= tracked.num_saved:
@@ -102,7 +102,7 @@ class Lookups:
                 block = hashes[place]
                 if block not in self._saving and not self.index.has(block):
                     self._saving[block] = 0
-                    found.setdefault(request_id, []).append(Block(block, block_ids[place], place))
+                    found.append(Block(block, block_ids[place], place))
             tracked.num_saved = len(hashes)
         return found
 

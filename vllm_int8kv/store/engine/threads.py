@@ -7,9 +7,6 @@ as long from the first saved block on.
 
 import contextlib
 import ctypes
-import os
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,20 +16,8 @@ from threadpoolctl import threadpool_limits
 LIBTORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 
 
-SAVE_NICENESS = 10
-"""Of the thread that saves, added to that of the process: nobody waits for it, and the model's threads wait for each
-other, so that all lose the time that one of them has no core. It gets a tenth of a core that somebody else wants."""
-
-
-def run_alone(run: Callable[[], None], niceness: int = 0) -> None:
-    """Run in this thread alone; other threads keep what they have.
-
-    Args:
-        niceness: more than that of the process.
-    """
-    if niceness and sys.platform == "linux":  # elsewhere only a whole process has one
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
+def run_alone(run: Callable[[], None]) -> None:
+    """Run in this thread alone; other threads keep what they have."""
     torch.get_num_threads()  # at its first use in a thread PyTorch sets what follows anew
     with threadpool_limits(1, user_api="openmp"):
         # MKL, which PyTorch's builds for x86 contain, has a number of its own once `torch.set_num_threads` was called.

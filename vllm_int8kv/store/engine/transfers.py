@@ -1,6 +1,7 @@
 """Threads of a worker that carry blocks between the cache and the folder, beside the steps of the engine."""
 
 import contextlib
+import itertools
 import queue
 import threading
 import time
@@ -13,7 +14,7 @@ import torch
 
 from vllm_int8kv.store import files
 from vllm_int8kv.store.engine.contents import Block, Contents, Taken
-from vllm_int8kv.store.engine.threads import SAVE_NICENESS, run_alone
+from vllm_int8kv.store.engine.threads import run_alone
 from vllm_int8kv.store.files import BadFile, Header, MissingFile
 from vllm_int8kv.store.index import Evictor, touch
 
@@ -103,15 +104,21 @@ class Transfers:
         """What is to be written, or hashes of blocks that were used."""
         self._ready: queue.Queue[Ready] = queue.Queue(READY_BATCHES)
         self._is_ending = threading.Event()
-        runs = {"load": (self._run_loads,), "save": (self._run_saves, SAVE_NICENESS)}
+        runs = {"load": self._run_loads, "save": self._run_saves}
         if not contents.is_filled_in_step:
-            runs["fill"] = (self._run_fills,)
+            runs["fill"] = self._run_fills
         self._threads = [
-            threading.Thread(target=run_alone, args=arguments, name=f"kv-store-{name}", daemon=True)
-            for name, arguments in runs.items()
+            threading.Thread(target=run_alone, args=(run,), name=f"kv-store-{name}", daemon=True)
+            for name, run in runs.items()
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of pages that wait to be written."""
+        with self._lock:
+            return self._queued_bytes
 
     def load(self, request_id: str, blocks: Sequence[Block]) -> None:
         """Fill blocks from their files; `take_outcome` says when."""
@@ -120,13 +127,14 @@ class Transfers:
         self._loads.put((request_id, blocks, time.monotonic()))
 
     def save(self, blocks: Sequence[Block]) -> None:
-        """Write blocks of one request to files. They are copied before this returns, as they may be overwritten.
+        """Write blocks that a step has filled to files.
 
-        Of more than may wait, the ends of prefixes are left out: a block is worth nothing without the ones before it.
+        They are copied before this returns, as they may be overwritten, and encoded together, whosever they are: a
+        block by itself takes three times as long. Of more than may wait, the ends of prefixes are left out: a block is
+        worth nothing without the ones before it.
         """
-        with self._lock:
-            room = max(0, (self._max_queued_bytes - self._queued_bytes) // self._block_bytes)
-        taken = self.contents.take(blocks[:room])
+        room = max(0, (self._max_queued_bytes - self.queued_bytes) // self._block_bytes)
+        taken = self.contents.take(sorted(blocks, key=lambda block: block.place)[:room])
         dropped = {block.hash for block in blocks} - {block.hash for block in taken.blocks}
         with self._lock:
             self._queued_bytes += len(taken.blocks) * self._block_bytes
@@ -271,7 +279,7 @@ class Transfers:
     def _run_saves(self) -> None:
         while (item := self._saves.get()) is not None:
             if not isinstance(item, Taken):
-                touch(map(self._path, item))
+                touch(map(self._path, item), itertools.count())
                 continue
             for begin in range(0, len(item.blocks), self._batch):
                 self._save_batch(item, slice(begin, begin + self._batch))
@@ -283,7 +291,7 @@ class Transfers:
             payloads = self.contents.codec.encode([part[batch] for part in taken.parts])
             for block, payload in zip(blocks, payloads, strict=True):
                 self._write(block.hash, payload)
-            touch([self._path(block.hash) for block in blocks], blocks[0].place)
+            touch([self._path(block.hash) for block in blocks], [block.place for block in blocks])
         except Exception as error:  # a thread that died would leave all later blocks unsaved without a word
             with self._lock:
                 self._outcome.count("failed_writes", len(blocks))
