@@ -213,7 +213,7 @@ def store_steps_table(results: Path) -> str:
             alone = line.metrics[f"{kind}_s"]
             low, middle, high = np.percentile(np.divide(line.metrics[f"{kind}_saving_s"], alone), (25, 50, 75))
             cells += [f"{np.median(alone):.3g} s", f"{middle:.2f}x ({low:.2f} to {high:.2f})"]
-        rows.append([f"`{line.impl}`", *cells, f"{np.median(line.metrics['rest_s']):.2g} s"])
+        rows.append([f"`{line.impl}`", *cells, f"{np.median(line.metrics['rest_s']):.2f} s"])
     head = ["", *(cell for kind in kinds.values() for cell in (kind, "while saving")), "saved after them"]
     return f"{markdown(head, rows)}\n\n{source(lines[-1])}"
 
