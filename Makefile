@@ -19,6 +19,8 @@ CPP_FILES := $(filter-out %CMakeLists.txt,$(SOURCES)) $(shell find tests benchma
 PYTHON_FILES := vllm_int8kv tests benchmarks .ci
 # ON: warnings of the C++ compiler are errors, in CI, where it is known which one.
 WERROR ?= OFF
+# Of every build of the library, as scikit-build-core and tests/builds/kernel_build.py read it.
+export CMAKE_ARGS := -DCMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 # A folder of wheels that pip knows, uv knows too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -51,8 +53,7 @@ $(VENV)/.dependencies: requirements-cpu.lock
 $(VENV)/.built: $(VENV)/.dependencies pyproject.toml $(SOURCES)
 	@echo "setup: building the operators for CPU"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(UV) pip install -q --no-build-isolation --no-deps \
-	  -C build-dir=build/setup -C cmake.define.INT8KV_CUDA=OFF \
-	  -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR) -e .
+	  -C build-dir=build/setup -C cmake.define.INT8KV_CUDA=OFF -e .
 	@touch $@
 
 .PHONY: demo
@@ -156,7 +157,7 @@ cuda-driver: wheel  ## Build the kernels without PyTorch, for compute-sanitizer;
 
 .PHONY: wheel
 wheel: $(VENV)/.dependencies  ## Build a wheel for release into dist/
-	@PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'" \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="$(CMAKE_ARGS) -DCMAKE_CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'" \
 	  $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 

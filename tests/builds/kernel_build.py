@@ -1,6 +1,7 @@
 """Other builds of the CPU kernels for tests; as a pytest plug-in (`-p kernel_build`) the one named is loaded."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def build(name: str, *options: str) -> Path:
     """The library built in build/`name` with options of CMake."""
     folder = ROOT / "build" / name
     configure = ["cmake", "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", "-DINT8KV_CUDA=OFF"]
-    configure += [*options, f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [*options, *shlex.split(os.environ.get("CMAKE_ARGS", "")), f"-DPython_EXECUTABLE={sys.executable}"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for command in (configure, ["cmake", "--build", folder]):
         subprocess.run(command, check=True, env=os.environ | {"PATH": path}, stdout=subprocess.DEVNULL)
