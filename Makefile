@@ -21,6 +21,9 @@ PYTHON_FILES := vllm_int8kv tests benchmarks .ci
 WERROR ?= OFF
 # Of every build of the library, as scikit-build-core and tests/builds/kernel_build.py read it.
 export CMAKE_ARGS := -DCMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
+# For ccache paths are relative, so that clones share what they compile.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := true
 # A folder of wheels that pip knows, uv knows too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 

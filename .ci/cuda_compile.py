@@ -123,7 +123,9 @@ def objects(formats: list[str]) -> dict[str, tuple[Path, list[str]]]:
 
 def compile_one(nvcc: str, name: str, source: Path, definitions: list[str], arch: str, folder: str | Path) -> Compiled:
     """Compile one file for one architecture, to an object in `folder` and what ptxas says of its kernels beside it."""
+    ccache = shutil.which("ccache", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     command = [
+        *([ccache] if ccache else []),
         nvcc,
         *FLAGS,
         *extra_flags(source),
