@@ -19,8 +19,10 @@ CPP_FILES := $(filter-out %CMakeLists.txt,$(SOURCES)) $(shell find tests benchma
 PYTHON_FILES := vllm_int8kv tests benchmarks .ci
 # ON: warnings of the C++ compiler are errors, in CI, where it is known which one.
 WERROR ?= OFF
-# Of every build of the library, as scikit-build-core and tests/builds/kernel_build.py read it.
-export CMAKE_ARGS := -DCMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
+# One compiler and its options for all builds of the library, as scikit-build-core and tests/builds/kernel_build.py
+# take them.
+export CXX
+export CMAKE_ARGS := $(CMAKE_ARGS) -DCMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 # For ccache paths are relative, so that clones share what they compile.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := true
@@ -39,7 +41,7 @@ setup: $(VENV)/.built  ## Create .venv with vLLM for CPU and build the operators
 $(VENV)/.dependencies: requirements-cpu.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "setup: $(PYTHON) is older than Python 3.11; name a newer one with make PYTHON=..."; exit 1; }
-	@command -v c++ >/dev/null || { echo "setup: no C++ compiler (c++) found; install g++ 11 or newer"; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "setup: no C++ compiler ($(CXX)) found; install g++ 11 or newer"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "setup: $(PYTHON) cannot create a virtual environment; install its venv module"; exit 1; }
 	@echo "setup: installing vLLM for CPU and its dependencies into $(VENV)"
@@ -129,7 +131,7 @@ format: $(VENV)/.dependencies  ## Format all sources
 
 .PHONY: cuda-compile
 cuda-compile: $(VENV)/.dependencies  ## Compile the CUDA kernels for every architecture; needs nvcc, no GPU
-	@$(BIN)/python .ci/cuda_compile.py --arch $(subst ;, ,$(CUDA_ARCHITECTURES)) $(if $(CUDA_FORMATS),--formats $(CUDA_FORMATS)) \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/cuda_compile.py --arch $(subst ;, ,$(CUDA_ARCHITECTURES)) $(if $(CUDA_FORMATS),--formats $(CUDA_FORMATS)) \
 	  $(if $(CUDA_OBJECTS),--keep $(CUDA_OBJECTS))
 
 .PHONY: cuda-records

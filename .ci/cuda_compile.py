@@ -121,12 +121,12 @@ def objects(formats: list[str]) -> dict[str, tuple[Path, list[str]]]:
     return found
 
 
-def compile_one(nvcc: str, name: str, source: Path, definitions: list[str], arch: str, folder: str | Path) -> Compiled:
+def compile_one(
+    compiler: list[str], name: str, source: Path, definitions: list[str], arch: str, folder: str | Path
+) -> Compiled:
     """Compile one file for one architecture, to an object in `folder` and what ptxas says of its kernels beside it."""
-    ccache = shutil.which("ccache", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     command = [
-        *([ccache] if ccache else []),
-        nvcc,
+        *compiler,
         *FLAGS,
         *extra_flags(source),
         *definitions,
@@ -164,6 +164,7 @@ def main() -> int:
     if nvcc is None:
         print("nvcc was not found: install a CUDA toolkit, 12.8 or newer", file=sys.stderr)
         return 1
+    compiler = ["ccache", nvcc] if shutil.which("ccache") else [nvcc]
     os.nice(10)
     sources = objects(options.formats)
     started = time.monotonic()
@@ -172,7 +173,7 @@ def main() -> int:
     kept = contextlib.nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory()
     with kept as folder, ThreadPoolExecutor(options.jobs) as pool:
         tasks = [(name, *source, arch) for name, source in sources.items() for arch in options.arch]
-        results = list(pool.map(lambda task: compile_one(nvcc, *task, folder), tasks))
+        results = list(pool.map(lambda task: compile_one(compiler, *task, folder), tasks))
     kernels = [kernel for result in results for kernel in result.kernels]
     print_table(kernels)
     failures = [result.failure for result in results if result.failure]

@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,10 +35,8 @@ def build(name: str, *options: str) -> Path:
     configure = ["cmake", "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", "-DINT8KV_CUDA=OFF"]
     configure += [*options, *shlex.split(os.environ.get("CMAKE_ARGS", "")), f"-DPython_EXECUTABLE={sys.executable}"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    compiler = sysconfig.get_config_var("CXX").split()[0]  # that of scikit-build-core, whose objects ccache knows
-    environment = {"CXX": compiler} | os.environ | {"PATH": path}
     for command in (configure, ["cmake", "--build", folder]):
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=os.environ | {"PATH": path}, stdout=subprocess.DEVNULL)
     return folder / "_C.so"
 
 

@@ -69,7 +69,7 @@ def touch(paths: Iterable[Path], places: Iterable[int]) -> None:
         places: of each in its prefix.
     """
     now = time.time()
-    for path, place in zip(paths, places, strict=False):
+    for path, place in zip(paths, places, strict=True):
         try:
             os.utime(path, (now, now - place * CHAIN_STEP_SECONDS))
         except OSError:  # evicted by another engine, or a folder that may only be read

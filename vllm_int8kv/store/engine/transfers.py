@@ -1,7 +1,6 @@
 """Threads of a worker that carry blocks between the cache and the folder, beside the steps of the engine."""
 
 import contextlib
-import itertools
 import queue
 import threading
 import time
@@ -129,9 +128,9 @@ class Transfers:
     def save(self, blocks: Sequence[Block]) -> None:
         """Write blocks that a step has filled to files.
 
-        They are copied before this returns, as they may be overwritten, and encoded together, whosever they are: a
-        block by itself takes three times as long. Of more than may wait, the ends of prefixes are left out: a block is
-        worth nothing without the ones before it.
+        They are copied before this returns, as they may be overwritten, and encoded together, whosever they are:
+        operators on a single block spend most of their time on being called. Of more than may wait, the ends of
+        prefixes are left out: a block is worth nothing without the ones before it.
         """
         room = max(0, (self._max_queued_bytes - self.queued_bytes) // self._block_bytes)
         taken = self.contents.take(sorted(blocks, key=lambda block: block.place)[:room])
@@ -279,7 +278,7 @@ class Transfers:
     def _run_saves(self) -> None:
         while (item := self._saves.get()) is not None:
             if not isinstance(item, Taken):
-                touch(map(self._path, item), itertools.count())
+                touch(map(self._path, item), range(len(item)))
                 continue
             for begin in range(0, len(item.blocks), self._batch):
                 self._save_batch(item, slice(begin, begin + self._batch))
